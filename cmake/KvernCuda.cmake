@@ -1,0 +1,30 @@
+# CUDA is found or left out when the tree is configured. With the toolkit everything is compiled for sm_80, 90 and 100
+# (PTX for what comes after); cudart is linked statically and libcuda is opened at run time, so that the same binaries
+# start on a machine without a driver.
+if(NOT KVERN_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "KVERN_CUDA must be AUTO, ON or OFF, not '${KVERN_CUDA}'")
+endif()
+set(KVERN_HAVE_CUDA OFF)
+if(NOT KVERN_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(KVERN_HAVE_CUDA ON)
+  elseif(KVERN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "KVERN_CUDA=ON, but no CUDA compiler was found: put nvcc on the PATH or set KVERN_CUDA=OFF")
+  endif()
+endif()
+message(STATUS "CUDA kernels: ${KVERN_HAVE_CUDA} (KVERN_CUDA=${KVERN_CUDA})")
+if(KVERN_HAVE_CUDA)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES) # before enable_language, or it is filled in
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
+  endif()
+  enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake 3.25 knows no C++20 for nvcc
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    list(APPEND CMAKE_CUDA_COMPILE_FEATURES cuda_std_20)
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+endif()

@@ -1,0 +1,84 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/kv_shape.h"
+
+namespace kvern {
+
+/// What a section of a container covers, relative to the shard: layers [layer, layer+layers), one part or both, heads
+/// [head, head+heads), all tokens.
+struct SectionExtent {
+  std::uint32_t layer = 0;
+  std::uint32_t layers = 1;
+  std::uint32_t head = 0;
+  std::uint32_t heads = 1;
+  bool has_key = false;
+  bool has_value = false;
+  bool operator==(const SectionExtent&) const = default;
+};
+
+struct SectionPlan {
+  SectionExtent extent;
+  std::size_t max_bytes = 0;  ///< upper bound of the encoded section
+};
+
+/// Receives decoded rows and puts them where the engine wants them. Called from the thread that decodes.
+class RowSink {
+ public:
+  virtual ~RowSink() = default;
+  /// rows: count rows of the shard's dtype, row-major without gaps, tokens token .. token+count-1 of the chunk. Layer and
+  /// head are relative to the shard. The sink copies (and transposes, packs …) before it returns.
+  virtual void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+                     const std::byte* rows) = 0;
+  /// Rows per call that suit the sink (a page, say): decoders cut their output there. 0: no preference.
+  virtual std::uint32_t preferred_rows() const { return 0; }
+};
+
+/// A contiguous range of tokens of the chunk: [begin, end).
+struct TokenRange {
+  std::uint32_t begin = 0;
+  std::uint32_t end = 0;
+};
+
+/// One codec chain, ready to run: immutable, thread-safe, deterministic (the same bytes from run to run and on every
+/// instruction set). Adding one is a file kernels/codec_<name>.cc and one line in codec_registry.cc.
+class Codec {
+ public:
+  virtual ~Codec() = default;
+
+  /// Canonical spec, for instance "raw" or "int8(group=64)". Part of the container header.
+  virtual std::string_view spec() const = 0;
+  /// False when decoding does not give back the very bytes.
+  virtual bool lossless() const = 0;
+  /// Refuses (kRefused) shapes that it cannot encode, in a sentence: dtype, head size, footprint.
+  virtual Status accepts(const ShardShape& shape) const = 0;
+  /// Sections in the order in which they are stored. Depends on the shape alone.
+  virtual std::vector<SectionPlan> plan(const ShardShape& shape) const = 0;
+
+  /// Encodes the section from the canonical layout into out (at least max_bytes, 64-byte aligned). Returns the bytes
+  /// used. Refuses (kInvalid) non-finite input that the form cannot carry; raw carries everything.
+  virtual Result<std::size_t> encode(const ShardShape& shape, const SectionExtent& extent,
+                                     std::span<const std::byte> canonical, std::span<std::byte> out) const = 0;
+
+  /// Decodes tokens of the planes (layer in extent, part, head in [head_begin, head_end), relative to the shard) from
+  /// the section's verified bytes into the sink. kCorrupt when sizes do not fit or scales are not finite; then some
+  /// rows may have been written already, and the caller cleans the pages. Never reads outside payload.
+  virtual Status decode(const ShardShape& shape, const SectionExtent& extent, std::span<const std::byte> payload,
+                        TokenRange tokens, std::uint32_t head_begin, std::uint32_t head_end, RowSink& sink) const = 0;
+};
+
+/// The codec chain that a spec names, or a sentence that says what is wrong with it and what there is.
+/// Equal specs give codecs that produce and read the same bytes.
+Result<std::shared_ptr<const Codec>> make_codec(std::string_view spec);
+/// Names of the steps that make_codec() knows, for error messages and --help.
+std::vector<std::string> codec_names();
+
+}  // namespace kvern

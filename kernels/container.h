@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/keys.h"
+#include "base/status.h"
+#include "kernels/codec.h"
+#include "kernels/kv_shape.h"
+
+namespace kvern {
+
+/// The container format (docs/format.md): header, codec chain, block hashes, section table, sections aligned to 64
+/// bytes; little-endian, versioned, every section under XXH3-64, the header (with all tables) under one more.
+
+/// What a container says of itself. Everything here is covered by the header checksum.
+struct ContainerInfo {
+  ChunkKey key;
+  ShardShape shape;
+  std::uint32_t block_tokens = 0;        ///< tokens per block; blocks * block_tokens == shape.tokens
+  std::uint32_t group_layers = 0;        ///< layers of the whole group, over all ranks
+  std::uint32_t model_heads = 0;         ///< KV heads of the whole model, over all ranks
+  std::uint64_t position = 0;            ///< position of the chunk's first token in the prompt
+  std::vector<BlockHash> block_hashes;   ///< one per block, the last is key.last_block
+  std::string codec_spec;                ///< canonical
+  std::uint32_t lossy_generations = 0;   ///< how many lossy encodings lie behind these bytes
+};
+
+struct SectionInfo {
+  SectionExtent extent;
+  std::uint64_t offset = 0;  ///< from the start of the container, multiple of 64
+  std::uint64_t bytes = 0;
+  std::uint64_t checksum = 0;
+};
+
+/// Upper bound of the container's size for this codec, shape and number of blocks.
+std::size_t container_max_bytes(const Codec& codec, const ContainerInfo& info);
+
+/// Checksums of the canonical input, one per plane in the order layer, part, head: what the writer saw while gathering.
+std::size_t plane_count(const ShardShape& shape);
+
+/// Encodes a shard from the canonical layout into out and returns the container's size. Each plane of the input is
+/// verified against plane_checksums (empty: not verified) in the pass that encodes it; kCorrupt when one differs, so
+/// that a writer which scribbles over its staging cannot store torn bytes under a good checksum.
+/// Single-threaded: the caller parallelises over chunks.
+Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& info,
+                                     std::span<const std::byte> canonical,
+                                     std::span<const std::uint64_t> plane_checksums, std::span<std::byte> out);
+
+/// A parsed container over memory that it does not own. Parsing checks the header checksum and all sizes and offsets;
+/// sections are verified when they are decoded. Bad bytes give kCorrupt, a newer version kRefused ("… written by a newer
+/// Kvern …"). Safe on any input.
+class ContainerReader {
+ public:
+  static Result<ContainerReader> parse(std::span<const std::byte> bytes);
+
+  const ContainerInfo& info() const { return info_; }
+  const Codec& codec() const { return *codec_; }
+  std::span<const SectionInfo> sections() const { return sections_; }
+  std::size_t size_bytes() const { return size_bytes_; }
+
+  /// Verifies and decodes, section by section, the planes of layers [layer_begin, layer_end) and heads
+  /// [head_begin, head_end) — numbered as in the model, intersected with what this shard holds — for the tokens.
+  /// kCorrupt names the section. The sink gets rows of verified sections only.
+  Status decode(std::uint32_t layer_begin, std::uint32_t layer_end, std::uint32_t head_begin, std::uint32_t head_end,
+                TokenRange tokens, RowSink& sink) const;
+  /// Verifies every section without decoding.
+  Status verify() const;
+
+ private:
+  std::span<const std::byte> bytes_;
+  ContainerInfo info_;
+  std::shared_ptr<const Codec> codec_;
+  std::vector<SectionInfo> sections_;
+  std::size_t size_bytes_ = 0;
+};
+
+}  // namespace kvern

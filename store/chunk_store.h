@@ -1,0 +1,140 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "base/block_index.h"
+#include "base/clock.h"
+#include "base/keys.h"
+#include "base/status.h"
+#include "kernels/container.h"
+#include "store/eviction_policy.h"
+#include "store/slab.h"
+
+namespace kvern {
+
+/// The DRAM tier: containers in a slab, found through the shared block index.
+///
+/// One logical chunk holds the containers of all its shards (ranks). It is published in the index when the stored
+/// shards cover every (layer, head) of the group, and is evicted as a whole. Containers are immutable; manifest last: a
+/// chunk becomes findable only after all its bytes are in place.
+///
+/// Thread-safe. The lock is held for bookkeeping only, never while bytes are copied or encoded.
+
+struct ChunkStoreConfig {
+  std::uint64_t slab_bytes = 0;
+  std::uint32_t chunk_capacity = 1U << 16;
+  std::uint32_t index_slots = 1U << 20;
+  std::uint64_t generation = 1;
+  /// Chunks of which some shards never came are dropped after this long without a new shard.
+  std::int64_t incomplete_ttl_ns = 60'000'000'000;
+  Status validate() const;
+};
+
+/// Where one shard's container lies.
+struct StoredShard {
+  Extent extent;
+  std::uint32_t layer_begin = 0, layers = 0, head_begin = 0, heads = 0;
+};
+
+/// A chunk that is pinned: it is neither evicted nor freed until unpin(pin).
+struct PinnedChunk {
+  std::uint64_t pin = 0;  ///< handle for unpin()
+  std::uint32_t chunk = 0;
+  std::uint32_t tokens = 0;
+  std::vector<StoredShard> shards;
+};
+
+/// Room for one container that is being written. Abandoned by abort() or turned into a shard by publish().
+struct WriteTicket {
+  std::uint64_t id = 0;
+  Extent extent;
+};
+
+struct ChunkStoreStats {
+  std::uint64_t capacity_bytes = 0, used_bytes = 0, pinned_chunks = 0, chunks = 0, incomplete_chunks = 0;
+  std::uint64_t raw_bytes = 0, encoded_bytes = 0;  ///< of what is stored now
+  std::uint64_t evicted_chunks = 0, evicted_bytes = 0, superseded_chunks = 0, quarantined_chunks = 0;
+  std::uint64_t index_slots_used = 0;
+};
+
+enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
+
+class ChunkStore {
+ public:
+  /// Fills the set with the numbers of chunks that sessions claim at this moment (hazard slots). Called with the store's
+  /// lock held, after begin_retire() of the candidates; must not call back.
+  using HazardProbe = std::function<void(std::unordered_set<std::uint32_t>& claimed)>;
+  /// Called, without the lock, for every chunk that left the index (for KV events). reason: "evicted", "superseded",
+  /// "quarantined", "flushed".
+  using RemovalListener =
+      std::function<void(const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason)>;
+
+  /// slab_memory and index_memory are owned by the caller and outlive the store. Throws std::invalid_argument when a
+  /// size does not fit.
+  ChunkStore(const ChunkStoreConfig& config, std::span<std::byte> slab_memory, std::span<std::byte> index_memory,
+             std::unique_ptr<EvictionPolicy> policy, HazardProbe hazards, const Clock& clock);
+  ~ChunkStore();
+
+  /// De-duplication, before anything is reserved. With a shard's layer and head range: kStored when that range is there
+  /// already, kInFlight when somebody else has a ticket for that very key and range.
+  Presence presence(const ChunkKey& key, const ShardShape& shard) const;
+
+  /// Room for a container of at most max_bytes; evicts when needed. kBusy when everything that could go is pinned or
+  /// claimed, kRefused when max_bytes is larger than the slab could ever hold, kNotFound never. Fails with kBusy
+  /// ("in flight") when the same key and range is being written.
+  Result<WriteTicket> begin_write(const ContainerInfo& info, std::size_t max_bytes);
+  /// The writable bytes of a ticket.
+  std::span<std::byte> bytes(const WriteTicket& ticket);
+  /// The container of container_bytes is complete in the ticket's bytes: shrink, add the shard, and publish the chunk
+  /// when it is complete. A longer chunk of the same grid cell takes over the block hashes of a shorter one, which is
+  /// dropped once nobody holds it. Returns true when the chunk is complete (readable by others) now.
+  Result<bool> publish(const WriteTicket& ticket, const ContainerInfo& info, std::size_t container_bytes);
+  void abort(const WriteTicket& ticket);
+
+  /// How many leading blocks of the prompt are stored: blocks[i] is the hash of block i. Touches what it finds.
+  /// For remote clients and tools; local clients read the index themselves.
+  std::size_t match(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks);
+
+  /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin.
+  Result<PinnedChunk> pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block);
+  void unpin(std::uint64_t pin);
+  /// Read access to a shard of a pinned chunk.
+  std::span<const std::byte> bytes(const StoredShard& shard) const;
+
+  /// Takes a chunk out of the index for good after a checksum failed; its bytes are freed once nobody holds it.
+  void quarantine(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block);
+  /// Drops everything of a namespace (all namespaces: nullopt) that is not pinned or claimed; returns (chunks, bytes).
+  std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id);
+  /// Frees incomplete chunks past their TTL and chunks whose drop had to wait. Called now and then by the service.
+  void sweep();
+
+  void set_removal_listener(RemovalListener listener);
+  ChunkStoreStats stats() const;
+  /// Keys of all complete chunks with their block hashes (the snapshot for KV events, kvernctl inspect).
+  struct ChunkSummary {
+    ChunkKey key;
+    std::vector<BlockHash> blocks;
+    std::uint32_t tokens = 0;
+    std::uint64_t encoded_bytes = 0, raw_bytes = 0;
+    std::string codec_spec;
+    std::uint32_t shards = 0;
+  };
+  std::vector<ChunkSummary> snapshot(const std::optional<NamespaceId>& namespace_id, std::size_t limit) const;
+  std::optional<ChunkSummary> describe(const NamespaceId& namespace_id, std::uint16_t group,
+                                       const BlockHash& block) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kvern
