@@ -25,9 +25,9 @@ namespace kvern {
 /// A chunk number is reused only after finish_retire(), with a new version.
 
 struct BlockIndexHit {
-  std::uint32_t chunk = 0;          ///< number of the chunk in the chunk table
-  std::uint32_t version = 0;        ///< even; the chunk's version when it was seen
-  std::uint16_t block_in_chunk = 0; ///< which block of the chunk, from 0
+  std::uint32_t chunk = 0;           ///< number of the chunk in the chunk table
+  std::uint32_t version = 0;         ///< even; the chunk's version when it was seen
+  std::uint16_t block_in_chunk = 0;  ///< which block of the chunk, from 0
 };
 
 struct BlockIndexConfig {

@@ -12,20 +12,27 @@ enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kOp
 
 constexpr std::size_t dtype_bytes(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return 4;
+    case DType::kFloat32:
+      return 4;
     case DType::kFloat16:
-    case DType::kBFloat16: return 2;
-    case DType::kOpaqueBytes: return 1;
+    case DType::kBFloat16:
+      return 2;
+    case DType::kOpaqueBytes:
+      return 1;
   }
   return 0;
 }
 
 constexpr std::string_view dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat16: return "float16";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kOpaqueBytes: return "opaque";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kOpaqueBytes:
+      return "opaque";
   }
   return "unknown";
 }

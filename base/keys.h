@@ -59,7 +59,8 @@ struct ChunkKey {
 
 /// 64-bit name of one block in the shared index: XXH3-64 over (namespace, group, hash). Never 0 or 1, which the index
 /// uses for "empty" and "deleted". Equal fingerprints are a hint; full hashes are compared before bytes are used.
-std::uint64_t block_fingerprint(const NamespaceId& namespace_id, std::uint16_t group, std::span<const std::uint8_t> hash);
+std::uint64_t block_fingerprint(const NamespaceId& namespace_id, std::uint16_t group,
+                                std::span<const std::uint8_t> hash);
 
 /// XXH3-64 of bytes, seed 0: the checksum of sections, headers and frames.
 std::uint64_t checksum64(std::span<const std::uint8_t> bytes);

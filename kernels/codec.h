@@ -34,8 +34,8 @@ struct SectionPlan {
 class RowSink {
  public:
   virtual ~RowSink() = default;
-  /// rows: count rows of the shard's dtype, row-major without gaps, tokens token .. token+count-1 of the chunk. Layer and
-  /// head are relative to the shard. The sink copies (and transposes, packs …) before it returns.
+  /// rows: count rows of the shard's dtype, row-major without gaps, tokens token .. token+count-1 of the chunk. Layer
+  /// and head are relative to the shard. The sink copies (and transposes, packs …) before it returns.
   virtual void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
                      const std::byte* rows) = 0;
   /// Rows per call that suit the sink (a page, say): decoders cut their output there. 0: no preference.

@@ -22,13 +22,13 @@ namespace kvern {
 struct ContainerInfo {
   ChunkKey key;
   ShardShape shape;
-  std::uint32_t block_tokens = 0;        ///< tokens per block; blocks * block_tokens == shape.tokens
-  std::uint32_t group_layers = 0;        ///< layers of the whole group, over all ranks
-  std::uint32_t model_heads = 0;         ///< KV heads of the whole model, over all ranks
-  std::uint64_t position = 0;            ///< position of the chunk's first token in the prompt
-  std::vector<BlockHash> block_hashes;   ///< one per block, the last is key.last_block
-  std::string codec_spec;                ///< canonical
-  std::uint32_t lossy_generations = 0;   ///< how many lossy encodings lie behind these bytes
+  std::uint32_t block_tokens = 0;       ///< tokens per block; blocks * block_tokens == shape.tokens
+  std::uint32_t group_layers = 0;       ///< layers of the whole group, over all ranks
+  std::uint32_t model_heads = 0;        ///< KV heads of the whole model, over all ranks
+  std::uint64_t position = 0;           ///< position of the chunk's first token in the prompt
+  std::vector<BlockHash> block_hashes;  ///< one per block, the last is key.last_block
+  std::string codec_spec;               ///< canonical
+  std::uint32_t lossy_generations = 0;  ///< how many lossy encodings lie behind these bytes
 };
 
 struct SectionInfo {
@@ -53,8 +53,8 @@ Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& in
                                      std::span<const std::uint64_t> plane_checksums, std::span<std::byte> out);
 
 /// A parsed container over memory that it does not own. Parsing checks the header checksum and all sizes and offsets;
-/// sections are verified when they are decoded. Bad bytes give kCorrupt, a newer version kRefused ("… written by a newer
-/// Kvern …"). Safe on any input.
+/// sections are verified when they are decoded. Bad bytes give kCorrupt, a newer version kRefused ("… written by a
+/// newer Kvern …"). Safe on any input.
 class ContainerReader {
  public:
   static Result<ContainerReader> parse(std::span<const std::byte> bytes);

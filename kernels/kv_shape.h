@@ -25,16 +25,15 @@ struct ShardShape {
 
   bool operator==(const ShardShape&) const = default;
 
-  std::size_t row_bytes(Part part) const {
-    return (part == Part::kKey ? key_dim : value_dim) * dtype_bytes(dtype);
-  }
+  std::size_t row_bytes(Part part) const { return (part == Part::kKey ? key_dim : value_dim) * dtype_bytes(dtype); }
   /// Bytes of one (layer, part, head): the unit that sections cover.
   std::size_t plane_bytes(Part part) const { return tokens * row_bytes(part); }
   std::size_t layer_bytes() const { return heads * (plane_bytes(Part::kKey) + plane_bytes(Part::kValue)); }
   std::size_t raw_bytes() const { return layers * layer_bytes(); }
   /// Where a plane begins in the canonical layout. Indices are relative to layer_begin and head_begin.
   std::size_t plane_offset(std::uint32_t layer, Part part, std::uint32_t head) const {
-    return layer * layer_bytes() + (part == Part::kKey ? 0 : heads * plane_bytes(Part::kKey)) + head * plane_bytes(part);
+    return layer * layer_bytes() + (part == Part::kKey ? 0 : heads * plane_bytes(Part::kKey)) +
+           head * plane_bytes(part);
   }
 };
 

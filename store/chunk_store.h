@@ -70,8 +70,8 @@ enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
 
 class ChunkStore {
  public:
-  /// Fills the set with the numbers of chunks that sessions claim at this moment (hazard slots). Called with the store's
-  /// lock held, after begin_retire() of the candidates; must not call back.
+  /// Fills the set with the numbers of chunks that sessions claim at this moment (hazard slots). Called with the
+  /// store's lock held, after begin_retire() of the candidates; must not call back.
   using HazardProbe = std::function<void(std::unordered_set<std::uint32_t>& claimed)>;
   /// Called, without the lock, for every chunk that left the index (for KV events). reason: "evicted", "superseded",
   /// "quarantined", "flushed".

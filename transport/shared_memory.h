@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+#include "base/status.h"
+
+namespace kvern {
+
+/// A file descriptor that closes itself. Move-only.
+class UniqueFd {
+ public:
+  UniqueFd() = default;
+  explicit UniqueFd(int fd) : fd_(fd) {}
+  UniqueFd(UniqueFd&& other) noexcept : fd_(other.release()) {}
+  UniqueFd& operator=(UniqueFd&& other) noexcept;
+  ~UniqueFd();
+  int get() const { return fd_; }
+  int release();
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_ = -1;
+};
+
+/// A file in tmpfs (named, or an anonymous memfd) and its mapping in this process. Move-only; unmaps on destruction;
+/// the creator of a named one also unlinks it. Huge pages are asked for (madvise) and not required.
+class SharedMemory {
+ public:
+  SharedMemory() = default;
+  SharedMemory(SharedMemory&&) noexcept;
+  SharedMemory& operator=(SharedMemory&&) noexcept;
+  ~SharedMemory();
+
+  /// A new named file of the size, mapped read-write, mode 0600. An old file of that name is unlinked first (its
+  /// mappings elsewhere keep their bytes). Space is reserved (fallocate), so that a full tmpfs is an error here
+  /// ("/dev/shm has 64 MiB free, 1 GiB are needed: …") and not a SIGBUS later.
+  static Result<SharedMemory> create_named(const std::string& path, std::size_t bytes);
+  /// An anonymous sealed memfd (F_SEAL_SHRINK|F_SEAL_GROW), mapped read-write.
+  static Result<SharedMemory> create_anonymous(const std::string& name, std::size_t bytes);
+  /// Maps a descriptor that somebody handed over. Checks that the file is at least that large, and (for memfd) sealed
+  /// against shrinking or owned by the daemon. Takes the descriptor.
+  static Result<SharedMemory> map(UniqueFd fd, std::size_t bytes, bool writable);
+
+  std::span<std::byte> bytes() const { return {data_, size_}; }
+  int fd() const { return fd_.get(); }
+  /// A second descriptor of the same file that only allows reading (reopened through /proc/self/fd): for handing out.
+  Result<UniqueFd> read_only_fd() const;
+
+ private:
+  UniqueFd fd_;
+  std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+  std::string unlink_path_;
+};
+
+}  // namespace kvern
