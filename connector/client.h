@@ -1,0 +1,94 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/block_index.h"
+#include "base/keys.h"
+#include "base/status.h"
+#include "transport/channel.h"
+#include "transport/control.h"
+#include "transport/data_plane.h"
+#include "transport/session_segment.h"
+
+namespace kvern {
+
+struct ClientConfig {
+  std::string address;              ///< "unix:///run/kvern/kvernd.sock" or "tcp://host:7070"
+  std::string data_plane = "auto";  ///< auto | shm | ucx
+  std::string server_key_file;      ///< public CURVE key of the daemon (TCP)
+  std::string client_key_file;      ///< own CURVE key pair (TCP), as `kvernctl keygen` writes it
+  bool insecure = false;            ///< TCP without CURVE
+  std::string client_name;          ///< for logs and `kvernctl status`
+  bool scheduler = false;           ///< role in the handshake: scheduler, otherwise worker
+  std::uint64_t staging_bytes = 256U << 20;
+  std::uint32_t connect_timeout_ms = 2000;
+  std::uint32_t call_timeout_ms = 10'000;
+  std::uint32_t backoff_min_ms = 100;
+  std::uint32_t backoff_max_ms = 5000;
+  Status validate() const;
+};
+
+/// A namespace as the client knows it: the facts, and how its chunks are cut.
+struct NamespaceSpec {
+  std::map<std::string, std::string> fields;  ///< sent to the daemon; see service/namespaces.h for the required names
+};
+
+/// One admitted session: all that is needed to talk to the daemon until it, or the daemon, ends. Immutable after set-up
+/// and shared by those who use it; thread-safe.
+struct Session {
+  std::uint64_t session_id = 0;
+  std::uint64_t epoch = 0;
+  std::uint64_t number = 0;  ///< counts sessions of this client: 1 for the first
+  bool local = false;
+  std::unique_ptr<Channel> channel;
+  std::unique_ptr<DataPlane> data_plane;
+  std::shared_ptr<ControlClient> control;
+  std::string token;
+  // Local sessions only:
+  std::optional<BlockIndexReader> index;
+  std::optional<SegmentView> segment;
+  std::unique_ptr<HazardSlots> hazards;
+  /// nullopt for a namespace that the daemon refused (the reason is in refusals).
+  std::vector<std::optional<NamespaceId>> namespace_ids;  ///< by handle
+  std::vector<std::string> codec_specs;                   ///< by handle: the daemon's choice
+  std::vector<std::string> refusals;                      ///< by handle
+  std::shared_ptr<void> resources;                        ///< mappings and descriptors; destroyed last
+
+  /// True while leases and claims of this session mean something: read it after decoding, before reporting success.
+  bool alive() const;
+};
+
+enum class ClientState { kConnecting, kReady, kRefused, kClosed };
+
+/// A connection that heals itself. A thread connects, registers the namespaces, sends heartbeats, notices the daemon's
+/// death (end of the admission connection) and comes back with back-off. Nothing here blocks the caller.
+class Client {
+ public:
+  /// Throws std::invalid_argument when the configuration does not validate.
+  explicit Client(ClientConfig config);
+  ~Client();
+
+  /// Registers a namespace now and after each reconnect; returns its handle. Thread-safe, does not wait.
+  int add_namespace(NamespaceSpec spec);
+  /// The live session, or nullptr. Holding it keeps its memory mapped, not the daemon alive.
+  std::shared_ptr<Session> session() const;
+  ClientState state() const;
+  /// Why it is not ready, in a sentence; empty when it is.
+  std::string problem() const;
+  /// Waits for a first session; for tools and tests, never for engine callbacks.
+  bool wait_ready(std::uint32_t timeout_ms) const;
+  /// Sessions so far: the caller that sees a new number takes a snapshot.
+  std::uint64_t session_count() const;
+  const ClientConfig& config() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kvern

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/keys.h"
+#include "connector/client.h"
+
+namespace kvern {
+
+/// One KV-cache group of the model, as far as look-ups are concerned.
+struct GroupWindow {
+  std::uint16_t group = 0;
+  std::uint32_t window_tokens = 0;  ///< 0: full attention; otherwise the sliding window
+};
+
+struct MatcherConfig {
+  std::uint32_t block_tokens = 0;
+  std::uint32_t chunk_blocks = 1;  ///< blocks per grid cell
+  std::vector<GroupWindow> groups;
+  std::uint32_t remote_deadline_ms = 50;  ///< a remote answer that is later than this counts as 0
+  Status validate() const;
+};
+
+/// Answers "how many leading tokens of this prompt are stored", and claims them. Local: in microseconds from shared
+/// memory, every found chunk published in a hazard slot and re-checked before the answer. Remote: starts a question and
+/// says "not known yet" until the answer or the deadline. Never blocks. Thread-safe.
+class PrefixMatcher {
+ public:
+  PrefixMatcher(std::shared_ptr<Client> client, MatcherConfig config);
+  ~PrefixMatcher();
+
+  struct Answer {
+    bool known = true;         ///< false: ask again
+    std::uint32_t tokens = 0;  ///< leading tokens that can be restored, a multiple of block_tokens; 0: a miss
+    std::string reason;        ///< for a miss or a cut: "no daemon", "not stored", "window not stored", …
+  };
+
+  /// request: caller's id; the claim made under it stands until release(request) and is replaced by a further call.
+  /// hashes: all block hashes of the prompt in order, hash_bytes each. local_tokens: the engine has them (no claim
+  /// below). max_tokens: cut the answer there. Rule for several groups: T tokens hit when each full-attention group has
+  /// all blocks up to T, and each sliding group those from floor(max(0, T - window + 1) / block) on. With a prompt that
+  /// ends at T exactly, windows must also cover token T-1's own window (vLLM recomputes the last token):
+  /// needs_last_window.
+  Answer match(const std::string& request, int namespace_handle, std::string_view hashes, std::uint32_t hash_bytes,
+               std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens);
+  void release(const std::string& request);
+  /// Claims that stand now (for leak checks and metrics).
+  std::size_t claims() const;
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace kvern
