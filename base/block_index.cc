@@ -17,8 +17,9 @@ constexpr std::size_t kLineBytes = 64;
 // A fingerprint lies at most this many slots after its home. In a table that is 3/4 full, runs longer than this have a
 // probability below 1e-8; the bound keeps look-ups short whatever fingerprints a client makes up.
 constexpr std::size_t kMaxProbe = 512;
-// How often a look-up that the writer disturbed starts again before it counts as a miss.
-constexpr int kMaxRetries = 16;
+// How often a look-up that the writer disturbs starts over before it counts as a miss. One disturbance needs an entry
+// to move past the probe within some 50 ns.
+constexpr int kMaxAttempts = 16;
 // Look-ups whose slots are fetched ahead: enough to cover a memory access of 100 ns at some 10 ns per look-up.
 constexpr std::size_t kPrefetchDistance = 16;
 
@@ -35,37 +36,33 @@ struct Header {
   std::uint32_t slot_count;
   std::uint32_t reserved;
   std::uint64_t generation;
-  // Odd while an occupied slot is being moved or pointed elsewhere, so that a look-up that came by at that moment and
-  // found nothing knows that it must look again. On a line of its own, since the writer changes it often.
-  alignas(kLineBytes) Word changes;
+  // Counts entries that were moved. A look-up that came by while an entry moved may have missed it at both places; it
+  // sees the count changed and looks again. On a line of its own, since the writer changes it often.
+  alignas(kLineBytes) Word moves;
 };
 static_assert(sizeof(Header) <= kHeaderBytes);
 
-// An empty slot is (0, 0). Otherwise the second word says where the block is, and the first is the fingerprint XOR the
-// second: two words that do not belong together yield some other fingerprint, so that a torn read is a miss.
+// key is the fingerprint, 0 in an empty slot; place says where the block is, 0 while the slot changes its key. The
+// writer sets place to 0 before it changes key and writes the new place after it, so that a reader that sees the same
+// key and place around other loads has seen one entry. Pointing an entry elsewhere is one store to place.
 struct Slot {
   Word key;
   Word place;
 };
 static_assert(sizeof(Slot) == 16);
 
-struct SlotValue {
-  std::uint64_t key = 0;
-  std::uint64_t place = 0;
-  bool empty() const { return key == 0 && place == 0; }
-  std::uint64_t fingerprint() const { return key ^ place; }
-  std::uint32_t chunk() const { return static_cast<std::uint32_t>(place); }
-  std::uint16_t block() const { return static_cast<std::uint16_t>(place >> 32); }
-};
+constexpr std::uint64_t kNoPlace = 0;
+constexpr std::uint64_t kNoFingerprint = 0;
 
-std::uint64_t place_of(std::uint32_t chunk, std::uint16_t block) { return chunk | std::uint64_t{block} << 32; }
-
-SlotValue load(const Slot& slot) {
-  return {slot.key.load(std::memory_order_acquire), slot.place.load(std::memory_order_acquire)};
+std::uint64_t place_of(std::uint32_t chunk, std::uint16_t block) {
+  return (std::uint64_t{chunk} + 1) | std::uint64_t{block} << 48;
 }
+std::uint64_t chunk_of(std::uint64_t place) { return (place & 0xffff'ffff'ffffULL) - 1; }
+std::uint16_t block_of(std::uint64_t place) { return static_cast<std::uint16_t>(place >> 48); }
 
-void store(Slot& slot, std::uint64_t fingerprint, std::uint64_t place) {
-  slot.key.store(fingerprint ^ place, std::memory_order_release);
+void overwrite(Slot& slot, std::uint64_t fingerprint, std::uint64_t place) {
+  slot.place.store(kNoPlace, std::memory_order_release);
+  slot.key.store(fingerprint, std::memory_order_release);
   slot.place.store(place, std::memory_order_release);
 }
 
@@ -103,17 +100,25 @@ SameConst<Byte, Slot>* slots_at(Byte* base, std::uint32_t chunk_capacity) {
 
 constexpr bool is_live_version(std::uint32_t version) { return version % 2 == 0; }
 
-// Where the fingerprint lies, or slot_count when it is nowhere.
-std::size_t probe(const Slot* slots, std::uint32_t slot_count, std::uint64_t fingerprint, SlotValue& value) {
+struct Found {
+  std::size_t at = 0;
+  std::uint64_t place = kNoPlace;  // kNoPlace: nowhere
+};
+
+Found probe(const Slot* slots, std::uint32_t slot_count, std::uint64_t fingerprint) {
   const std::size_t mask = slot_count - 1;
   std::size_t at = fingerprint & mask;
   for (std::size_t step = 0, end = std::min<std::size_t>(kMaxProbe, slot_count); step < end; ++step) {
-    value = load(slots[at]);
-    if (value.empty()) break;
-    if (value.fingerprint() == fingerprint) return at;
+    const std::uint64_t key = slots[at].key.load(std::memory_order_acquire);
+    if (key == kNoFingerprint) break;
+    if (key == fingerprint) {
+      // Without a place the entry is being moved here: it is still whole further along.
+      const std::uint64_t place = slots[at].place.load(std::memory_order_acquire);
+      if (place != kNoPlace) return {at, place};
+    }
     at = (at + 1) & mask;
   }
-  return slot_count;
+  return {};
 }
 
 }  // namespace
@@ -140,25 +145,28 @@ std::optional<BlockIndexReader> BlockIndexReader::attach(std::span<const std::by
 }
 
 std::optional<BlockIndexHit> BlockIndexReader::find(std::uint64_t fingerprint) const {
-  const Word& changes = header_at(base_).changes;
+  const Word& moves = header_at(base_).moves;
   const Slot* slots = slots_at(base_, chunk_capacity_);
   const Version* versions = versions_at(base_);
-  for (int attempt = 0; attempt < kMaxRetries; ++attempt) {
-    const std::uint64_t before = changes.load(std::memory_order_acquire);
-    SlotValue value;
-    const std::size_t at = probe(slots, slot_count_, fingerprint, value);
-    if (at == slot_count_) {
-      if (before % 2 == 0 && changes.load(std::memory_order_acquire) == before) return std::nullopt;
+  for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
+    const std::uint64_t moves_before = moves.load(std::memory_order_acquire);
+    const Found found = probe(slots, slot_count_, fingerprint);
+    if (found.place == kNoPlace) {
+      if (moves.load(std::memory_order_acquire) == moves_before) return std::nullopt;
       continue;
     }
-    if (value.chunk() >= chunk_capacity_) return std::nullopt;
-    const std::uint32_t version = versions[value.chunk()].load(std::memory_order_acquire);
-    // Read again: when the slot still says the same, the version is one of the chunk that the slot means, not of
-    // another that took over its number in between.
-    const SlotValue again = load(slots[at]);
-    if (again.key != value.key || again.place != value.place) continue;
+    const std::uint64_t chunk = chunk_of(found.place);
+    if (chunk >= chunk_capacity_) return std::nullopt;
+    const std::uint32_t version = versions[chunk].load(std::memory_order_acquire);
+    // Read again: when the slot still says the same, the place is this fingerprint's, and the version is one of the
+    // chunk that it means, not of another that took over the number in between.
+    const Slot& slot = slots[found.at];
+    if (slot.key.load(std::memory_order_acquire) != fingerprint ||
+        slot.place.load(std::memory_order_acquire) != found.place) {
+      continue;
+    }
     if (!is_live_version(version)) return std::nullopt;
-    return BlockIndexHit{value.chunk(), version, value.block()};
+    return BlockIndexHit{static_cast<std::uint32_t>(chunk), version, block_of(found.place)};
   }
   return std::nullopt;
 }
@@ -203,7 +211,7 @@ BlockIndexWriter::BlockIndexWriter(std::span<std::byte> memory, const BlockIndex
   header.slot_count = slot_count_;
   header.reserved = 0;
   header.generation = config.generation;
-  header.changes.store(0);
+  header.moves.store(0);
   Version* versions = versions_at(base_);
   for (std::uint32_t i = 0; i < chunk_capacity_; ++i) versions[i].store(1, std::memory_order_relaxed);
   Slot* slots = slots_at(base_, chunk_capacity_);
@@ -214,33 +222,19 @@ BlockIndexWriter::BlockIndexWriter(std::span<std::byte> memory, const BlockIndex
   header.magic.store(kMagic, std::memory_order_release);
 }
 
-void BlockIndexWriter::begin_change() {
-  Word& changes = header_at(base_).changes;
-  changes.store(changes.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-}
-
-void BlockIndexWriter::end_change() {
-  Word& changes = header_at(base_).changes;
-  changes.store(changes.load(std::memory_order_relaxed) + 1, std::memory_order_release);
-}
-
 bool BlockIndexWriter::put(std::uint64_t fingerprint, std::uint32_t chunk, std::uint16_t block_in_chunk) {
   Slot* slots = slots_at(base_, chunk_capacity_);
   const std::uint64_t place = place_of(chunk, block_in_chunk);
-  SlotValue value;
-  const std::size_t found = probe(slots, slot_count_, fingerprint, value);
-  if (found < slot_count_) {
-    begin_change();
-    store(slots[found], fingerprint, place);
-    end_change();
+  if (const Found found = probe(slots, slot_count_, fingerprint); found.place != kNoPlace) {
+    slots[found.at].place.store(place, std::memory_order_release);
     return true;
   }
   if (used_slots_ >= slot_limit()) return false;
   const std::size_t mask = slot_count_ - 1;
   std::size_t at = fingerprint & mask;
   for (std::size_t step = 0, end = std::min<std::size_t>(kMaxProbe, slot_count_); step < end; ++step) {
-    if (load(slots[at]).empty()) {
-      store(slots[at], fingerprint, place);
+    if (slots[at].key.load(std::memory_order_relaxed) == kNoFingerprint) {
+      overwrite(slots[at], fingerprint, place);
       ++used_slots_;
       return true;
     }
@@ -251,32 +245,32 @@ bool BlockIndexWriter::put(std::uint64_t fingerprint, std::uint32_t chunk, std::
 
 bool BlockIndexWriter::erase(std::uint64_t fingerprint, std::uint32_t chunk) {
   Slot* slots = slots_at(base_, chunk_capacity_);
-  SlotValue value;
-  std::size_t hole = probe(slots, slot_count_, fingerprint, value);
-  if (hole == slot_count_ || value.chunk() != chunk) return false;
-  // No tombstones: what follows in the run moves up, so that runs never grow longer than their live entries make them.
+  const Found found = probe(slots, slot_count_, fingerprint);
+  if (found.place == kNoPlace || chunk_of(found.place) != chunk) return false;
+  // No tombstones: what follows in the run moves up, so that runs are never longer than their live entries make them.
+  // An entry is complete at its new place, and the move counted, before its old place is overwritten.
+  Word& moves = header_at(base_).moves;
   const std::size_t mask = slot_count_ - 1;
-  begin_change();
+  std::size_t hole = found.at;
   for (std::size_t at = (hole + 1) & mask;; at = (at + 1) & mask) {
-    const SlotValue next = load(slots[at]);
-    if (next.empty()) break;
-    const std::size_t home = next.fingerprint() & mask;
-    const bool reaches_hole = ((at - home) & mask) >= ((at - hole) & mask);
-    if (!reaches_hole) continue;
-    store(slots[hole], next.fingerprint(), next.place);
+    const std::uint64_t key = slots[at].key.load(std::memory_order_relaxed);
+    if (key == kNoFingerprint) break;
+    const bool may_move = ((at - (key & mask)) & mask) >= ((at - hole) & mask);  // its home is not after the hole
+    if (!may_move) continue;
+    overwrite(slots[hole], key, slots[at].place.load(std::memory_order_relaxed));
+    moves.store(moves.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     hole = at;
   }
-  slots[hole].key.store(0, std::memory_order_release);
-  slots[hole].place.store(0, std::memory_order_release);
-  end_change();
+  overwrite(slots[hole], kNoFingerprint, kNoPlace);
   --used_slots_;
   return true;
 }
 
 std::optional<BlockIndexHit> BlockIndexWriter::find(std::uint64_t fingerprint) const {
-  SlotValue value;
-  if (probe(slots_at(base_, chunk_capacity_), slot_count_, fingerprint, value) == slot_count_) return std::nullopt;
-  return BlockIndexHit{value.chunk(), versions_at(base_)[value.chunk()].load(std::memory_order_relaxed), value.block()};
+  const Found found = probe(slots_at(base_, chunk_capacity_), slot_count_, fingerprint);
+  if (found.place == kNoPlace) return std::nullopt;
+  const auto chunk = static_cast<std::uint32_t>(chunk_of(found.place));
+  return BlockIndexHit{chunk, versions_at(base_)[chunk].load(std::memory_order_relaxed), block_of(found.place)};
 }
 
 // Versions: even is live, odd is not. A life goes 2k (live), 2k+1 (dying), 2k+3 (free), 2k+4 (live again).

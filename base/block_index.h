@@ -91,9 +91,6 @@ class BlockIndexWriter {
   BlockIndexReader reader() const;
 
  private:
-  void begin_change();
-  void end_change();
-
   std::byte* base_ = nullptr;
   std::uint32_t chunk_capacity_ = 0;
   std::uint32_t slot_count_ = 0;
