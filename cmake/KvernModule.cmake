@@ -6,6 +6,7 @@ set(KVERN_ARROWS_transport base)
 set(KVERN_ARROWS_store base kernels)
 set(KVERN_ARROWS_service base kernels transport store)
 set(KVERN_ARROWS_connector base kernels transport)
+set(KVERN_ARROWS_kvernctl base kernels transport connector)
 set(KVERN_ARROWS_python_shim base connector)
 
 add_library(kvern_warnings INTERFACE)

@@ -18,6 +18,9 @@ namespace kvern {
 /// The container format (docs/format.md): header, codec chain, block hashes, section table, sections aligned to 64
 /// bytes; little-endian, versioned, every section under XXH3-64, the header (with all tables) under one more.
 
+/// Newest container version, the one that is written. Every older one can be read.
+inline constexpr std::uint32_t kContainerVersion = 1;
+
 /// What a container says of itself. Everything here is covered by the header checksum.
 struct ContainerInfo {
   ChunkKey key;

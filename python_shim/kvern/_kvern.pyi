@@ -5,7 +5,8 @@ __version__: str
 PROTOCOL_VERSION: int
 
 class Client:
-    def __init__(self, address: str, *, scheduler: bool, client_name: str = "", data_plane: str = "auto",
+    def __init__(self, address: str, *, scheduler: bool, client_name: str = "",
+                 attributes: dict[str, str] = {}, data_plane: str = "auto",
                  server_key_file: str = "", client_key_file: str = "", insecure: bool = False,
                  staging_bytes: int = 256 << 20, connect_timeout_ms: int = 2000, call_timeout_ms: int = 10_000,
                  backoff_min_ms: int = 100, backoff_max_ms: int = 5000) -> None: ...

@@ -1,0 +1,85 @@
+// kvernctl: looks at, checks and tends a running kvernd.
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <iostream>
+#include <string>
+
+#include "kvernctl/commands.h"
+
+namespace {
+
+std::string default_address() {
+  if (const char* address = std::getenv("KVERN_ADDRESS")) return address;
+  if (const char* directory = std::getenv("XDG_RUNTIME_DIR"))
+    return std::string("unix://") + directory + "/kvernd.sock";
+  return "unix:///run/kvern/kvernd.sock";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Looks at, checks and tends a running kvernd."};
+  app.require_subcommand(1);
+  app.footer("Exit code: 0 good, 1 something is wrong (the output says what), 2 the command could not run.");
+
+  kvern::DaemonAddress address;
+  address.address = default_address();
+  app.add_option("--address", address.address, "unix:///path/to/kvernd.sock or tcp://host:port (also KVERN_ADDRESS)")
+      ->capture_default_str();
+  app.add_option("--server-key-file", address.server_key_file, "public CURVE key of the daemon, for tcp://");
+  app.add_option("--client-key-file", address.client_key_file, "own CURVE key pair, for tcp://");
+  app.add_flag("--insecure", address.insecure, "tcp:// without CURVE");
+  app.add_option("--timeout-ms", address.timeout_ms, "how long to wait for an answer")->capture_default_str();
+
+  bool json = false;
+  auto* status = app.add_subcommand("status", "sessions, tiers, namespaces and rates at this moment");
+  status->add_flag("--json", json, "the whole report as one JSON object");
+
+  std::string hash;
+  auto* explain = app.add_subcommand("explain", "why a block is found or not");
+  explain->add_option("hash", hash, "block hash in hexadecimal")->required();
+
+  std::string namespace_hex;
+  std::string file;
+  std::uint64_t limit = 100;
+  auto* inspect = app.add_subcommand("inspect", "what is stored, chunk by chunk; or what a container file holds");
+  inspect->add_option("--namespace", namespace_hex, "only this namespace (32 hexadecimal digits)");
+  inspect->add_option("--limit", limit, "at most so many chunks")->capture_default_str();
+  inspect->add_option("--file", file, "a file with one container");
+
+  auto* flush = app.add_subcommand("flush", "drops what is stored (chunks in use stay)");
+  auto* what = flush->add_option_group("what");
+  bool all = false;
+  what->add_option("--namespace", namespace_hex, "only this namespace");
+  what->add_flag("--all", all, "everything");
+  what->require_option(1);
+
+  std::string directory = ".";
+  std::string key_name = "kvern";
+  auto* keygen = app.add_subcommand("keygen", "makes a CURVE key pair for TCP");
+  keygen->add_option("--directory", directory, "where the two files go")->capture_default_str();
+  keygen->add_option("--name", key_name, "NAME.key (secret, mode 0600) and NAME.pub are written")
+      ->capture_default_str();
+
+  auto* doctor = app.add_subcommand("doctor", "checks the whole path, end to end, and says what is wrong");
+
+  kvern::BenchOptions bench_options;
+  auto* bench = app.add_subcommand("bench", "stores and loads through the running daemon, beside memcpy");
+  bench->add_option("--chunk-bytes", bench_options.chunk_bytes, "raw bytes of a chunk")->capture_default_str();
+  bench->add_option("--total-bytes", bench_options.total_bytes, "bytes to move each way")->capture_default_str();
+  bench->add_option("--batch", bench_options.batch, "chunks per request")->capture_default_str();
+  bench->add_option("--codec", bench_options.codec, "codec chain")->capture_default_str();
+
+  CLI11_PARSE(app, argc, argv);
+  if (status->parsed()) return kvern::run_status(address, json, std::cout);
+  if (explain->parsed()) return kvern::run_explain(address, hash, std::cout);
+  if (inspect->parsed()) {
+    return file.empty() ? kvern::run_inspect(address, namespace_hex, limit, std::cout)
+                        : kvern::run_inspect_file(file, std::cout);
+  }
+  if (flush->parsed()) return kvern::run_flush(address, namespace_hex, std::cout);
+  if (keygen->parsed()) return kvern::run_keygen(directory, key_name, std::cout);
+  if (doctor->parsed()) return kvern::run_doctor(address, std::cout);
+  return kvern::run_bench(address, bench_options, std::cout);
+}
