@@ -1,0 +1,75 @@
+# The front door. `make help` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+JOBS ?= $(shell nproc)
+VENV := $(if $(KVERN_VENV),$(KVERN_VENV),.venv)
+PYTHON := $(VENV)/bin/python
+RELEASE := build/release
+LAUNCHER := $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+CMAKE_ARGS ?=
+# Each fuzzer runs so long in `make test` and `make fuzz`.
+FUZZ_SECONDS ?= 30
+PYTEST := PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(abspath $(PYTHON)) -m pytest
+
+.PHONY: help
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z -]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install system packages and the Python environment (skips what is there)
+	@tools/setup.sh
+
+.PHONY: build
+build: setup ## Build everything: kvernd, kvernctl, libkvern, the Python package, the tests
+	@echo "build: release, into $(RELEASE)"
+	@mkdir -p build
+	@cmake --preset release $(LAUNCHER) -DKVERN_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(PYTHON)) $(CMAKE_ARGS) >$(RELEASE).configure.log 2>&1 || \
+	  { cat $(RELEASE).configure.log; exit 1; }
+	@ninja -C $(RELEASE) -j $(JOBS)
+
+.PHONY: demo
+demo: build ## Show it: a real model's KV cache stored, restored in the same and in a new engine
+	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py
+
+.PHONY: test
+test: build test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
+
+.PHONY: test-full
+test-full: build test-cpp fuzz test-python ## All tests, with the long matrix of engines
+	@$(PYTEST) tests/e2e --run-full
+
+.PHONY: test-cpp
+test-cpp: build
+	@ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS)
+
+.PHONY: test-python
+test-python: build
+	@$(PYTEST) tests/python_shim
+
+.PHONY: test-e2e
+test-e2e: build
+	@$(PYTEST) tests/e2e
+
+.PHONY: bench
+bench: build ## Measure against memcpy and rivals; writes build/bench/results.json
+	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) bench/run.py
+
+.PHONY: lint
+lint: setup ## Formatting, clang-tidy, include arrows
+	@tools/lint.sh
+
+.PHONY: asan tsan
+asan tsan: setup ## Build with sanitizers and run the unit and integration tests
+	@cmake --preset $@ $(LAUNCHER) $(CMAKE_ARGS) >/dev/null
+	@ninja -C build/$@ -j $(JOBS)
+	@ctest --preset $@ -j $(JOBS)
+
+.PHONY: fuzz
+fuzz: setup ## Run each fuzzer for FUZZ_SECONDS (30)
+	@tools/fuzz.sh $(FUZZ_SECONDS)
+
+.PHONY: clean
+clean: ## Remove what was built (not the models, not the virtual environment)
+	@find build -mindepth 1 -maxdepth 1 ! -name models -exec rm -rf {} + 2>/dev/null || true

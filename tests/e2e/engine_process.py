@@ -1,0 +1,225 @@
+"""One vLLM engine in a process of its own, driven by JSON lines; tests/e2e/engine.py is the other end.
+
+Commands come on standard input, answers leave on the file descriptor KVERN_E2E_REPLY_FD; standard output and error are
+left to vLLM's log. An exception in a command is answered as {"error": ...} and ends nothing.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+
+
+class EngineProcess:
+    def __init__(self, model: str, args: dict):
+        from vllm import LLM
+
+        self.llm = LLM(model=model, **args)
+        self.engine = self.llm.llm_engine
+        self.requests = {}
+
+    # ---- the engine's inside; only there when everything runs in this one process
+
+    @property
+    def core(self):
+        return self.engine.engine_core.engine_core
+
+    @property
+    def in_process(self) -> bool:
+        return hasattr(self.engine.engine_core, "engine_core")
+
+    def _pages(self):
+        """Yields (group id, layer name, registered KV tensor)."""
+        core = self.core
+        layers = core.vllm_config.compilation_config.static_forward_context
+        for group_id, group in enumerate(core.scheduler.kv_cache_config.kv_cache_groups):
+            for name in group.layer_names:
+                tensor = layers[name].kv_cache
+                yield group_id, name, tensor[0] if isinstance(tensor, (list, tuple)) else tensor
+
+    # ---- commands
+
+    def submit(self, requests: list[dict]):
+        """Adds requests without running a step."""
+        from vllm import SamplingParams
+
+        for request in requests:
+            name = request["name"]
+            prompt = {"prompt_token_ids": request["prompt"]}
+            if request.get("salt"):
+                prompt["cache_salt"] = request["salt"]
+            extra = {}
+            if request.get("kv_transfer_params"):
+                extra["extra_args"] = {"kv_transfer_params": request["kv_transfer_params"]}
+            parameters = SamplingParams(
+                temperature=0.0,
+                max_tokens=request["max_tokens"],
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=5,
+                skip_reading_prefix_cache=request.get("skip_reading_prefix_cache"),
+                **extra,
+            )
+            self.requests[name] = {"name": name, "start": time.monotonic(), "first": None, "output": None}
+            self.engine.add_request(name, prompt, parameters)
+
+    def _step(self) -> None:
+        outputs = self.engine.step()
+        now = time.monotonic()
+        for output in outputs:
+            request = self.requests[output.request_id]
+            request["output"] = output
+            if request["first"] is None and output.outputs[0].token_ids:
+                request["first"] = now - request["start"]
+
+    def _done(self, name: str) -> bool:
+        output = self.requests[name]["output"]
+        return output is not None and output.finished
+
+    def run(self, names: list[str], max_steps: int | None = None, until_status: str | None = None):
+        """Steps until the named requests are finished, one of them has the given status, or max_steps are done.
+        Returns the number of steps."""
+        steps = 0
+        while not all(self._done(name) for name in names):
+            if max_steps is not None and steps >= max_steps:
+                break
+            if until_status is not None and until_status in self.status(names).values():
+                break
+            self._step()
+            steps += 1
+        return steps
+
+    def status(self, names: list[str]) -> dict:
+        """The scheduler's status of each request that it still knows."""
+        found = {}
+        for request_id, request in self.core.scheduler.requests.items():
+            name = request_id.rsplit("-", 1)[0]
+            if name in names:
+                found[name] = request.status.name
+        return found
+
+    def abort(self, names: list[str]):
+        self.engine.abort_request(names)
+
+    def forget(self, names: list[str]):
+        """Drops requests that will never be collected (aborted ones)."""
+        for name in names:
+            self.requests.pop(name, None)
+
+    def collect(self, names: list[str]) -> list[dict]:
+        answers = []
+        for name in names:
+            request = self.requests.pop(name)
+            output = request["output"]
+            completion = output.outputs[0]
+            answers.append(
+                {
+                    "name": name,
+                    "tokens": list(completion.token_ids),
+                    "logprobs": [
+                        sorted((token, value.logprob) for token, value in position.items())
+                        for position in completion.logprobs or []
+                    ],
+                    "cached_tokens": output.num_cached_tokens,
+                    "finish_reason": completion.finish_reason,
+                    "kv_transfer_params": output.kv_transfer_params,
+                    "ttft": request["first"],
+                }
+            )
+        return answers
+
+    def settle(self, limit: float) -> bool:
+        """Steps until the engine has nothing to do any more, saves included. Only a server steps by itself."""
+        if not self.in_process:
+            return True
+        deadline = time.monotonic() + limit
+        while self.core.scheduler.has_requests():
+            if time.monotonic() > deadline:
+                return False
+            self._step()
+            time.sleep(0.001)
+        return True
+
+    def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
+        return bool(self.llm.reset_prefix_cache(reset_connector=reset_connector))
+
+    def poison(self, value: float):
+        """Overwrites all KV memory, so that whatever is read without having been loaded shows."""
+        for _, _, tensor in self._pages():
+            tensor.fill_(value)
+
+    def page_digests(self) -> dict:
+        """SHA-256 over the bytes of every page in vLLM's own prefix cache, by block hash and group, all layers of the
+        group in order."""
+        import torch
+
+        layers = {}
+        for group_id, _, tensor in self._pages():
+            layers.setdefault(group_id, []).append(tensor)
+        digests = {}
+        for block in self.core.scheduler.kv_cache_manager.block_pool.blocks:
+            key = block.block_hash
+            if key is None:
+                continue
+            group_id = int.from_bytes(key[-4:], "big")
+            digest = hashlib.sha256()
+            for tensor in layers[group_id]:
+                digest.update(tensor[block.block_id].contiguous().view(torch.uint8).numpy().tobytes())
+            digests[f"{bytes(key[:-4]).hex()}/{group_id}"] = digest.hexdigest()
+        return digests
+
+    def free_blocks(self) -> int:
+        return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def isa(self) -> list[str]:
+        layers = self.core.vllm_config.compilation_config.static_forward_context
+        return sorted({str(getattr(layers[name].impl, "isa", "?")) for _, name, _ in self._pages()})
+
+    def metrics(self) -> dict:
+        values = {}
+        for metric in self.llm.get_metrics():
+            value = getattr(metric, "value", None)
+            if value is None:
+                value = getattr(metric, "count", None)
+            if value is not None:
+                labels = ",".join(f"{k}={v}" for k, v in sorted(metric.labels.items()) if k not in ("engine", "model_name"))
+                values[f"{metric.name}{{{labels}}}" if labels else metric.name] = value
+        return values
+
+    def ping(self) -> str:
+        return "pong"
+
+
+def main() -> None:
+    reply = os.fdopen(int(os.environ["KVERN_E2E_REPLY_FD"]), "w")
+
+    def answer(value: dict) -> None:
+        reply.write(json.dumps(value) + "\n")
+        reply.flush()
+
+    settings = json.loads(sys.stdin.readline())
+    try:
+        process = EngineProcess(settings["model"], settings["args"])
+    except BaseException as error:
+        traceback.print_exc()
+        answer({"error": f"{type(error).__name__}: {error}"})
+        sys.exit(1)
+    answer({"result": None})
+    for line in sys.stdin:
+        command = json.loads(line)
+        name = command.pop("command")
+        if name == "exit":
+            break
+        try:
+            answer({"result": getattr(process, name)(**command)})
+        except Exception as error:
+            traceback.print_exc()
+            answer({"error": f"{type(error).__name__}: {error}"})
+    process.engine.engine_core.shutdown()
+    answer({"result": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Models of the end-to-end tests: the real small one, and random-weight ones with the shapes that it lacks.
+
+All are seeded, so that two machines get the same weights, and kept under build/models.
+"""
+
+import fcntl
+import json
+import pathlib
+import shutil
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+MODELS = ROOT / "build" / "models"
+RANDOM_VOCABULARY = 2048
+
+sys.path.insert(0, str(ROOT / "tools"))
+from make_model import smollm2  # noqa: E402,F401
+
+
+def _scale(model, seed: int) -> None:
+    """Draws weights so large that greedy output wanders: with the usual small ones one token repeats for ever, and a
+    wrong KV cache would not show."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                continue
+            fan_in = parameter.shape[-1]
+            gain = 1.0 if "embed" in name else 1.5 / fan_in**0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain)
+
+
+def _make(name: str, seed: int, build) -> pathlib.Path:
+    folder = MODELS / f"{name}-seed{seed}"
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with open(MODELS / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            model = build()
+            _scale(model, seed)
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            partial.rename(folder)
+    return folder
+
+
+def random_llama(heads: int = 8, kv_heads: int = 4, seed: int = 1) -> pathlib.Path:
+    """Four layers, head_dim 64; divisible over two tensor-parallel ranks."""
+
+    def build():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=RANDOM_VOCABULARY,
+                hidden_size=heads * 64,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=64,
+                max_position_embeddings=8192,
+                tie_word_embeddings=False,
+            )
+        )
+
+    return _make(f"llama-{heads}q{kv_heads}kv", seed, build)
+
+
+def random_gemma3(seed: int = 1) -> pathlib.Path:
+    """Six layers, five of them with a sliding window of 128 tokens: six KV-cache groups in one memory."""
+
+    def build():
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+        return Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                vocab_size=RANDOM_VOCABULARY,
+                hidden_size=256,
+                intermediate_size=512,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=64,
+                query_pre_attn_scalar=64,
+                sliding_window=128,
+                layer_types=["sliding_attention"] * 5 + ["full_attention"],
+                max_position_embeddings=8192,
+                tie_word_embeddings=False,
+            )
+        )
+
+    return _make("gemma3-window128", seed, build)
+
+
+def retrained(model: pathlib.Path, seed: int) -> pathlib.Path:
+    """A copy of a checkpoint whose weights differ a little, as after more training; everything else is the same."""
+    folder = model.with_name(f"{model.name}-retrained{seed}")
+    with open(MODELS / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            import torch
+            from safetensors.torch import load_file, save_file
+
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(model, partial)
+            generator = torch.Generator().manual_seed(seed)
+            for path in partial.glob("*.safetensors"):
+                tensors = load_file(path)
+                for name, tensor in tensors.items():
+                    if tensor.dim() > 1:
+                        noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 0.05
+                        tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+                save_file(tensors, path, metadata={"format": "pt"})
+            partial.rename(folder)
+    return folder
+
+
+def vocabulary(model: pathlib.Path) -> int:
+    return json.loads((model / "config.json").read_text())["vocab_size"]

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Formatting, include arrows and clang-tidy over the C++ sources. A file that clang-tidy has passed is looked at again
+# only when it, a header of ours, or the configuration has changed.
+#
+# usage: tools/lint.sh          KVERN_LINT_BUILD: folder of compile_commands.json (default: build/lint)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=${KVERN_LINT_BUILD:-build/lint}
+folders=(base kernels transport store service connector python_shim tests bench)
+
+mapfile -t sources < <(git ls-files --cached --others --exclude-standard -- "${folders[@]}" | grep -E '\.(h|cc|cu|cuh)$')
+echo "lint: formatting of ${#sources[@]} files"
+clang-format --dry-run -Werror "${sources[@]}"
+echo "lint: include arrows"
+python3 cmake/check_layers.py .
+
+echo "lint: clang-tidy"
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DKVERN_CUDA=OFF >"$build.log" 2>&1 || {
+  cat "$build.log"
+  exit 1
+}
+ninja -C "$build" kvern_wire >/dev/null # generated headers
+stamps=$build/lint-stamps
+mkdir -p "$stamps"
+headers=$(printf '%s\n' "${sources[@]}" | grep -E '\.(h|cuh)$' | xargs cat .clang-tidy | sha256sum | cut -d' ' -f1)
+tidy() {
+  local source=$1 stamp
+  stamp=$stamps/$(echo "$source" | tr / _)
+  local want
+  want="$headers $(sha256sum <"$source")"
+  [[ $(cat "$stamp" 2>/dev/null) == "$want" ]] && return 0
+  clang-tidy-14 -p "$build" --quiet "$source" 2>/dev/null && echo "$want" >"$stamp"
+}
+export -f tidy
+export build stamps headers
+compiled=$(python3 -c 'import json, os, sys
+for entry in json.load(open(sys.argv[1])): print(os.path.relpath(entry["file"]))' "$build/compile_commands.json")
+printf '%s\n' "${sources[@]}" | grep '\.cc$' | grep -F -x -f <(echo "$compiled") |
+  xargs -P "$(nproc)" -I{} bash -c 'tidy {}'
+echo "lint: clean"
