@@ -3,6 +3,8 @@
 #include <chrono>
 #include <utility>
 
+#include "connector/endpoint.h"
+#include "kernels/container.h"
 #include "kvernctl/commands.h"
 #include "transport/wire.h"
 
