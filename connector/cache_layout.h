@@ -20,7 +20,9 @@ enum class PagePacking : std::uint8_t {
             ///< [page_tokens][value_dim]
   kCpuAmx,  ///< vLLM's CPU attention, `amx` (bf16): K [page/16][key_dim/2][16 tokens][2], V
             ///< [value_dim/16][page/2][16][2]
-  kOpaque,  ///< unknown layout of known size: whole pages as bytes, lossless only, no sub-head access
+  kOpaque,  ///< unknown layout of known size: whole pages as bytes, lossless only, no sub-head access. Each rank is one
+            ///< "head" (head_begin: the rank, model_heads: ranks) and a page is page_tokens * (key_dim + value_dim)
+            ///< bytes: its first page_tokens * key_dim bytes travel as keys, the rest as values.
 };
 
 /// One layer of the engine's cache. Addresses are of this process; nothing is owned.
@@ -50,6 +52,9 @@ struct GroupPages {
   std::uint32_t value_dim = 0;
   std::vector<LayerPages> layers;
   std::uint32_t page_tokens() const { return block_tokens / pages_per_block; }
+  std::size_t row_bytes(Part part) const { return (part == Part::kKey ? key_dim : value_dim) * dtype_bytes(dtype); }
+  /// True when every layer has the pages of this block.
+  bool has_block(std::uint32_t block_id) const;
   /// kInvalid/kRefused with a sentence: overlapping strides, pages outside of reachable_bytes, dims that the packing
   /// cannot hold, dtype that it does not know.
   Status validate() const;
@@ -58,13 +63,15 @@ struct GroupPages {
 };
 
 /// Gathers the blocks into the canonical layout [layer][K|V][head][token][dim] at out (shape(blocks).raw_bytes() bytes,
-/// non-temporal stores) and writes the XXH3-64 of each plane (plane_count() of them) in the same pass.
+/// non-temporal stores) and writes the XXH3-64 of each plane (plane_count() of them) in the same pass. has_block() must
+/// hold for every id.
 void gather(const GroupPages& pages, std::span<const std::uint32_t> block_ids, std::span<std::byte> out,
             std::span<std::uint64_t> plane_checksums);
 
-/// The inverse, one plane piece at a time: writes decoded rows into pages. Token 0 of the sink is the first token of
-/// block_ids[0]; block id 0 (vLLM's null block) is skipped. first_token: chunk token that block_ids[0] begins with.
-/// layer_begin, head_begin: of the shard that is being decoded (they number the rows that it writes).
+/// The inverse, one plane piece at a time: writes decoded rows into pages. block_ids[0] begins with chunk token
+/// first_token; block id 0 (vLLM's null block) is skipped, and so are tokens, layers and heads that the pages do not
+/// hold. Layers and heads of write() count from shard_layer_begin and shard_head_begin. pages and block_ids must
+/// outlive the sink; has_block() must hold for every id.
 class PageSink final : public RowSink {
  public:
   PageSink(const GroupPages& pages, std::span<const std::uint32_t> block_ids, std::uint32_t first_token,

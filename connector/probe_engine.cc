@@ -264,8 +264,11 @@ ProbeEngine::StoreTimes ProbeEngine::store(std::uint64_t prompt, std::uint32_t f
 }
 
 PrefixMatcher::Answer ProbeEngine::match(std::uint64_t prompt, std::uint32_t chunks) {
-  const std::string joined = hashes(prompt, chunks);
-  const std::uint32_t tokens = chunks * shape_.chunk_blocks * shape_.block_tokens;
+  return match_hashes(prompt, hashes(prompt, chunks));
+}
+
+PrefixMatcher::Answer ProbeEngine::match_hashes(std::uint64_t prompt, const std::string& joined) {
+  const auto tokens = static_cast<std::uint32_t>(joined.size() / kHashBytes * shape_.block_tokens);
   while (true) {
     auto answer =
         matcher_->match(std::to_string(prompt), scheduler_namespace_, joined, kHashBytes, 0, tokens, tokens + 1);

@@ -57,6 +57,8 @@ class ProbeEngine {
                    std::uint32_t timeout_ms);
   /// Tokens of the prompt that the matcher finds (asks until the answer is known); claims stay until release().
   PrefixMatcher::Answer match(std::uint64_t prompt, std::uint32_t chunks);
+  /// The same for hashes that hashes() gave: nothing but the look-up itself, for measuring it.
+  PrefixMatcher::Answer match_hashes(std::uint64_t prompt, const std::string& joined);
   void release(std::uint64_t prompt);
   struct LoadTimes {
     double seconds = 0;

@@ -1,0 +1,101 @@
+#include "connector/pair_interleave.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/cpu/targets.h"
+
+// clang-format off
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "connector/pair_interleave.cc"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
+namespace kvern {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr std::size_t kColumns = 16;
+constexpr std::size_t kPackedBytes = 64;
+
+#if HWY_TARGET == HWY_SCALAR
+
+void interleave(std::uint8_t* packed, const std::uint8_t* rows, std::size_t row_stride, std::size_t pairs) {
+  for (std::size_t pair = 0; pair < pairs; ++pair) {
+    for (std::size_t i = 0; i < 2 * kColumns; ++i) {
+      std::memcpy(packed + pair * kPackedBytes + 2 * i, rows + (2 * pair + i % 2) * row_stride + i / 2 * 2, 2);
+    }
+  }
+}
+
+void deinterleave(std::uint8_t* rows, std::size_t row_stride, const std::uint8_t* packed, std::size_t pairs) {
+  for (std::size_t pair = 0; pair < pairs; ++pair) {
+    for (std::size_t i = 0; i < 2 * kColumns; ++i) {
+      std::memcpy(rows + (2 * pair + i % 2) * row_stride + i / 2 * 2, packed + pair * kPackedBytes + 2 * i, 2);
+    }
+  }
+}
+
+#else
+
+void interleave(std::uint8_t* packed, const std::uint8_t* rows, std::size_t row_stride, std::size_t pairs) {
+  const hn::CappedTag<std::uint16_t, kColumns> d;
+  const hn::Repartition<std::uint8_t, decltype(d)> d8;
+  constexpr std::size_t kLanes = hn::MaxLanes(d);
+  alignas(64) std::uint16_t unit[2 * kColumns];
+  for (std::size_t pair = 0; pair < pairs; ++pair) {
+    const std::uint8_t* even = rows + 2 * pair * row_stride;
+    const std::uint8_t* odd = even + row_stride;
+    for (std::size_t i = 0; i < kColumns; i += kLanes) {
+      hn::StoreInterleaved2(hn::BitCast(d, hn::LoadU(d8, even + 2 * i)), hn::BitCast(d, hn::LoadU(d8, odd + 2 * i)), d,
+                            unit + 2 * i);
+    }
+    std::memcpy(packed + pair * kPackedBytes, unit, kPackedBytes);
+  }
+}
+
+void deinterleave(std::uint8_t* rows, std::size_t row_stride, const std::uint8_t* packed, std::size_t pairs) {
+  const hn::CappedTag<std::uint16_t, kColumns> d;
+  const hn::Repartition<std::uint8_t, decltype(d)> d8;
+  constexpr std::size_t kLanes = hn::MaxLanes(d);
+  alignas(64) std::uint16_t unit[2 * kColumns];
+  for (std::size_t pair = 0; pair < pairs; ++pair) {
+    std::memcpy(unit, packed + pair * kPackedBytes, kPackedBytes);
+    std::uint8_t* even = rows + 2 * pair * row_stride;
+    std::uint8_t* odd = even + row_stride;
+    for (std::size_t i = 0; i < kColumns; i += kLanes) {
+      hn::VFromD<decltype(d)> first;
+      hn::VFromD<decltype(d)> second;
+      hn::LoadInterleaved2(d, unit + 2 * i, first, second);
+      hn::StoreU(hn::BitCast(d8, first), d8, even + 2 * i);
+      hn::StoreU(hn::BitCast(d8, second), d8, odd + 2 * i);
+    }
+  }
+}
+
+#endif
+
+}  // namespace HWY_NAMESPACE
+}  // namespace kvern
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kvern {
+
+HWY_EXPORT(interleave);
+HWY_EXPORT(deinterleave);
+
+void interleave_pairs(void* packed, const void* rows, std::size_t row_stride_bytes, std::size_t pairs) {
+  HWY_DYNAMIC_DISPATCH(interleave)
+  (static_cast<std::uint8_t*>(packed), static_cast<const std::uint8_t*>(rows), row_stride_bytes, pairs);
+}
+
+void deinterleave_pairs(void* rows, std::size_t row_stride_bytes, const void* packed, std::size_t pairs) {
+  HWY_DYNAMIC_DISPATCH(deinterleave)
+  (static_cast<std::uint8_t*>(rows), row_stride_bytes, static_cast<const std::uint8_t*>(packed), pairs);
+}
+
+}  // namespace kvern
+#endif

@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cstddef>
+
+namespace kvern {
+
+/// The inner packing of values in vLLM's AMX pages: 16 columns of 2 tokens become 16 pairs. All rows hold 16 elements
+/// of 2 bytes; pairs tells how many units of 64 packed bytes there are.
+
+/// packed[p] = (rows[2p][0], rows[2p+1][0], rows[2p][1], …); rows lie row_stride_bytes apart.
+void interleave_pairs(void* packed, const void* rows, std::size_t row_stride_bytes, std::size_t pairs);
+/// The inverse.
+void deinterleave_pairs(void* rows, std::size_t row_stride_bytes, const void* packed, std::size_t pairs);
+
+}  // namespace kvern
