@@ -1,0 +1,159 @@
+"""Runs every benchmark against its rival or limit and writes build/bench/results.json.
+
+Usage: run.py [--only transfer|rivals|e2e|kernels ...]   (make bench runs all)
+
+Everything in one flat JSON object; what each key means is in docs/benchmarks.md. Figures are ratios taken inside one
+round wherever the machine's own speed would drown them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "e2e"))
+
+from daemon import Daemon  # noqa: E402
+from engine import Engine, free_port, kvern_transfer_config  # noqa: E402
+from prompts import prompt as make_prompt  # noqa: E402
+
+BUILD = pathlib.Path(os.environ.get("KVERN_BUILD", ROOT / "build" / "release"))
+OUT = ROOT / "build" / "bench"
+MODEL = ROOT / "build" / "models" / "smollm2-135m"
+RIVAL_REQUIREMENTS = ROOT / "bench" / "requirements-rivals.txt"
+E2E_PROMPT_TOKENS = 7168
+E2E_REPEATS = 3
+VOCABULARY = 49152
+
+
+def say(text: str) -> None:
+    print(f"bench: {text}", flush=True)
+
+
+def run_json(command: list[str], **options) -> dict:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options)
+    return json.loads(done.stdout)
+
+
+@contextlib.contextmanager
+def daemon(**settings):
+    with tempfile.TemporaryDirectory(prefix="kvern-bench-") as folder:
+        running = Daemon(pathlib.Path(folder), **settings)
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+def transfer() -> dict:
+    """Through shared memory, then through UCX over loopback TCP."""
+    program = str(BUILD / "bin" / "transfer_bench")
+    say("transfers through shared memory")
+    with daemon(store={"dram_bytes": "3GiB"}) as running:
+        results = run_json([program, "--address", running.address, "--plane", "local"])
+    say("transfers through UCX over loopback TCP")
+    port, ucx_port = free_port(), free_port()
+    server = {"tcp_listen": f"tcp://127.0.0.1:{port}", "insecure": True, "ucx_listen": "127.0.0.1",
+              "ucx_port": ucx_port, "ucx_devices": "lo", "ucx_transports": "tcp"}
+    environment = {**os.environ, "UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp"}
+    with daemon(store={"dram_bytes": "3GiB"}, server=server):
+        command = [program, "--address", f"tcp://127.0.0.1:{port}", "--plane", "tcp", "--insecure"]
+        results |= run_json(command, env=environment)
+    return results
+
+
+def rivals() -> dict:
+    """In an environment of their own, so that their libraries meet none of ours."""
+    venv = OUT / "rivals"
+    if not (venv / "ready").exists():
+        say("installing the rivals (once)")
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(RIVAL_REQUIREMENTS)]
+        subprocess.run(pip, check=True)
+        (venv / "ready").touch()
+    say("rivals: mooncake_shm, mooncake_tcp, redis_tcp")
+    environment = {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
+    return run_json([str(venv / "bin" / "python"), str(ROOT / "bench" / "rivals.py")], env=environment)
+
+
+def kernels() -> dict:
+    say("kernels beside memcpy")
+    return run_json([str(BUILD / "bin" / "kernels_bench")])
+
+
+def e2e() -> dict:
+    """First token of a long prompt: cold, after a hit in vLLM's own prefix cache, restored by Kvern."""
+    say(f"first token of {E2E_PROMPT_TOKENS} tokens in a real engine (the cold start takes half a minute)")
+    prompt = make_prompt("bench-e2e", length=E2E_PROMPT_TOKENS, vocabulary=VOCABULARY)
+    warm = make_prompt("bench-warm-up", length=256, vocabulary=VOCABULARY)
+    with daemon(store={"dram_bytes": "1GiB"}) as running, tempfile.TemporaryDirectory() as folder:
+        engine = Engine(MODEL, pathlib.Path(folder), transfer=kvern_transfer_config(running.address), threads=2,
+                        dtype="bfloat16", max_model_len=8192)
+        try:
+            engine.wait_started()
+            engine.generate(warm, max_tokens=4)
+            cold = engine.generate(prompt, max_tokens=4)
+            hits, restored, added = [], [], []
+            for _ in range(E2E_REPEATS):
+                hits.append(engine.generate(prompt, max_tokens=4).ttft)
+                engine.forget_kv()
+                before = running.metric("kvern_client_load_seconds_sum")
+                output = engine.generate(prompt, max_tokens=4)
+                assert output.cached_tokens >= E2E_PROMPT_TOKENS - 256, f"only {output.cached_tokens} tokens restored"
+                restored.append(output.ttft)
+                added.append(running.metric("kvern_client_load_seconds_sum") - before)
+        finally:
+            engine.stop()
+    return {
+        "e2e.ttft_cold_s": cold.ttft,
+        "e2e.ttft_prefix_hit_s": statistics.median(hits),
+        "e2e.ttft_restored_s": statistics.median(restored),
+        "e2e.ttft_cold_over_restored": cold.ttft / statistics.median(restored),
+        "e2e.restored_over_prefix_hit": statistics.median(r / h for r, h in zip(restored, hits)),
+        "e2e.kvern_ms": statistics.median(added) * 1e3,
+    }
+
+
+PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "e2e": e2e}
+
+
+def machine() -> dict:
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    return {"machine.cpu": model or platform.machine(), "machine.cores": os.cpu_count(),
+            "machine.load_at_start": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d")}
+
+
+def print_table(results: dict) -> None:
+    width = max(map(len, results))
+    for key in sorted(results):
+        value = results[key]
+        print(f"{key:<{width}}  {value:.3f}" if isinstance(value, float) else f"{key:<{width}}  {value}")
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    only = arguments.parse_args().only
+    OUT.mkdir(parents=True, exist_ok=True)
+    target = OUT / "results.json"
+    results = json.loads(target.read_text()) if target.exists() and len(only) < len(PARTS) else {}
+    results |= machine()
+    for name in only:
+        results |= PARTS[name]()
+        target.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    print_table(results)
+    say(f"written to {target.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
