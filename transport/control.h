@@ -54,6 +54,8 @@ class ControlServer {
   /// Throws std::runtime_error with the endpoint and the reason when it cannot bind.
   ControlServer(const ControlServerConfig& config, ControlHandler& handler);
   ~ControlServer();
+  /// The TCP endpoint as it was bound ("tcp://0.0.0.0:7070"), also when the configuration left the port to the system.
+  std::string tcp_endpoint() const;
   std::uint64_t dropped_replies() const;
 
  private:
