@@ -63,10 +63,15 @@ class Codec {
   /// Sections in the order in which they are stored. Depends on the shape alone.
   virtual std::vector<SectionPlan> plan(const ShardShape& shape) const = 0;
 
-  /// Encodes the section from the canonical layout into out (at least max_bytes, 64-byte aligned). Returns the bytes
-  /// used. Refuses (kInvalid) non-finite input that the form cannot carry; raw carries everything.
+  /// True when every section is one plane, byte for byte: encode_container() then copies and checks in a single pass
+  /// and does not call encode().
+  virtual bool verbatim() const { return false; }
+
+  /// Encodes the section into out (at least max_bytes; both spans aligned to 64 bytes). planes: the planes of the
+  /// extent in the order layer, part, head, without gaps. Returns the bytes used. Refuses (kInvalid) non-finite input
+  /// that the form cannot carry; raw carries everything.
   virtual Result<std::size_t> encode(const ShardShape& shape, const SectionExtent& extent,
-                                     std::span<const std::byte> canonical, std::span<std::byte> out) const = 0;
+                                     std::span<const std::byte> planes, std::span<std::byte> out) const = 0;
 
   /// Decodes tokens of the planes (layer in extent, part, head in [head_begin, head_end), relative to the shard) from
   /// the section's verified bytes into the sink. kCorrupt when sizes do not fit or scales are not finite; then some

@@ -41,10 +41,12 @@ struct SectionInfo {
   std::uint64_t checksum = 0;
 };
 
-/// Upper bound of the container's size for this codec, shape and number of blocks.
+/// Upper bound of the container's size for this codec, shape and number of blocks. 0 when the codec does not accept the
+/// shape.
 std::size_t container_max_bytes(const Codec& codec, const ContainerInfo& info);
 
-/// Checksums of the canonical input, one per plane in the order layer, part, head: what the writer saw while gathering.
+/// Number of plane checksums of the canonical input: one per plane in the order layer, part, head (planes of no bytes
+/// too), as the writer saw them while gathering.
 std::size_t plane_count(const ShardShape& shape);
 
 /// Encodes a shard from the canonical layout into out and returns the container's size. Each plane of the input is

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "base/status.h"
 
 namespace kvern {
 
@@ -24,6 +25,10 @@ struct ShardShape {
   std::uint32_t value_dim = 0;
 
   bool operator==(const ShardShape&) const = default;
+
+  /// kInvalid for sizes that are zero (value_dim may be: caches that hold keys alone) or beyond every model, so that
+  /// none of the products below overflows. Check shapes that come from outside.
+  Status validate() const;
 
   std::size_t row_bytes(Part part) const { return (part == Part::kKey ? key_dim : value_dim) * dtype_bytes(dtype); }
   /// Bytes of one (layer, part, head): the unit that sections cover.

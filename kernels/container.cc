@@ -1,0 +1,481 @@
+#include "kernels/container.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <new>
+
+#include "kernels/checksum.h"
+#include "kernels/copy.h"
+
+namespace kvern {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "fields are copied as they lie in memory");
+
+constexpr std::string_view kMagic = "KVERNBOX";
+constexpr std::uint32_t kVersion = 1;
+constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kFixedBytes = 112;
+constexpr std::size_t kSectionEntryBytes = 48;
+constexpr std::size_t kChecksumBytes = 8;
+constexpr std::uint8_t kHasKey = 1;
+constexpr std::uint8_t kHasValue = 2;
+
+constexpr std::size_t align_up(std::size_t value, std::size_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
+
+std::size_t header_size(const ContainerInfo& info, std::string_view spec, std::size_t sections) {
+  std::size_t bytes = kFixedBytes + spec.size();
+  for (const BlockHash& hash : info.block_hashes) bytes += 1 + hash.size();
+  return align_up(align_up(bytes, 8) + sections * kSectionEntryBytes + kChecksumBytes, kAlignment);
+}
+
+/// What must hold of the description of a shard whether it is written or read.
+Status check_info(const ContainerInfo& info) {
+  const ShardShape& shape = info.shape;
+  if (Status status = shape.validate(); !status) return status;
+  if (std::uint64_t{shape.layer_begin} + shape.layers > info.group_layers) {
+    return {Code::kInvalid, "the shard's layers lie outside the group's " + std::to_string(info.group_layers)};
+  }
+  if (std::uint64_t{shape.head_begin} + shape.heads > info.model_heads) {
+    return {Code::kInvalid, "the shard's heads lie outside the model's " + std::to_string(info.model_heads)};
+  }
+  if (info.block_tokens == 0 || shape.tokens % info.block_tokens != 0 ||
+      shape.tokens / info.block_tokens != info.block_hashes.size()) {
+    return {Code::kInvalid, std::to_string(info.block_hashes.size()) + " blocks of " +
+                                std::to_string(info.block_tokens) + " tokens are not the shard's " +
+                                std::to_string(shape.tokens) + " tokens"};
+  }
+  if (std::ranges::any_of(info.block_hashes, [](const BlockHash& hash) { return hash.size() == 0; })) {
+    return {Code::kInvalid, "a block hash is empty"};
+  }
+  if (!(info.block_hashes.back() == info.key.last_block)) {
+    return {Code::kInvalid, "the last block hash is not the one that names the chunk"};
+  }
+  return Status::ok();
+}
+
+class FieldWriter {
+ public:
+  explicit FieldWriter(std::span<std::byte> out) : out_(out) {}
+  template <typename T>
+  void put(T value) {
+    put_bytes(&value, sizeof value);
+  }
+  void put_bytes(const void* bytes, std::size_t count) {
+    if (count > 0) std::memcpy(out_.data() + at_, bytes, count);
+    at_ += count;
+  }
+  void pad_to(std::size_t position) {
+    std::memset(out_.data() + at_, 0, position - at_);
+    at_ = position;
+  }
+  std::size_t position() const { return at_; }
+
+ private:
+  std::span<std::byte> out_;
+  std::size_t at_ = 0;
+};
+
+/// Reads fields up to the end of its bytes; past it everything is zero and good() is false.
+class FieldReader {
+ public:
+  explicit FieldReader(std::span<const std::byte> bytes) : bytes_(bytes) {}
+  template <typename T>
+  T get() {
+    T value{};
+    const auto field = get_bytes(sizeof value);
+    if (field.size() == sizeof value) std::memcpy(&value, field.data(), sizeof value);
+    return value;
+  }
+  std::span<const std::byte> get_bytes(std::size_t count) {
+    if (!good_ || count > bytes_.size() - at_) {
+      good_ = false;
+      return {};
+    }
+    at_ += count;
+    return bytes_.subspan(at_ - count, count);
+  }
+  void skip_to(std::size_t position) { get_bytes(position - at_); }
+  bool good() const { return good_; }
+  std::size_t position() const { return at_; }
+  std::size_t left() const { return bytes_.size() - at_; }
+
+ private:
+  std::span<const std::byte> bytes_;
+  std::size_t at_ = 0;
+  bool good_ = true;
+};
+
+/// Memory of its own for one section, aligned for vectors.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes)
+      : bytes_(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment}))), size_(bytes) {}
+  ~Scratch() { ::operator delete (bytes_, std::align_val_t{kAlignment}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  std::span<std::byte> first(std::size_t bytes) const { return std::span(bytes_, size_).first(bytes); }
+
+ private:
+  std::byte* bytes_;
+  std::size_t size_;
+};
+
+/// The planes of a section in the order layer, part, head.
+template <typename Visit>
+void for_each_plane(const SectionExtent& extent, Visit visit) {
+  for (std::uint32_t layer = extent.layer; layer < extent.layer + extent.layers; ++layer) {
+    for (const Part part : {Part::kKey, Part::kValue}) {
+      if (part == Part::kKey ? !extent.has_key : !extent.has_value) continue;
+      for (std::uint32_t head = extent.head; head < extent.head + extent.heads; ++head) visit(layer, part, head);
+    }
+  }
+}
+
+std::size_t extent_bytes(const ShardShape& shape, const SectionExtent& extent) {
+  std::size_t bytes = 0;
+  for_each_plane(extent, [&](std::uint32_t, Part part, std::uint32_t) { bytes += shape.plane_bytes(part); });
+  return bytes;
+}
+
+std::size_t plane_index(const ShardShape& shape, std::uint32_t layer, Part part, std::uint32_t head) {
+  return (std::size_t{2} * layer + static_cast<std::size_t>(part)) * shape.heads + head;
+}
+
+std::string describe(const SectionExtent& extent) {
+  const char* parts = extent.has_key ? (extent.has_value ? "K and V" : "K") : "V";
+  std::string text = "layer " + std::to_string(extent.layer);
+  if (extent.layers > 1) text += " to " + std::to_string(extent.layer + extent.layers - 1);
+  text += std::string(", ") + parts + ", head " + std::to_string(extent.head);
+  if (extent.heads > 1) text += " to " + std::to_string(extent.head + extent.heads - 1);
+  return text;
+}
+
+class Encoder {
+ public:
+  Encoder(const Codec& codec, const ShardShape& shape, const std::vector<SectionPlan>& plan,
+          std::span<const std::byte> canonical, std::span<const std::uint64_t> plane_checksums)
+      : codec_(codec),
+        shape_(shape),
+        canonical_(canonical),
+        plane_checksums_(plane_checksums),
+        planes_(codec.verbatim() ? 0 : largest(plan, [&](const auto& p) { return extent_bytes(shape, p.extent); })),
+        encoded_(codec.verbatim() ? 0 : largest(plan, [](const auto& p) { return p.max_bytes; })) {}
+
+  /// Encodes the section to out; its bytes and checksum go to section.
+  Status encode(const SectionPlan& plan, std::byte* out, SectionInfo& section) {
+    section.extent = plan.extent;
+    if (codec_.verbatim()) {
+      section.bytes = plan.max_bytes;
+      return take_planes(plan.extent, [&](const std::byte* plane, std::size_t bytes) {
+        return section.checksum = stream_copy_checksum(out, plane, bytes);
+      });
+    }
+    // Encoding reads the input more than once, so it works on a copy that nobody else can write: what was verified is
+    // what is encoded. Both buffers stay in the L2 cache.
+    const auto planes = planes_.first(extent_bytes(shape_, plan.extent));
+    std::byte* next = planes.data();
+    Status taken = take_planes(plan.extent, [&](const std::byte* plane, std::size_t bytes) {
+      Checksum64 checksum;
+      checksum.copy(next, plane, bytes);
+      next += bytes;
+      return checksum.digest();
+    });
+    if (!taken) return taken;
+    const auto encoded = codec_.encode(shape_, plan.extent, planes, encoded_.first(plan.max_bytes));
+    if (!encoded) {
+      return {encoded.error().code(), describe(plan.extent) + ": " + encoded.error().message()};
+    }
+    section.bytes = *encoded;
+    section.checksum = stream_copy_checksum(out, encoded_.first(*encoded).data(), *encoded);
+    return Status::ok();
+  }
+
+ private:
+  template <typename Size>
+  static std::size_t largest(const std::vector<SectionPlan>& plan, Size size) {
+    std::size_t bytes = 0;
+    for (const SectionPlan& section : plan) bytes = std::max(bytes, size(section));
+    return bytes;
+  }
+
+  /// Hands the planes to take(), which returns the checksum of what it took, and compares.
+  template <typename Take>
+  Status take_planes(const SectionExtent& extent, Take take) {
+    Status status;
+    for_each_plane(extent, [&](std::uint32_t layer, Part part, std::uint32_t head) {
+      const std::uint64_t seen =
+          take(canonical_.data() + shape_.plane_offset(layer, part, head), shape_.plane_bytes(part));
+      if (plane_checksums_.empty() || seen == plane_checksums_[plane_index(shape_, layer, part, head)]) return;
+      const SectionExtent plane{layer, 1, head, 1, part == Part::kKey, part == Part::kValue};
+      status = {Code::kCorrupt, describe(plane) + ": the bytes differ from those that the writer announced"};
+    });
+    return status;
+  }
+
+  const Codec& codec_;
+  const ShardShape& shape_;
+  std::span<const std::byte> canonical_;
+  std::span<const std::uint64_t> plane_checksums_;
+  Scratch planes_;
+  Scratch encoded_;
+};
+
+void write_header(const ContainerInfo& info, std::string_view spec, const std::vector<SectionInfo>& sections,
+                  std::size_t container_bytes, std::span<std::byte> out) {
+  const ShardShape& shape = info.shape;
+  FieldWriter fields(out);
+  fields.put_bytes(kMagic.data(), kMagic.size());
+  fields.put(kVersion);
+  fields.put(static_cast<std::uint32_t>(out.size()));
+  fields.put(static_cast<std::uint64_t>(container_bytes));
+  fields.put_bytes(info.key.namespace_id.bytes.data(), info.key.namespace_id.bytes.size());
+  fields.put(info.key.group);
+  fields.put(static_cast<std::uint8_t>(shape.dtype));
+  fields.put(std::uint8_t{0});
+  for (const std::uint32_t field :
+       {shape.layer_begin, shape.layers, shape.head_begin, shape.heads, shape.tokens, shape.key_dim, shape.value_dim,
+        info.block_tokens, info.group_layers, info.model_heads, info.lossy_generations}) {
+    fields.put(field);
+  }
+  fields.put(info.position);
+  fields.put(static_cast<std::uint32_t>(info.block_hashes.size()));
+  fields.put(static_cast<std::uint32_t>(sections.size()));
+  fields.put(static_cast<std::uint32_t>(spec.size()));
+  fields.put(std::uint32_t{0});
+  fields.put_bytes(spec.data(), spec.size());
+  for (const BlockHash& hash : info.block_hashes) {
+    fields.put(static_cast<std::uint8_t>(hash.size()));
+    fields.put_bytes(hash.bytes().data(), hash.size());
+  }
+  fields.pad_to(align_up(fields.position(), 8));
+  for (const SectionInfo& section : sections) {
+    fields.put(section.offset);
+    fields.put(section.bytes);
+    fields.put(section.checksum);
+    const SectionExtent& extent = section.extent;
+    for (const std::uint32_t field : {extent.layer, extent.layers, extent.head, extent.heads}) fields.put(field);
+    fields.put(static_cast<std::uint64_t>((extent.has_key ? kHasKey : 0) | (extent.has_value ? kHasValue : 0)));
+  }
+  fields.pad_to(out.size() - kChecksumBytes);
+  fields.put(fast_checksum64(out.data(), out.size() - kChecksumBytes));
+}
+
+}  // namespace
+
+std::size_t plane_count(const ShardShape& shape) { return std::size_t{2} * shape.layers * shape.heads; }
+
+std::size_t container_max_bytes(const Codec& codec, const ContainerInfo& info) {
+  if (!codec.accepts(info.shape)) return 0;
+  const auto plan = codec.plan(info.shape);
+  std::size_t bytes = header_size(info, codec.spec(), plan.size());
+  for (const SectionPlan& section : plan) bytes += align_up(section.max_bytes, kAlignment);
+  return bytes;
+}
+
+Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& info,
+                                     std::span<const std::byte> canonical,
+                                     std::span<const std::uint64_t> plane_checksums, std::span<std::byte> out) {
+  const ShardShape& shape = info.shape;
+  if (Status status = check_info(info); !status) return failure(status);
+  if (Status status = codec.accepts(shape); !status) return failure(status);
+  if (canonical.size() != shape.raw_bytes()) {
+    return failure(Code::kInvalid, "the shard has " + std::to_string(shape.raw_bytes()) + " bytes, but " +
+                                       std::to_string(canonical.size()) + " were given");
+  }
+  if (!plane_checksums.empty() && plane_checksums.size() != plane_count(shape)) {
+    return failure(Code::kInvalid, "the shard has " + std::to_string(plane_count(shape)) + " planes, but " +
+                                       std::to_string(plane_checksums.size()) + " checksums were given");
+  }
+  const auto plan = codec.plan(shape);
+  const std::size_t header_bytes = header_size(info, codec.spec(), plan.size());
+  std::size_t room = header_bytes;
+  for (const SectionPlan& section : plan) room += align_up(section.max_bytes, kAlignment);
+  if (out.size() < room) {
+    return failure(Code::kInvalid, "the container may take " + std::to_string(room) + " bytes, but there are " +
+                                       std::to_string(out.size()));
+  }
+
+  Encoder encoder(codec, shape, plan, canonical, plane_checksums);
+  std::vector<SectionInfo> sections(plan.size());
+  std::size_t offset = header_bytes;
+  for (std::size_t i = 0; i < plan.size(); ++i) {
+    sections[i].offset = offset;
+    if (Status status = encoder.encode(plan[i], out.data() + offset, sections[i]); !status) return failure(status);
+    const std::size_t end = offset + sections[i].bytes;
+    offset = align_up(end, kAlignment);
+    std::memset(out.data() + end, 0, offset - end);
+  }
+  write_header(info, codec.spec(), sections, offset, out.first(header_bytes));
+  return offset;
+}
+
+Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes) {
+  const auto corrupt = [](std::string why) { return failure(Code::kCorrupt, "container: " + std::move(why)); };
+
+  // These fields and the checksum keep their places in every version.
+  FieldReader start(bytes);
+  const auto magic = start.get_bytes(kMagic.size());
+  start.get<std::uint32_t>();
+  const auto header_bytes = start.get<std::uint32_t>();
+  if (!start.good() || std::memcmp(magic.data(), kMagic.data(), kMagic.size()) != 0) {
+    return corrupt("it does not begin like one");
+  }
+  if (header_bytes < start.position() + kChecksumBytes || header_bytes > bytes.size()) {
+    return corrupt("its header of " + std::to_string(header_bytes) + " bytes does not fit " +
+                   std::to_string(bytes.size()));
+  }
+  // Parsed from a copy, so that what was verified is what is read even when the memory belongs to somebody else.
+  std::vector<std::byte> header(header_bytes);
+  Checksum64 checksum;
+  checksum.copy(header.data(), bytes.data(), header_bytes - kChecksumBytes);
+  std::uint64_t expected = 0;
+  std::memcpy(&expected, bytes.data() + header_bytes - kChecksumBytes, kChecksumBytes);
+  if (checksum.digest() != expected) return corrupt("its header fails its checksum");
+
+  FieldReader fields(std::span<const std::byte>(header).first(header_bytes - kChecksumBytes));
+  fields.get_bytes(kMagic.size());
+  const auto version = fields.get<std::uint32_t>();
+  if (version > kVersion) {
+    return failure(Code::kRefused, "the container has format version " + std::to_string(version) +
+                                       ", written by a newer Kvern; this one reads versions up to " +
+                                       std::to_string(kVersion));
+  }
+  if (version == 0) return corrupt("there is no format version 0");
+  fields.get<std::uint32_t>();
+
+  ContainerReader reader;
+  ContainerInfo& info = reader.info_;
+  ShardShape& shape = info.shape;
+  const auto container_bytes = fields.get<std::uint64_t>();
+  const auto namespace_bytes = fields.get_bytes(info.key.namespace_id.bytes.size());
+  info.key.group = fields.get<std::uint16_t>();
+  shape.dtype = static_cast<DType>(fields.get<std::uint8_t>());
+  fields.get<std::uint8_t>();
+  for (std::uint32_t* field :
+       {&shape.layer_begin, &shape.layers, &shape.head_begin, &shape.heads, &shape.tokens, &shape.key_dim,
+        &shape.value_dim, &info.block_tokens, &info.group_layers, &info.model_heads, &info.lossy_generations}) {
+    *field = fields.get<std::uint32_t>();
+  }
+  info.position = fields.get<std::uint64_t>();
+  const auto block_count = fields.get<std::uint32_t>();
+  const auto section_count = fields.get<std::uint32_t>();
+  const auto spec_bytes = fields.get<std::uint32_t>();
+  fields.get<std::uint32_t>();
+  if (!fields.good()) return corrupt("its header is too short");
+  std::ranges::copy(namespace_bytes, std::as_writable_bytes(std::span(info.key.namespace_id.bytes)).begin());
+
+  const auto spec = fields.get_bytes(spec_bytes);
+  info.codec_spec.assign(reinterpret_cast<const char*>(spec.data()), spec.size());
+  if (Status status = shape.validate(); !status) return corrupt(status.message());
+  if (block_count > shape.tokens || block_count > fields.left()) return corrupt("its block hashes do not fit");
+  info.block_hashes.reserve(block_count);
+  for (std::uint32_t i = 0; i < block_count; ++i) {
+    const auto hash = fields.get_bytes(fields.get<std::uint8_t>());
+    const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
+    if (!block) return corrupt("a block hash is empty, too long or cut off");
+    info.block_hashes.push_back(*block);
+  }
+  if (info.block_hashes.empty()) return corrupt("it has no blocks");
+  info.key.last_block = info.block_hashes.back();
+  if (Status status = check_info(info); !status) return corrupt(status.message());
+
+  auto codec = make_codec(info.codec_spec);
+  if (!codec) return failure(Code::kRefused, "the container's codec: " + codec.error().message());
+  reader.codec_ = std::move(*codec);
+  if (reader.codec_->spec() != info.codec_spec) return corrupt("its codec spec is not canonical");
+  if (Status status = reader.codec_->accepts(shape); !status) return corrupt(status.message());
+
+  // The plan says all that the table may say, but for the encoded sizes. Its size is bounded by the shape's.
+  fields.skip_to(align_up(fields.position(), 8));
+  const auto plan = reader.codec_->plan(shape);
+  if (plan.size() != section_count)
+    return corrupt("it has " + std::to_string(section_count) + " sections, not " + std::to_string(plan.size()));
+  std::uint64_t offset = header_bytes;
+  if (offset % kAlignment != 0) return corrupt("its header is not a multiple of 64 bytes long");
+  reader.sections_.reserve(std::min<std::size_t>(section_count, fields.left() / kSectionEntryBytes));
+  for (const SectionPlan& planned : plan) {
+    SectionInfo section;
+    section.offset = fields.get<std::uint64_t>();
+    section.bytes = fields.get<std::uint64_t>();
+    section.checksum = fields.get<std::uint64_t>();
+    SectionExtent& extent = section.extent;
+    for (std::uint32_t* field : {&extent.layer, &extent.layers, &extent.head, &extent.heads}) {
+      *field = fields.get<std::uint32_t>();
+    }
+    const auto parts = fields.get<std::uint64_t>();
+    extent.has_key = (parts & kHasKey) != 0;
+    extent.has_value = (parts & kHasValue) != 0;
+    if (!fields.good()) return corrupt("its section table does not fit the header");
+    if (extent != planned.extent || section.bytes > planned.max_bytes || section.offset != offset) {
+      return corrupt("section " + std::to_string(reader.sections_.size()) + " is not where or what the codec stores");
+    }
+    offset = align_up(offset + section.bytes, kAlignment);
+    reader.sections_.push_back(section);
+  }
+  if (offset != container_bytes || container_bytes > bytes.size()) {
+    return corrupt("it should have " + std::to_string(offset) + " bytes; it says " + std::to_string(container_bytes) +
+                   " and has " + std::to_string(bytes.size()));
+  }
+  reader.bytes_ = bytes.first(container_bytes);
+  reader.size_bytes_ = container_bytes;
+  return reader;
+}
+
+namespace {
+
+Status check_section(std::span<const std::byte> payload, const SectionInfo& section, std::size_t number) {
+  if (fast_checksum64(payload.data(), payload.size()) == section.checksum) return Status::ok();
+  return {Code::kCorrupt, "section " + std::to_string(number) + " (" + describe(section.extent) +
+                              ") of the container fails its checksum"};
+}
+
+bool overlaps(std::uint32_t begin, std::uint32_t count, std::uint32_t from, std::uint32_t to) {
+  return begin < to && from < begin + count;
+}
+
+}  // namespace
+
+Status ContainerReader::verify() const {
+  for (std::size_t i = 0; i < sections_.size(); ++i) {
+    const SectionInfo& section = sections_[i];
+    if (Status status = check_section(bytes_.subspan(section.offset, section.bytes), section, i); !status) {
+      return status;
+    }
+  }
+  return Status::ok();
+}
+
+Status ContainerReader::decode(std::uint32_t layer_begin, std::uint32_t layer_end, std::uint32_t head_begin,
+                               std::uint32_t head_end, TokenRange tokens, RowSink& sink) const {
+  const ShardShape& shape = info_.shape;
+  if (tokens.begin > tokens.end || tokens.end > shape.tokens) {
+    return {Code::kInvalid, "tokens " + std::to_string(tokens.begin) + " to " + std::to_string(tokens.end) +
+                                " lie outside the chunk's " + std::to_string(shape.tokens)};
+  }
+  // From the model's numbers to the shard's.
+  const auto relative = [](std::uint32_t value, std::uint32_t begin) { return value > begin ? value - begin : 0; };
+  const std::uint32_t first_layer = relative(layer_begin, shape.layer_begin);
+  const std::uint32_t last_layer = relative(layer_end, shape.layer_begin);
+  const std::uint32_t first_head = relative(head_begin, shape.head_begin);
+  const std::uint32_t last_head = relative(head_end, shape.head_begin);
+  for (std::size_t i = 0; i < sections_.size(); ++i) {
+    const SectionInfo& section = sections_[i];
+    const SectionExtent& extent = section.extent;
+    if (!overlaps(extent.layer, extent.layers, first_layer, last_layer) ||
+        !overlaps(extent.head, extent.heads, first_head, last_head)) {
+      continue;
+    }
+    const auto payload = bytes_.subspan(section.offset, section.bytes);
+    if (Status status = check_section(payload, section, i); !status) return status;
+    if (Status status = codec_->decode(shape, extent, payload, tokens, first_head, last_head, sink); !status) {
+      return {status.code(), "section " + std::to_string(i) + " (" + describe(extent) + "): " + status.message()};
+    }
+  }
+  return Status::ok();
+}
+
+}  // namespace kvern

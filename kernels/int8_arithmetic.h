@@ -1,0 +1,135 @@
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "base/dtype.h"
+
+#if defined(__CUDACC__)
+#define KVERN_HOST_DEVICE __host__ __device__
+#else
+#define KVERN_HOST_DEVICE
+#endif
+
+/// The arithmetic of the int8 form (docs/format.md), shared by CPU and GPU so that both give the same bytes. Every step
+/// is one correctly rounded IEEE operation, or integers.
+namespace kvern::int8 {
+
+/// Codes are symmetric: -128 is not used.
+constexpr float kMaxCode = 127.0F;
+/// Groups whose scale would be smaller become zeros. It keeps every intermediate value normal, so that the result does
+/// not depend on whether a thread flushes denormals.
+constexpr float kMinScale = 0x1p-100F;
+
+KVERN_HOST_DEVICE constexpr float largest_finite(DType dtype) {
+  return dtype == DType::kFloat16 ? 65504.0F
+                                  : std::bit_cast<float>(dtype == DType::kBFloat16 ? 0x7F7F0000U : 0x7F7FFFFFU);
+}
+
+/// Scales are stored as the upper half of a float (bfloat16). This is the largest one whose codes all decode to finite
+/// values of the dtype; everything above it, NaN, infinities and negative values included, is corrupt.
+KVERN_HOST_DEVICE constexpr std::uint16_t max_scale_bits(DType dtype) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(largest_finite(dtype) / kMaxCode) >> 16);
+}
+
+KVERN_HOST_DEVICE constexpr float scale_value(std::uint16_t bits) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+/// The scale of a group whose largest magnitude is given (finite): magnitude / 127, rounded up.
+KVERN_HOST_DEVICE constexpr std::uint16_t scale_bits(float magnitude, DType dtype) {
+  const float scale = magnitude / kMaxCode;
+  if (scale < kMinScale) return 0;
+  const std::uint32_t up = (std::bit_cast<std::uint32_t>(scale) + 0xFFFFU) >> 16;
+  return up < max_scale_bits(dtype) ? static_cast<std::uint16_t>(up) : max_scale_bits(dtype);
+}
+
+KVERN_HOST_DEVICE constexpr float inverse_scale(std::uint16_t bits) {
+  return bits == 0 ? 0.0F : 1.0F / scale_value(bits);
+}
+
+/// Nearest code, ties to even.
+KVERN_HOST_DEVICE inline std::int8_t encode(float value, float inverse) {
+#if defined(__CUDA_ARCH__)
+  const float code = rintf(__fmul_rn(value, inverse));
+#else
+  const float code = std::nearbyint(value * inverse);
+#endif
+  return static_cast<std::int8_t>(code < -kMaxCode ? -kMaxCode : code > kMaxCode ? kMaxCode : code);
+}
+
+/// Exact: 7 bits times 8 bits.
+KVERN_HOST_DEVICE inline float decode(std::int8_t code, float scale) { return static_cast<float>(code) * scale; }
+
+KVERN_HOST_DEVICE constexpr float from_bfloat16(std::uint16_t bits) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+/// Ties to even. Of finite values only.
+KVERN_HOST_DEVICE constexpr std::uint16_t to_bfloat16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
+}
+
+KVERN_HOST_DEVICE constexpr float from_float16(std::uint16_t bits) {
+  const std::uint32_t sign = (bits & 0x8000U) << 16;
+  const std::uint32_t magnitude = bits & 0x7FFFU;
+  if (magnitude >= 0x7C00U) return std::bit_cast<float>(sign | 0x7F800000U | ((magnitude & 0x3FFU) << 13));
+  if (magnitude >= 0x0400U) return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000U));
+  const float value = static_cast<float>(magnitude) * 0x1p-24F;
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(value));
+}
+/// Ties to even. Of values that round to finite ones only.
+KVERN_HOST_DEVICE constexpr std::uint16_t to_float16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000U;
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
+  if (magnitude < 0x38800000U) {
+    // Subnormal: adding 0.5 puts the unit of the last place at 2^-24 and rounds there.
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
+    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3F000000U));
+  }
+  const std::uint32_t rounded = magnitude + 0xFFFU + ((magnitude >> 13) & 1U);
+  return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000U) >> 13));
+}
+
+/// How one plane (layer, K or V, head) lies in its section: scales, padded to 64 bytes, then one code per element in
+/// the order of the plane.
+struct Form {
+  DType dtype = DType::kBFloat16;
+  bool per_channel = true;  ///< K: a scale per channel and group of tokens; V: per token and group of channels
+  std::uint32_t tokens = 0;
+  std::uint32_t dim = 0;
+  std::uint32_t group = 0;  ///< tokens or channels per group; the last group may be shorter
+
+  static constexpr std::uint32_t kMaxChannelGroup = 128;
+  static constexpr std::size_t kAlignment = 64;
+
+  /// V rows are cut into the fewest groups of at most 128 channels, as even as multiples of 16 allow.
+  static constexpr std::uint32_t channel_group(std::uint32_t dim) {
+    const std::uint32_t groups = (dim + kMaxChannelGroup - 1) / kMaxChannelGroup;
+    return ((dim + groups - 1) / groups + 15) / 16 * 16;
+  }
+
+  KVERN_HOST_DEVICE constexpr std::uint32_t groups() const {
+    return ((per_channel ? tokens : dim) + group - 1) / group;
+  }
+  KVERN_HOST_DEVICE constexpr std::size_t scales() const {
+    return static_cast<std::size_t>(groups()) * (per_channel ? dim : tokens);
+  }
+  /// Where the scale of an element stands: [token group][channel] or [token][channel group].
+  KVERN_HOST_DEVICE constexpr std::size_t scale_index(std::uint32_t token, std::uint32_t channel) const {
+    return per_channel ? static_cast<std::size_t>(token / group) * dim + channel
+                       : static_cast<std::size_t>(token) * groups() + channel / group;
+  }
+  KVERN_HOST_DEVICE constexpr std::size_t codes_offset() const {
+    return (scales() * sizeof(std::uint16_t) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  KVERN_HOST_DEVICE constexpr std::size_t section_bytes() const {
+    return codes_offset() + static_cast<std::size_t>(tokens) * dim;
+  }
+};
+
+}  // namespace kvern::int8

@@ -1,0 +1,52 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
+
+#include "kernels/codec.h"
+
+namespace kvern {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::HasSubstr;
+
+std::string error_of(std::string_view spec) {
+  const auto codec = make_codec(spec);
+  if (codec) return "no error";
+  EXPECT_EQ(codec.error().code(), Code::kInvalid);
+  return codec.error().message();
+}
+
+TEST(MakeCodec, KnowsEveryNameThatItLists) {
+  EXPECT_THAT(codec_names(), Contains("raw"));
+  for (const std::string& name : codec_names()) {
+    const auto codec = make_codec(name);
+    ASSERT_TRUE(codec) << name;
+    const auto again = make_codec((*codec)->spec());
+    ASSERT_TRUE(again) << "the canonical spec is a spec";
+    EXPECT_EQ((*again)->spec(), (*codec)->spec());
+  }
+}
+
+TEST(MakeCodec, IgnoresSpacesAndEmptyParentheses) { EXPECT_TRUE(make_codec("  raw ( ) ")); }
+
+TEST(MakeCodec, SaysWhatIsWrongAndWhatThereIs) {
+  EXPECT_THAT(error_of("int9"), AllOf(HasSubstr("'int9'"), HasSubstr("raw")));
+  EXPECT_THAT(error_of("raw(level=3)"), AllOf(HasSubstr("'level'"), HasSubstr("none")));
+  EXPECT_THAT(error_of("raw | raw"), HasSubstr("cannot be chained"));
+  EXPECT_THAT(error_of("raw | int9"), HasSubstr("'int9'"));
+  for (const char* spec : {"", "|", "raw|", "(", "raw(", "raw)", "raw(a)", "raw(a=)", "raw(=1)", "raw(a=1", "raw(a=1,)",
+                           "ra w", "raw(a=1)x", "raw(a=1)(b=2)"}) {
+    EXPECT_THAT(error_of(spec), HasSubstr("not of the form")) << spec;
+  }
+  EXPECT_THAT(error_of(std::string(1000, 'a')), HasSubstr("at most"));
+}
+
+RC_GTEST_PROP(MakeCodec, AnswersAnyText, (std::string text)) {
+  const auto codec = make_codec(text);
+  RC_ASSERT(codec || !codec.error().message().empty());
+}
+
+}  // namespace
+}  // namespace kvern
