@@ -1,0 +1,112 @@
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/keys.h"
+#include "base/status.h"
+#include "kernels/container.h"
+#include "store/chunk_store.h"
+
+namespace kvern {
+
+/// What the chunks of one namespace, group and codec have in common; kept once for all of them.
+struct ChunkFamily {
+  NamespaceId namespace_id;
+  std::uint16_t group = 0;
+  std::uint32_t block_tokens = 0;
+  std::uint32_t group_layers = 0;
+  std::uint32_t model_heads = 0;
+  std::string codec_spec;
+  auto operator<=>(const ChunkFamily&) const = default;
+};
+
+/// Families by value, counted. Not thread-safe.
+class FamilyTable {
+ public:
+  /// Stays valid until as many release() calls as acquire() calls.
+  const ChunkFamily* acquire(ChunkFamily family);
+  void release(const ChunkFamily* family);
+
+ private:
+  std::map<ChunkFamily, std::uint64_t> references_;
+};
+
+/// The range of layers and heads that a shard covers: [layer_begin, layer_begin + layers) x [head_begin, ...).
+struct ShardRange {
+  std::uint32_t layer_begin = 0;
+  std::uint32_t layers = 0;
+  std::uint32_t head_begin = 0;
+  std::uint32_t heads = 0;
+  bool operator==(const ShardRange&) const = default;
+
+  static ShardRange of(const ShardShape& shape) {
+    return {shape.layer_begin, shape.layers, shape.head_begin, shape.heads};
+  }
+};
+
+struct ShardRecord {
+  Extent extent;
+  ShardRange range;
+  std::uint64_t raw_bytes = 0;
+};
+
+enum class ChunkState : std::uint8_t {
+  kIncomplete,   ///< shards are missing; not in the index
+  kLive,         ///< in the index and known to the eviction policy
+  kSuperseded,   ///< a longer chunk took over its blocks; waits until nobody holds it, and can still be pinned
+  kQuarantined,  ///< corrupt; waits until nobody holds it
+};
+
+/// The store's private record of one chunk.
+struct ChunkRecord {
+  const ChunkFamily* family = nullptr;
+  std::unique_ptr<std::uint8_t[]> hashes;  ///< blocks x hash_bytes
+  std::vector<ShardRecord> shards;
+  std::uint64_t position = 0;
+  std::int64_t last_shard_ns = 0;
+  std::uint32_t pins = 0;
+  std::uint16_t blocks = 0;
+  std::uint8_t hash_bytes = 0;
+  ChunkState state = ChunkState::kIncomplete;
+
+  std::span<const std::uint8_t> hash(std::size_t block) const {
+    return {hashes.get() + block * hash_bytes, hash_bytes};
+  }
+  std::uint64_t fingerprint(std::size_t block) const {
+    return block_fingerprint(family->namespace_id, family->group, hash(block));
+  }
+  ChunkKey key() const;
+  std::vector<BlockHash> block_hashes() const;
+  std::uint32_t tokens() const { return blocks * family->block_tokens; }
+  std::uint64_t encoded_bytes() const;
+  std::uint64_t raw_bytes() const;
+
+  bool belongs_to(const NamespaceId& namespace_id, std::uint16_t group) const {
+    return family->namespace_id == namespace_id && family->group == group;
+  }
+  bool has_block(std::size_t block, const BlockHash& hash_of_block) const;
+  /// The first blocks of both are the same, for as long as the shorter of the two goes.
+  bool shares_start_with(const ContainerInfo& info) const;
+  /// Whether the info is that of another shard of this very chunk; kInvalid with a sentence otherwise.
+  Status check_same_chunk(const ContainerInfo& info) const;
+  /// The shards of the record cover the range, together.
+  bool covers(const ShardRange& range) const;
+  bool is_complete() const { return covers({0, family->group_layers, 0, family->model_heads}); }
+};
+
+/// The largest number of blocks in a chunk and of shards under one key that the store accepts: far more than a chunk of
+/// 256 tokens or a rank layout has, few enough that a hostile client cannot make bookkeeping slow.
+inline constexpr std::size_t kMaxBlocksPerChunk = 4096;
+inline constexpr std::size_t kMaxShardsPerChunk = 1024;
+
+/// Whether the store can keep a container that says this of itself; kInvalid with a sentence otherwise.
+Status check_container_info(const ContainerInfo& info);
+
+}  // namespace kvern

@@ -1,0 +1,638 @@
+#include "store/chunk_store.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+
+#include "store/chunk_record.h"
+
+namespace kvern {
+namespace {
+
+// Victims of one eviction round. They share one look at the hazards; more would be missed by readers for nothing when
+// somebody holds them.
+constexpr std::size_t kEvictionBatch = 32;
+// Chunk numbers that flush() and snapshot() look at before they let others have the lock.
+constexpr std::uint32_t kScanBatch = 256;
+// Keeps chunk numbers, also one past the last, within 32 bits.
+constexpr std::uint32_t kMaxChunkCapacity = 1U << 30;
+
+}  // namespace
+
+Status ChunkStoreConfig::validate() const {
+  if (slab_bytes < Slab::kAlignment) return {Code::kInvalid, "slab_bytes must be at least 4096"};
+  if (chunk_capacity == 0 || chunk_capacity > kMaxChunkCapacity) {
+    return {Code::kInvalid, "chunk_capacity must be between 1 and " + std::to_string(kMaxChunkCapacity)};
+  }
+  if (index_slots < 4 || (index_slots & (index_slots - 1)) != 0) {
+    return {Code::kInvalid, "index_slots must be a power of two, at least 4"};
+  }
+  if (incomplete_ttl_ns <= 0) return {Code::kInvalid, "incomplete_ttl_ns must be above 0"};
+  return Status::ok();
+}
+
+struct ChunkStore::State {
+  struct Ticket {
+    ChunkKey key;
+    ShardRange range;
+    Extent extent;
+  };
+  using TicketMap = std::unordered_map<std::uint64_t, Ticket>;
+
+  /// What is known of a key before its chunk is complete; kept while it has a ticket or a chunk. A ticket also keeps
+  /// the chunk from being dropped.
+  struct Pending {
+    std::vector<std::uint64_t> tickets;
+    std::optional<std::uint32_t> chunk;  // the record with the shards that have come
+  };
+
+  struct Removal {
+    ChunkKey key;
+    std::vector<BlockHash> blocks;
+    std::string_view reason;
+  };
+
+  /// Holds the lock; tells the listener of removals after it has let go of it.
+  class Session {
+   public:
+    explicit Session(State& state) : state_(state), lock_(state.mutex) {}
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+    ~Session() {
+      const auto removals = std::exchange(state_.removals, {});
+      const auto listener = state_.listener;
+      lock_.unlock();
+      if (!listener) return;
+      for (const auto& removal : removals) (*listener)(removal.key, removal.blocks, removal.reason);
+    }
+
+   private:
+    State& state_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  State(const ChunkStoreConfig& store_config, std::span<std::byte> slab_bytes, std::span<std::byte> index_bytes,
+        std::unique_ptr<EvictionPolicy> eviction_policy, HazardProbe hazard_probe, const Clock& store_clock);
+
+  // Looking up. None of these changes anything.
+  bool holds(std::uint32_t chunk, std::size_t block, const NamespaceId& namespace_id, std::uint16_t group,
+             const BlockHash& hash) const;
+  std::optional<std::uint32_t> find_live(const NamespaceId& namespace_id, std::uint16_t group,
+                                         const BlockHash& hash) const;
+  std::optional<std::uint32_t> find_readable(const NamespaceId& namespace_id, std::uint16_t group,
+                                             const BlockHash& hash) const;
+  std::optional<std::uint32_t> find_same_start(const ContainerInfo& info) const;
+  bool is_covered(const ContainerInfo& info) const;
+  bool is_in_flight(const Pending& entry, const ShardRange& range) const;
+  bool is_listed(std::uint32_t chunk, const std::optional<NamespaceId>& namespace_id) const;
+  ChunkSummary summarize(const ChunkRecord& record) const;
+
+  // Leaving.
+  void list_claimed();
+  void take_out_of_index(std::uint32_t chunk, std::string_view reason);
+  void release(std::uint32_t chunk);
+  std::uint64_t retire(std::span<const std::uint32_t> candidates, std::string_view reason);
+  void drop_when_unheld(std::uint32_t chunk, ChunkState state, std::string_view reason);
+  void free_unheld();
+  void drop_shards(std::uint32_t chunk);
+  void drop_incomplete(const std::optional<NamespaceId>& namespace_id, std::int64_t shards_before_ns);
+  template <typename Enough>
+  bool evict_until(std::uint64_t bytes, Enough enough);
+
+  // Coming.
+  void close_ticket(TicketMap::iterator ticket);
+  Result<bool> add_shard(const Ticket& ticket, const ContainerInfo& info, std::size_t container_bytes);
+  std::optional<std::uint32_t> new_record(const ContainerInfo& info);
+  bool enter_index(std::uint32_t chunk, const ContainerInfo& info);
+
+  ChunkRecord& record(std::uint32_t chunk) { return *records[chunk]; }
+  const ChunkRecord& record(std::uint32_t chunk) const { return *records[chunk]; }
+
+  const ChunkStoreConfig config;
+  const std::span<std::byte> slab_memory;
+  const HazardProbe hazards;
+  const Clock& clock;
+  const std::unique_ptr<EvictionPolicy> policy;
+
+  mutable std::mutex mutex;  // guards all that follows
+  Slab slab;
+  BlockIndexWriter index;
+  FamilyTable families;
+  std::vector<std::unique_ptr<ChunkRecord>> records;  // by chunk number
+  std::vector<std::uint32_t> spare_numbers;
+  TicketMap tickets;
+  std::unordered_map<ChunkKey, Pending> pending;
+  std::unordered_map<std::uint64_t, std::uint32_t> pins;
+  std::vector<std::uint32_t> held;  // superseded and quarantined chunks that wait until nobody holds them
+  std::unordered_set<std::uint32_t> claimed;
+  std::vector<Removal> removals;
+  std::shared_ptr<const RemovalListener> listener;
+  std::uint64_t next_id = 1;
+  ChunkStoreStats counters;  // what is not derived from the rest
+};
+
+ChunkStore::State::State(const ChunkStoreConfig& store_config, std::span<std::byte> slab_bytes,
+                         std::span<std::byte> index_bytes, std::unique_ptr<EvictionPolicy> eviction_policy,
+                         HazardProbe hazard_probe, const Clock& store_clock)
+    : config(store_config),
+      slab_memory(slab_bytes),
+      hazards(std::move(hazard_probe)),
+      clock(store_clock),
+      policy(std::move(eviction_policy)),
+      slab(store_config.slab_bytes),
+      index(index_bytes, {.chunk_capacity = store_config.chunk_capacity,
+                          .slot_count = store_config.index_slots,
+                          .generation = store_config.generation}),
+      records(store_config.chunk_capacity) {
+  spare_numbers.reserve(config.chunk_capacity);
+  for (std::uint32_t chunk = config.chunk_capacity; chunk-- > 0;) spare_numbers.push_back(chunk);
+}
+
+bool ChunkStore::State::holds(std::uint32_t chunk, std::size_t block, const NamespaceId& namespace_id,
+                              std::uint16_t group, const BlockHash& hash) const {
+  const auto& candidate = records[chunk];
+  return candidate && candidate->state == ChunkState::kLive && candidate->belongs_to(namespace_id, group) &&
+         candidate->has_block(block, hash);
+}
+
+std::optional<std::uint32_t> ChunkStore::State::find_live(const NamespaceId& namespace_id, std::uint16_t group,
+                                                          const BlockHash& hash) const {
+  const auto hit = index.find(block_fingerprint(namespace_id, group, hash.bytes()));
+  if (!hit || !holds(hit->chunk, hit->block_in_chunk, namespace_id, group, hash)) return std::nullopt;
+  return hit->chunk;
+}
+
+// Somebody may have claimed a chunk that was superseded since, and whose successor is gone already.
+std::optional<std::uint32_t> ChunkStore::State::find_readable(const NamespaceId& namespace_id, std::uint16_t group,
+                                                              const BlockHash& hash) const {
+  if (const auto chunk = find_live(namespace_id, group, hash)) return chunk;
+  for (const auto chunk : held) {
+    const ChunkRecord& candidate = record(chunk);
+    if (candidate.state != ChunkState::kSuperseded || !candidate.belongs_to(namespace_id, group)) continue;
+    for (std::size_t block = 0; block < candidate.blocks; ++block) {
+      if (candidate.has_block(block, hash)) return chunk;
+    }
+  }
+  return std::nullopt;
+}
+
+// The live chunk of the same grid cell, shorter or longer or equal.
+std::optional<std::uint32_t> ChunkStore::State::find_same_start(const ContainerInfo& info) const {
+  const auto chunk = find_live(info.key.namespace_id, info.key.group, info.block_hashes.front());
+  if (!chunk || !record(*chunk).shares_start_with(info)) return std::nullopt;
+  return chunk;
+}
+
+bool ChunkStore::State::is_covered(const ContainerInfo& info) const {
+  const auto chunk = find_same_start(info);
+  return chunk && record(*chunk).blocks >= info.block_hashes.size();
+}
+
+bool ChunkStore::State::is_in_flight(const Pending& entry, const ShardRange& range) const {
+  return std::ranges::any_of(entry.tickets, [&](std::uint64_t id) { return tickets.at(id).range == range; });
+}
+
+// A live chunk, of the namespace if one is given.
+bool ChunkStore::State::is_listed(std::uint32_t chunk, const std::optional<NamespaceId>& namespace_id) const {
+  const auto& candidate = records[chunk];
+  return candidate && candidate->state == ChunkState::kLive &&
+         (!namespace_id || candidate->family->namespace_id == *namespace_id);
+}
+
+ChunkStore::ChunkSummary ChunkStore::State::summarize(const ChunkRecord& chunk) const {
+  return {.key = chunk.key(),
+          .blocks = chunk.block_hashes(),
+          .tokens = chunk.tokens(),
+          .encoded_bytes = chunk.encoded_bytes(),
+          .raw_bytes = chunk.raw_bytes(),
+          .codec_spec = chunk.family->codec_spec,
+          .shards = static_cast<std::uint32_t>(chunk.shards.size())};
+}
+
+// Only what was retired before the call is safe to free after it.
+void ChunkStore::State::list_claimed() {
+  claimed.clear();
+  if (hazards) hazards(claimed);
+}
+
+void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view reason) {
+  const ChunkRecord& leaving = record(chunk);
+  for (std::size_t block = 0; block < leaving.blocks; ++block) index.erase(leaving.fingerprint(block), chunk);
+  policy->erased(chunk);
+  --counters.chunks;
+  if (listener) removals.push_back({leaving.key(), leaving.block_hashes(), reason});
+}
+
+// The chunk is in the index no more, and nobody holds it.
+void ChunkStore::State::release(std::uint32_t chunk) {
+  const ChunkRecord& leaving = record(chunk);
+  for (const auto& shard : leaving.shards) slab.free(shard.extent);
+  counters.encoded_bytes -= leaving.encoded_bytes();
+  counters.raw_bytes -= leaving.raw_bytes();
+  families.release(leaving.family);
+  records[chunk].reset();
+  spare_numbers.push_back(chunk);
+}
+
+// Frees those of the live, unpinned candidates that nobody claims; returns their encoded bytes.
+std::uint64_t ChunkStore::State::retire(std::span<const std::uint32_t> candidates, std::string_view reason) {
+  if (candidates.empty()) return 0;
+  for (const auto chunk : candidates) index.begin_retire(chunk);
+  list_claimed();
+  std::uint64_t bytes = 0;
+  for (const auto chunk : candidates) {
+    if (claimed.contains(chunk)) {
+      index.cancel_retire(chunk);
+      policy->skipped(chunk);
+      continue;
+    }
+    bytes += record(chunk).encoded_bytes();
+    take_out_of_index(chunk, reason);
+    index.finish_retire(chunk);
+    release(chunk);
+  }
+  return bytes;
+}
+
+// Takes a live chunk out of the index for good, whoever holds it.
+void ChunkStore::State::drop_when_unheld(std::uint32_t chunk, ChunkState state, std::string_view reason) {
+  index.begin_retire(chunk);
+  take_out_of_index(chunk, reason);
+  record(chunk).state = state;
+  held.push_back(chunk);
+  free_unheld();
+}
+
+void ChunkStore::State::free_unheld() {
+  if (held.empty()) return;
+  list_claimed();
+  std::erase_if(held, [this](std::uint32_t chunk) {
+    if (record(chunk).pins > 0 || claimed.contains(chunk)) return false;
+    index.finish_retire(chunk);
+    release(chunk);
+    return true;
+  });
+}
+
+void ChunkStore::State::drop_shards(std::uint32_t chunk) {
+  release(chunk);
+  --counters.incomplete_chunks;
+}
+
+void ChunkStore::State::drop_incomplete(const std::optional<NamespaceId>& namespace_id, std::int64_t shards_before_ns) {
+  std::erase_if(pending, [&](const auto& item) {
+    const auto& [key, entry] = item;
+    if (!entry.tickets.empty() || (namespace_id && key.namespace_id != *namespace_id)) return false;
+    if (record(*entry.chunk).last_shard_ns > shards_before_ns) return false;
+    drop_shards(*entry.chunk);
+    return true;
+  });
+}
+
+// Evicts until enough() holds; false when nothing is left that could go. Each round takes about as many victims as make
+// up the bytes, and looks at every chunk at most once.
+template <typename Enough>
+bool ChunkStore::State::evict_until(std::uint64_t bytes, Enough enough) {
+  if (enough()) return true;
+  free_unheld();
+  drop_incomplete(std::nullopt, clock.now_ns() - config.incomplete_ttl_ns);
+  std::vector<std::uint32_t> candidates;
+  for (std::uint64_t left = counters.chunks; !enough();) {
+    candidates.clear();
+    std::uint64_t candidate_bytes = 0;
+    const std::uint64_t left_before = left;
+    for (const auto chunk : policy->victims(std::min<std::uint64_t>(kEvictionBatch, left))) {
+      if (!candidates.empty() && candidate_bytes >= bytes) break;
+      --left;
+      if (record(chunk).pins > 0) {
+        policy->skipped(chunk);
+        continue;
+      }
+      candidates.push_back(chunk);
+      candidate_bytes += record(chunk).encoded_bytes();
+    }
+    if (left == left_before) return false;
+    const std::uint64_t chunks_before = counters.chunks;
+    counters.evicted_bytes += retire(candidates, "evicted");
+    counters.evicted_chunks += chunks_before - counters.chunks;
+  }
+  return true;
+}
+
+void ChunkStore::State::close_ticket(TicketMap::iterator ticket) {
+  const auto entry = pending.find(ticket->second.key);
+  std::erase(entry->second.tickets, ticket->first);
+  if (entry->second.tickets.empty() && !entry->second.chunk) pending.erase(entry);
+  tickets.erase(ticket);
+}
+
+// Turns an open ticket, whose bytes are written, into a shard; see publish(). The extent is freed unless it was used.
+Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerInfo& info,
+                                          std::size_t container_bytes) {
+  const auto give_up = [&](Code code, std::string message) {
+    slab.free(ticket.extent);
+    return failure(code, std::move(message));
+  };
+  if (const auto status = check_container_info(info); !status) return give_up(status.code(), status.message());
+  if (!(info.key == ticket.key) || ShardRange::of(info.shape) != ticket.range) {
+    return give_up(Code::kInvalid, "the container is not the one that the ticket was given for");
+  }
+  if (container_bytes == 0 || container_bytes > ticket.extent.bytes) {
+    return give_up(Code::kInvalid,
+                   "a container of " + std::to_string(container_bytes) + " bytes does not fit the ticket");
+  }
+  Pending& entry = pending.at(ticket.key);
+  if (is_covered(info)) {
+    slab.free(ticket.extent);
+    if (entry.chunk) drop_shards(*std::exchange(entry.chunk, std::nullopt));
+    return true;
+  }
+  if (entry.chunk) {
+    const ChunkRecord& others = record(*entry.chunk);
+    if (const auto status = others.check_same_chunk(info); !status) return give_up(status.code(), status.message());
+    if (others.shards.size() >= kMaxShardsPerChunk) return give_up(Code::kRefused, "the chunk has too many shards");
+    if (others.covers(ticket.range)) {
+      slab.free(ticket.extent);
+      return false;
+    }
+  } else {
+    entry.chunk = new_record(info);
+    if (!entry.chunk) return give_up(Code::kBusy, "no chunk number is free: what is stored is in use");
+    ++counters.incomplete_chunks;
+  }
+  const std::uint32_t chunk = *entry.chunk;
+  ChunkRecord& whole = record(chunk);
+  whole.shards.push_back({slab.shrink(ticket.extent, container_bytes), ticket.range, info.shape.raw_bytes()});
+  whole.last_shard_ns = clock.now_ns();
+  counters.encoded_bytes += container_bytes;
+  counters.raw_bytes += info.shape.raw_bytes();
+  if (!whole.is_complete()) return false;
+  if (!enter_index(chunk, info)) {
+    drop_shards(chunk);
+    entry.chunk.reset();
+    return failure(Code::kBusy, "the index is full: what is stored is in use");
+  }
+  entry.chunk.reset();
+  --counters.incomplete_chunks;
+  return true;
+}
+
+std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& info) {
+  if (!evict_until(0, [this] { return !spare_numbers.empty(); })) return std::nullopt;
+  auto fresh = std::make_unique<ChunkRecord>();
+  const std::size_t hash_bytes = info.block_hashes.front().size();
+  fresh->family = families.acquire(
+      {info.key.namespace_id, info.key.group, info.block_tokens, info.group_layers, info.model_heads, info.codec_spec});
+  fresh->hashes = std::make_unique<std::uint8_t[]>(info.block_hashes.size() * hash_bytes);
+  for (std::size_t block = 0; block < info.block_hashes.size(); ++block) {
+    std::memcpy(fresh->hashes.get() + block * hash_bytes, info.block_hashes[block].bytes().data(), hash_bytes);
+  }
+  fresh->position = info.position;
+  fresh->blocks = static_cast<std::uint16_t>(info.block_hashes.size());
+  fresh->hash_bytes = static_cast<std::uint8_t>(hash_bytes);
+  const std::uint32_t chunk = spare_numbers.back();
+  spare_numbers.pop_back();
+  records[chunk] = std::move(fresh);
+  return chunk;
+}
+
+// Publishes a complete chunk; false, with nothing changed, when the index has no room.
+bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& info) {
+  ChunkRecord& entering = record(chunk);
+  const std::size_t blocks = entering.blocks;
+  const auto has_room = [&] { return index.used_slots() + blocks <= index.slot_limit(); };
+  if (blocks > index.slot_limit() || !evict_until(0, has_room)) return false;
+  // New fingerprints first, since only they can fail, and while the chunk is not live, so that nobody sees them.
+  for (std::size_t block = 0; block < blocks; ++block) {
+    if (index.find(entering.fingerprint(block))) continue;
+    if (index.put(entering.fingerprint(block), chunk, static_cast<std::uint16_t>(block))) continue;
+    for (std::size_t undo = 0; undo < block; ++undo) index.erase(entering.fingerprint(undo), chunk);
+    return false;
+  }
+  const auto shorter = find_same_start(info);
+  index.make_live(chunk);
+  entering.state = ChunkState::kLive;
+  ++counters.chunks;
+  policy->inserted(chunk, entering.encoded_bytes());
+  // Blocks of a shorter chunk are pointed to this one before that one goes, so that a reader finds them at any moment.
+  for (std::size_t block = 0; block < blocks; ++block) {
+    index.put(entering.fingerprint(block), chunk, static_cast<std::uint16_t>(block));
+  }
+  if (shorter) {
+    ++counters.superseded_chunks;
+    drop_when_unheld(*shorter, ChunkState::kSuperseded, "superseded");
+  }
+  return true;
+}
+
+ChunkStore::ChunkStore(const ChunkStoreConfig& config, std::span<std::byte> slab_memory,
+                       std::span<std::byte> index_memory, std::unique_ptr<EvictionPolicy> policy, HazardProbe hazards,
+                       const Clock& clock) {
+  if (const auto status = config.validate(); !status) throw std::invalid_argument("chunk store: " + status.message());
+  if (slab_memory.size() < config.slab_bytes) throw std::invalid_argument("chunk store: slab_memory is too small");
+  if (!policy) throw std::invalid_argument("chunk store: there is no eviction policy");
+  state_ = std::make_unique<State>(config, slab_memory, index_memory, std::move(policy), std::move(hazards), clock);
+}
+
+ChunkStore::~ChunkStore() = default;
+
+Presence ChunkStore::presence(const ChunkKey& key, const ShardShape& shard) const {
+  const State& s = *state_;
+  const ShardRange range = ShardRange::of(shard);
+  std::lock_guard lock(s.mutex);
+  if (s.find_live(key.namespace_id, key.group, key.last_block)) return Presence::kStored;
+  const auto entry = s.pending.find(key);
+  if (entry == s.pending.end()) return Presence::kAbsent;
+  const auto& [tickets, chunk] = entry->second;
+  if (chunk && s.record(*chunk).covers(range)) return Presence::kStored;
+  if (s.is_in_flight(entry->second, range)) return Presence::kInFlight;
+  return chunk ? Presence::kPartlyStored : Presence::kAbsent;
+}
+
+Result<WriteTicket> ChunkStore::begin_write(const ContainerInfo& info, std::size_t max_bytes) {
+  if (auto status = check_container_info(info); !status) return failure(std::move(status));
+  const ShardRange range = ShardRange::of(info.shape);
+  State& s = *state_;
+  State::Session session(s);
+  if (max_bytes == 0 || max_bytes > s.slab.capacity_bytes()) {
+    return failure(Code::kRefused, "a container of " + std::to_string(max_bytes) + " bytes does not fit a slab of " +
+                                       std::to_string(s.slab.capacity_bytes()) + " bytes");
+  }
+  if (s.is_covered(info)) return failure(Code::kBusy, "stored already");
+  if (const auto entry = s.pending.find(info.key); entry != s.pending.end()) {
+    if (s.is_in_flight(entry->second, range)) return failure(Code::kBusy, "in flight: somebody else writes this shard");
+    if (entry->second.chunk) {
+      const ChunkRecord& others = s.record(*entry->second.chunk);
+      if (others.covers(range)) return failure(Code::kBusy, "stored already");
+      if (auto status = others.check_same_chunk(info); !status) return failure(std::move(status));
+    }
+  }
+  std::optional<Extent> extent;
+  const auto allocate = [&] { return (extent = s.slab.allocate(max_bytes)).has_value(); };
+  if (!s.evict_until(max_bytes, allocate)) {
+    return failure(Code::kBusy, "no room for " + std::to_string(max_bytes) + " bytes: what is stored is in use");
+  }
+  const std::uint64_t id = s.next_id++;
+  s.tickets.emplace(id, State::Ticket{info.key, range, *extent});
+  s.pending[info.key].tickets.push_back(id);
+  return WriteTicket{id, *extent};
+}
+
+std::span<std::byte> ChunkStore::bytes(const WriteTicket& ticket) {
+  return state_->slab_memory.subspan(ticket.extent.offset, ticket.extent.bytes);
+}
+
+Result<bool> ChunkStore::publish(const WriteTicket& ticket, const ContainerInfo& info, std::size_t container_bytes) {
+  State& s = *state_;
+  State::Session session(s);
+  const auto open = s.tickets.find(ticket.id);
+  if (open == s.tickets.end()) return failure(Code::kInvalid, "there is no such write ticket");
+  auto outcome = s.add_shard(open->second, info, container_bytes);
+  s.close_ticket(open);
+  return outcome;
+}
+
+void ChunkStore::abort(const WriteTicket& ticket) {
+  State& s = *state_;
+  State::Session session(s);
+  const auto open = s.tickets.find(ticket.id);
+  if (open == s.tickets.end()) return;
+  s.slab.free(open->second.extent);
+  s.close_ticket(open);
+}
+
+std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks) {
+  State& s = *state_;
+  std::vector<std::uint64_t> fingerprints;
+  fingerprints.reserve(blocks.size());
+  for (const auto& block : blocks) fingerprints.push_back(block_fingerprint(namespace_id, group, block.bytes()));
+  std::vector<BlockIndexHit> hits(blocks.size());
+  hits.resize(s.index.reader().find_leading(fingerprints, hits));
+
+  std::lock_guard lock(s.mutex);
+  std::size_t found = 0;
+  while (found < hits.size() &&
+         s.holds(hits[found].chunk, hits[found].block_in_chunk, namespace_id, group, blocks[found])) {
+    ++found;
+  }
+  // From the last to the first, so that the end of a prompt is older than its start and leaves before it.
+  for (std::size_t i = found; i-- > 0;) {
+    if (i + 1 == found || hits[i].chunk != hits[i + 1].chunk) s.policy->touched(hits[i].chunk);
+  }
+  return found;
+}
+
+Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block) {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  const auto chunk = s.find_readable(namespace_id, group, block);
+  if (!chunk) return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
+  ChunkRecord& pinned = s.record(*chunk);
+  if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
+  if (pinned.state == ChunkState::kLive) s.policy->touched(*chunk);
+  PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = {}};
+  result.shards.reserve(pinned.shards.size());
+  for (const auto& shard : pinned.shards) {
+    result.shards.push_back(
+        {shard.extent, shard.range.layer_begin, shard.range.layers, shard.range.head_begin, shard.range.heads});
+  }
+  s.pins.emplace(result.pin, *chunk);
+  return result;
+}
+
+void ChunkStore::unpin(std::uint64_t pin) {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  const auto it = s.pins.find(pin);
+  if (it == s.pins.end()) return;
+  if (--s.record(it->second).pins == 0) --s.counters.pinned_chunks;
+  s.pins.erase(it);
+}
+
+std::span<const std::byte> ChunkStore::bytes(const StoredShard& shard) const {
+  return state_->slab_memory.subspan(shard.extent.offset, shard.extent.bytes);
+}
+
+void ChunkStore::quarantine(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block) {
+  State& s = *state_;
+  State::Session session(s);
+  const auto chunk = s.find_readable(namespace_id, group, block);
+  if (!chunk) return;
+  ++s.counters.quarantined_chunks;
+  if (s.record(*chunk).state == ChunkState::kLive) {
+    s.drop_when_unheld(*chunk, ChunkState::kQuarantined, "quarantined");
+  } else {
+    s.record(*chunk).state = ChunkState::kQuarantined;
+  }
+}
+
+std::pair<std::uint64_t, std::uint64_t> ChunkStore::flush(const std::optional<NamespaceId>& namespace_id) {
+  State& s = *state_;
+  std::pair<std::uint64_t, std::uint64_t> flushed{0, 0};
+  std::vector<std::uint32_t> candidates;
+  for (std::uint32_t begin = 0; begin < s.config.chunk_capacity; begin += kScanBatch) {
+    State::Session session(s);
+    candidates.clear();
+    const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
+    for (std::uint32_t chunk = begin; chunk < end; ++chunk) {
+      if (s.is_listed(chunk, namespace_id) && s.record(chunk).pins == 0) candidates.push_back(chunk);
+    }
+    const std::uint64_t chunks_before = s.counters.chunks;
+    flushed.second += s.retire(candidates, "flushed");
+    flushed.first += chunks_before - s.counters.chunks;
+  }
+  State::Session session(s);
+  s.drop_incomplete(namespace_id, std::numeric_limits<std::int64_t>::max());
+  s.free_unheld();
+  return flushed;
+}
+
+void ChunkStore::sweep() {
+  State& s = *state_;
+  State::Session session(s);
+  s.free_unheld();
+  s.drop_incomplete(std::nullopt, s.clock.now_ns() - s.config.incomplete_ttl_ns);
+}
+
+void ChunkStore::set_removal_listener(RemovalListener listener) {
+  std::lock_guard lock(state_->mutex);
+  state_->listener = listener ? std::make_shared<const RemovalListener>(std::move(listener)) : nullptr;
+}
+
+ChunkStoreStats ChunkStore::stats() const {
+  const State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  ChunkStoreStats stats = s.counters;
+  stats.capacity_bytes = s.slab.capacity_bytes();
+  stats.used_bytes = s.slab.used_bytes();
+  stats.index_slots_used = s.index.used_slots();
+  return stats;
+}
+
+std::vector<ChunkStore::ChunkSummary> ChunkStore::snapshot(const std::optional<NamespaceId>& namespace_id,
+                                                           std::size_t limit) const {
+  const State& s = *state_;
+  std::vector<ChunkSummary> summaries;
+  for (std::uint32_t begin = 0; begin < s.config.chunk_capacity && summaries.size() < limit; begin += kScanBatch) {
+    std::lock_guard lock(s.mutex);
+    const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
+    for (std::uint32_t chunk = begin; chunk < end && summaries.size() < limit; ++chunk) {
+      if (s.is_listed(chunk, namespace_id)) summaries.push_back(s.summarize(s.record(chunk)));
+    }
+  }
+  return summaries;
+}
+
+std::optional<ChunkStore::ChunkSummary> ChunkStore::describe(const NamespaceId& namespace_id, std::uint16_t group,
+                                                             const BlockHash& block) const {
+  const State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  const auto chunk = s.find_live(namespace_id, group, block);
+  if (!chunk) return std::nullopt;
+  return s.summarize(s.record(*chunk));
+}
+
+}  // namespace kvern

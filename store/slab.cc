@@ -1,0 +1,220 @@
+#include "store/slab.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cassert>
+#include <limits>
+#include <stdexcept>
+#include <unordered_map>
+#include <vector>
+
+namespace kvern {
+namespace {
+
+// Free blocks are binned by size: one level per power of two, each cut into 32 equal steps, so that what an allocation
+// takes from the next bin is at most 1/32 larger than what it asked for.
+constexpr std::uint32_t kStepBits = 5;
+constexpr std::uint32_t kSteps = 1U << kStepBits;
+constexpr std::uint32_t kLevels = 32 - kStepBits + 1;
+// In its own bin an allocation looks at this many blocks for one that fits: blocks of equal size are the rule, since
+// most chunks of a model have the same shape.
+constexpr int kOwnBinTries = 16;
+constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
+
+struct Bin {
+  std::uint32_t level = 0;
+  std::uint32_t step = 0;
+};
+
+Bin bin_of(std::uint32_t pages) {
+  if (pages < kSteps) return {0, pages};
+  const auto log2 = static_cast<std::uint32_t>(std::bit_width(pages)) - 1;
+  return {log2 - kStepBits + 1, (pages >> (log2 - kStepBits)) & (kSteps - 1)};
+}
+
+std::uint64_t pages_for(std::uint64_t bytes) { return bytes / Slab::kAlignment + (bytes % Slab::kAlignment != 0); }
+
+}  // namespace
+
+struct Slab::State {
+  // A run of pages, free or used. Neighbours in memory are linked, free ones of a bin too.
+  struct Block {
+    std::uint32_t page = 0;
+    std::uint32_t pages = 0;
+    std::uint32_t before = kNone;
+    std::uint32_t after = kNone;
+    std::uint32_t previous_free = kNone;
+    std::uint32_t next_free = kNone;
+    bool is_free = false;
+  };
+
+  std::uint32_t capacity_pages = 0;
+  std::uint64_t used_pages = 0;
+  std::vector<Block> blocks;
+  std::vector<std::uint32_t> spare_blocks;
+  std::unordered_map<std::uint32_t, std::uint32_t> used_by_page;
+  std::array<std::array<std::uint32_t, kSteps>, kLevels> heads;
+  std::uint32_t level_bits = 0;                  // levels that hold a free block
+  std::array<std::uint32_t, kLevels> step_bits;  // steps of a level that do
+
+  std::uint32_t new_block(const Block& block) {
+    if (spare_blocks.empty()) {
+      blocks.push_back(block);
+      return static_cast<std::uint32_t>(blocks.size() - 1);
+    }
+    const std::uint32_t id = spare_blocks.back();
+    spare_blocks.pop_back();
+    blocks[id] = block;
+    return id;
+  }
+
+  void link_free(std::uint32_t id) {
+    Block& block = blocks[id];
+    const Bin bin = bin_of(block.pages);
+    std::uint32_t& head = heads[bin.level][bin.step];
+    block.is_free = true;
+    block.previous_free = kNone;
+    block.next_free = head;
+    if (head != kNone) blocks[head].previous_free = id;
+    head = id;
+    step_bits[bin.level] |= 1U << bin.step;
+    level_bits |= 1U << bin.level;
+  }
+
+  void unlink_free(std::uint32_t id) {
+    Block& block = blocks[id];
+    const Bin bin = bin_of(block.pages);
+    if (block.previous_free != kNone) {
+      blocks[block.previous_free].next_free = block.next_free;
+    } else {
+      heads[bin.level][bin.step] = block.next_free;
+      if (block.next_free == kNone) {
+        step_bits[bin.level] &= ~(1U << bin.step);
+        if (step_bits[bin.level] == 0) level_bits &= ~(1U << bin.level);
+      }
+    }
+    if (block.next_free != kNone) blocks[block.next_free].previous_free = block.previous_free;
+    block.is_free = false;
+  }
+
+  std::uint32_t find_free(std::uint32_t pages) const {
+    const Bin bin = bin_of(pages);
+    std::uint32_t id = heads[bin.level][bin.step];
+    for (int i = 0; i < kOwnBinTries && id != kNone; ++i, id = blocks[id].next_free) {
+      if (blocks[id].pages >= pages) return id;
+    }
+    // Any block of a higher bin fits.
+    const std::uint32_t steps_above = bin.step + 1 < kSteps ? step_bits[bin.level] & (~0U << (bin.step + 1)) : 0;
+    if (steps_above != 0) return heads[bin.level][static_cast<std::size_t>(std::countr_zero(steps_above))];
+    const std::uint32_t levels_above = level_bits & (~0U << (bin.level + 1));
+    if (levels_above == 0) return kNone;
+    const auto level = static_cast<std::size_t>(std::countr_zero(levels_above));
+    return heads[level][static_cast<std::size_t>(std::countr_zero(step_bits[level]))];
+  }
+
+  // Makes what lies behind the first pages of a block a free block of its own, merged with a free neighbour.
+  void split_off_tail(std::uint32_t id, std::uint32_t pages) {
+    if (blocks[id].pages == pages) return;
+    const std::uint32_t tail = new_block(
+        {.page = blocks[id].page + pages, .pages = blocks[id].pages - pages, .before = id, .after = blocks[id].after});
+    blocks[id].pages = pages;
+    blocks[id].after = tail;
+    if (blocks[tail].after != kNone) blocks[blocks[tail].after].before = tail;
+    absorb_successor_if_free(tail);
+    link_free(tail);
+  }
+
+  void absorb_successor_if_free(std::uint32_t id) {
+    const std::uint32_t next = blocks[id].after;
+    if (next == kNone || !blocks[next].is_free) return;
+    unlink_free(next);
+    absorb_successor(id);
+  }
+
+  // Neither of the two is in a bin.
+  void absorb_successor(std::uint32_t id) {
+    const std::uint32_t next = blocks[id].after;
+    blocks[id].pages += blocks[next].pages;
+    blocks[id].after = blocks[next].after;
+    if (blocks[id].after != kNone) blocks[blocks[id].after].before = id;
+    spare_blocks.push_back(next);
+  }
+};
+
+Slab::Slab(std::uint64_t capacity_bytes) : state_(std::make_unique<State>()) {
+  const std::uint64_t pages = capacity_bytes / kAlignment;
+  if (pages == 0 || pages >= kNone) {
+    throw std::invalid_argument("slab: the capacity must be between 4 KiB and 16 TiB");
+  }
+  state_->capacity_pages = static_cast<std::uint32_t>(pages);
+  for (auto& level : state_->heads) level.fill(kNone);
+  state_->step_bits.fill(0);
+  state_->link_free(state_->new_block({.page = 0, .pages = state_->capacity_pages}));
+}
+
+Slab::~Slab() = default;
+Slab::Slab(Slab&&) noexcept = default;
+Slab& Slab::operator=(Slab&&) noexcept = default;
+
+std::optional<Extent> Slab::allocate(std::uint64_t bytes) {
+  State& s = *state_;
+  const std::uint64_t wanted = pages_for(bytes);
+  if (wanted == 0 || wanted > s.capacity_pages) return std::nullopt;
+  const auto pages = static_cast<std::uint32_t>(wanted);
+  const std::uint32_t id = s.find_free(pages);
+  if (id == kNone) return std::nullopt;
+  s.unlink_free(id);
+  s.split_off_tail(id, pages);
+  s.used_by_page.emplace(s.blocks[id].page, id);
+  s.used_pages += pages;
+  return Extent{s.blocks[id].page * kAlignment, bytes};
+}
+
+void Slab::free(const Extent& extent) {
+  State& s = *state_;
+  const auto it = s.used_by_page.find(static_cast<std::uint32_t>(extent.offset / kAlignment));
+  assert(it != s.used_by_page.end() && "an extent is freed once");
+  if (it == s.used_by_page.end()) return;
+  std::uint32_t id = it->second;
+  s.used_by_page.erase(it);
+  s.used_pages -= s.blocks[id].pages;
+  s.absorb_successor_if_free(id);
+  if (const std::uint32_t before = s.blocks[id].before; before != kNone && s.blocks[before].is_free) {
+    s.unlink_free(before);
+    s.absorb_successor(before);
+    id = before;
+  }
+  s.link_free(id);
+}
+
+Extent Slab::shrink(const Extent& extent, std::uint64_t new_bytes) {
+  State& s = *state_;
+  assert(new_bytes > 0 && new_bytes <= extent.bytes);
+  const auto it = s.used_by_page.find(static_cast<std::uint32_t>(extent.offset / kAlignment));
+  assert(it != s.used_by_page.end());
+  if (it == s.used_by_page.end()) return extent;
+  const std::uint32_t id = it->second;
+  const std::uint32_t before = s.blocks[id].pages;
+  const auto pages = static_cast<std::uint32_t>(std::clamp<std::uint64_t>(pages_for(new_bytes), 1, before));
+  s.split_off_tail(id, pages);
+  s.used_pages -= before - pages;
+  return {extent.offset, new_bytes};
+}
+
+std::uint64_t Slab::capacity_bytes() const { return state_->capacity_pages * kAlignment; }
+std::uint64_t Slab::used_bytes() const { return state_->used_pages * kAlignment; }
+
+std::uint64_t Slab::largest_free_bytes() const {
+  const State& s = *state_;
+  if (s.level_bits == 0) return 0;
+  const auto level = static_cast<std::size_t>(std::bit_width(s.level_bits)) - 1;
+  const auto step = static_cast<std::size_t>(std::bit_width(s.step_bits[level])) - 1;
+  std::uint64_t pages = 0;
+  for (std::uint32_t id = s.heads[level][step]; id != kNone; id = s.blocks[id].next_free) {
+    pages = std::max<std::uint64_t>(pages, s.blocks[id].pages);
+  }
+  return pages * kAlignment;
+}
+
+}  // namespace kvern
