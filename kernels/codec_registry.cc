@@ -6,7 +6,9 @@
 #include "kernels/codec_step.h"
 
 /// Every codec there is, one line each.
-#define KVERN_CODECS(REGISTER) REGISTER(raw)
+#define KVERN_CODECS(REGISTER) \
+  REGISTER(raw)                \
+  REGISTER(int8)
 
 namespace kvern {
 

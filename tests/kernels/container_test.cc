@@ -106,7 +106,7 @@ TEST(RawContainer, CarriesNanAndInfinityBitForBit) {
 
 TEST(Container, DecodesTheAskedLayersHeadsAndTokensOnly) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 96, 64, 80, 4, 4);
-  for (const char* spec : {"raw"}) {
+  for (const char* spec : {"raw", "int8", "int8(group=16)"}) {
     AlignedBytes bytes(encode_sample(*codec_of(spec), sample_info(shape, 32), sample_canonical(shape, 6)));
     const auto reader = parse(bytes);
     ASSERT_TRUE(reader);
