@@ -31,7 +31,7 @@ build: setup ## Build everything: kvernd, kvernctl, libkvern, the Python package
 
 .PHONY: demo
 demo: build ## Show it: a real model's KV cache stored, restored in the same and in a new engine
-	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py
+	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py $(DEMO_ARGS)
 
 .PHONY: test
 test: build test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)

@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${KVERN_LINT_BUILD:-build/lint}
-folders=(base kernels transport store service connector python_shim tests bench)
+mkdir -p build
+folders=(base kernels transport store service connector python_shim kvernctl tests bench)
 
 mapfile -t sources < <(git ls-files --cached --others --exclude-standard -- "${folders[@]}" | grep -E '\.(h|cc|cu|cuh)$')
 echo "lint: formatting of ${#sources[@]} files"

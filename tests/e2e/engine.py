@@ -76,7 +76,8 @@ def engine_environment(threads: int = 1, single_process: bool = True, **extra: s
     return environment
 
 
-def kvern_transfer_config(address: str | None, policy: str = "recompute", **options) -> dict:
+def kvern_transfer(address: str | None, policy: str = "recompute", **options) -> dict:
+    """What a user writes into --kv-transfer-config."""
     extra = {f"kvern.{name}": value for name, value in options.items()}
     if address is not None:
         extra["kvern.address"] = address
@@ -228,11 +229,14 @@ class Engine(_Process):
     def collect(self, names: list[str]) -> list[Output]:
         return [Output(**answer) for answer in self.call("collect", names=names)]
 
-    def generate_all(self, prompts: list[list[int]], max_tokens: int = 16, **options) -> list[Output]:
+    def generate_all(
+        self, prompts: list[list[int]], max_tokens: int = 16, wait_saves: bool = True, **options
+    ) -> list[Output]:
         names = self.submit(prompts, max_tokens, **options)
         self.call("run", names=names)
         outputs = self.collect(names)
-        assert self.call("settle", limit=60), "the engine still had saves to do a minute after its last request"
+        if wait_saves:
+            assert self.call("settle", limit=60), "the engine still had saves to do a minute after its last request"
         return outputs
 
     def generate(self, prompt: list[int], max_tokens: int = 16, **options) -> Output:
@@ -282,6 +286,7 @@ class Server(_Process):
             **{name.replace("_", "-"): str(value) for name, value in options.items()},
         }
         command = [str(pathlib.Path(sys.executable).parent / "vllm"), "serve", str(model), "--enforce-eager"]
+        command += ["--enable-prompt-tokens-details"]
         for name, value in arguments.items():
             command += [f"--{name}", value]
         if transfer is not None:

@@ -173,10 +173,6 @@ class EngineProcess:
     def free_blocks(self) -> int:
         return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def isa(self) -> list[str]:
-        layers = self.core.vllm_config.compilation_config.static_forward_context
-        return sorted({str(getattr(layers[name].impl, "isa", "?")) for _, name, _ in self._pages()})
-
     def metrics(self) -> dict:
         values = {}
         for metric in self.llm.get_metrics():

@@ -4,7 +4,6 @@ All are seeded, so that two machines get the same weights, and kept under build/
 """
 
 import fcntl
-import json
 import pathlib
 import shutil
 import sys
@@ -118,7 +117,3 @@ def retrained(model: pathlib.Path, seed: int) -> pathlib.Path:
                 save_file(tensors, path, metadata={"format": "pt"})
             partial.rename(folder)
     return folder
-
-
-def vocabulary(model: pathlib.Path) -> int:
-    return json.loads((model / "config.json").read_text())["vocab_size"]

@@ -3,8 +3,8 @@
 import pytest
 
 from engine import Engine, difference
-from models import random_llama, vocabulary
-from prompts import prompt
+from models import random_llama
+from prompts import tokens
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def engine(tmp_path_factory):
 
 
 def test_a_hit_in_the_prefix_cache_repeats_the_cold_output(engine):
-    text = prompt("harness", length=650, vocabulary=vocabulary(random_llama()))
+    text = tokens("harness", length=650)
     cold = engine.generate(text)
     again = engine.generate(text)
     assert cold.cached_tokens == 0
@@ -26,7 +26,7 @@ def test_a_hit_in_the_prefix_cache_repeats_the_cold_output(engine):
 
 
 def test_the_same_work_gives_bit_identical_output(engine):
-    text = prompt("twice", length=300, vocabulary=vocabulary(random_llama()))
+    text = tokens("twice", length=300)
     cold = engine.generate(text)
     engine.forget_kv()
     again = engine.generate(text)
@@ -35,7 +35,7 @@ def test_the_same_work_gives_bit_identical_output(engine):
 
 
 def test_poisoned_pages_show(engine):
-    text = prompt("poison", length=300, vocabulary=vocabulary(random_llama()))
+    text = tokens("poison", length=300)
     cold = engine.generate(text)
     digests = engine.page_digests()
     assert len(digests) >= 9
