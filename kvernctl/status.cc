@@ -1,0 +1,102 @@
+#include <iomanip>
+#include <nlohmann/json.hpp>
+#include <ostream>
+#include <string>
+
+#include "kvernctl/commands.h"
+
+namespace kvern {
+namespace {
+
+using nlohmann::json;
+
+std::string text(const json& object, const char* key) {
+  const auto found = object.find(key);
+  if (found == object.end()) return "-";
+  return found->is_string() ? found->get<std::string>() : found->dump();
+}
+
+std::string bytes_text(const json& object, const char* key) {
+  double value = object.value(key, 0.0);
+  const char* unit = "B";
+  for (const char* next : {"KiB", "MiB", "GiB", "TiB"}) {
+    if (value < 1024) break;
+    value /= 1024;
+    unit = next;
+  }
+  std::string digits = std::to_string(value);
+  digits.resize(digits.find('.') + 2);
+  return digits + " " + unit;
+}
+
+/// "12 %" of whole, "-" when there is nothing.
+std::string share(const json& object, const char* part, const char* whole) {
+  const double of = object.value(whole, 0.0);
+  return of > 0 ? std::to_string(static_cast<int>(100.0 * object.value(part, 0.0) / of + 0.5)) + " %" : "-";
+}
+
+void print_store(const json& store, std::ostream& out) {
+  out << "store      " << bytes_text(store, "used_bytes") << " of " << bytes_text(store, "capacity_bytes") << " ("
+      << share(store, "used_bytes", "capacity_bytes") << ") in " << text(store, "chunks") << " chunks; "
+      << bytes_text(store, "raw_bytes") << " raw, stored at " << share(store, "encoded_bytes", "raw_bytes") << "\n"
+      << "           " << text(store, "evicted_chunks") << " evicted, " << text(store, "quarantined_chunks")
+      << " quarantined, " << text(store, "incomplete_chunks") << " incomplete, " << text(store, "pinned_chunks")
+      << " in use\n";
+}
+
+void print_sessions(const json& sessions, std::ostream& out) {
+  out << "sessions   " << sessions.size() << "\n";
+  for (const auto& session : sessions) {
+    out << "  " << std::left << std::setw(10) << text(session, "role") << std::setw(9) << text(session, "data_plane")
+        << std::setw(8) << text(session, "state") << text(session, "client_name") << ", tenant "
+        << text(session, "tenant") << ", staging " << bytes_text(session, "staging_used_bytes") << " of "
+        << bytes_text(session, "staging_bytes") << ", " << text(session, "leases") << " leases, "
+        << text(session, "claims") << " claims\n";
+  }
+}
+
+void print_namespaces(const json& namespaces, std::ostream& out) {
+  out << "namespaces " << namespaces.size() << "\n";
+  for (const auto& one : namespaces) {
+    out << "  " << text(one, "namespace_id") << "  " << text(one, "model") << ", tenant " << text(one, "tenant")
+        << ", codec " << text(one, "codec") << ", " << text(one, "chunks") << " chunks\n";
+  }
+}
+
+}  // namespace
+
+int run_status(const DaemonAddress& address, bool as_json, std::ostream& out) {
+  auto session = ToolSession::open(address);
+  if (!session) {
+    out << session.error().to_string() << "\n";
+    return 2;
+  }
+  wire::ControlRequest request;
+  request.mutable_status();
+  wire::ControlReply reply;
+  if (const Status asked = session->call(request, &reply); !asked) {
+    out << asked.to_string() << "\n";
+    return 2;
+  }
+  const auto status = json::parse(reply.status_report().json(), nullptr, false);
+  if (!status.is_object()) {
+    out << "the daemon's status report cannot be read: kvernctl and kvernd are of different builds\n";
+    return 2;
+  }
+  if (as_json) {
+    out << status.dump(1) << "\n";
+    return 0;
+  }
+  out << "kvernd     " << text(status, "software") << " at " << address.address << ", up "
+      << static_cast<std::uint64_t>(status.value("uptime_seconds", 0.0)) << " s\n";
+  const auto counters = status.value("counters", json::object());
+  out << "tokens     " << text(counters, "hit_tokens") << " found of " << text(counters, "requested_tokens")
+      << " asked for (" << share(counters, "hit_tokens", "requested_tokens") << "); " << text(counters, "stored_chunks")
+      << " chunks stored, " << text(counters, "loaded_chunks") << " loaded\n";
+  print_store(status.value("store", json::object()), out);
+  print_sessions(status.value("sessions", json::array()), out);
+  print_namespaces(status.value("namespaces", json::array()), out);
+  return 0;
+}
+
+}  // namespace kvern
