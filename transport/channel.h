@@ -34,17 +34,21 @@ class Channel {
 struct RingChannelConfig {
   std::uint32_t spin_us = 50;
 };
+/// The segment must outlive the channel, and the channel all calls. Not for use after a fork.
 std::unique_ptr<Channel> make_ring_channel(const SegmentView& segment, UniqueFd doorbell,
                                            const RingChannelConfig& config = {});
 
-/// Daemon side. Takes requests of any client and may answer later, from any thread. reply may be called once.
+/// Daemon side. Takes requests of any client and may answer later, from any thread. Calls after the first are ignored;
+/// when all copies are gone without a call, the client gets kInternal.
 using HotReplyFunction = std::function<void(wire::HotReply reply)>;
 class HotHandler {
  public:
   virtual ~HotHandler() = default;
-  /// Must not block. session_id is the authenticated session, request has been parsed and is within kMaxMessageBytes.
+  /// On the server's thread; must not block, also not on a lock that is held while RingServer::remove() is called.
+  /// session_id is the authenticated session, request has been parsed and is within kMaxMessageBytes.
   virtual void handle(std::uint64_t session_id, wire::HotRequest request, HotReplyFunction reply) = 0;
-  /// The ring of a session is broken or holds what is no message: the handler ends the session.
+  /// The ring of a session is broken, holds what is no message, or its client does not take its replies. Called once
+  /// per session, on the server's thread; the rings are no longer served. The handler ends the session.
   virtual void protocol_error(std::uint64_t session_id, const Status& why) = 0;
 };
 
@@ -57,9 +61,12 @@ class RingServer {
   };
   RingServer(const Config& config, HotHandler& handler);
   ~RingServer();
-  /// The segment and doorbell must stay valid until remove() returned. doorbell stays owned by the caller.
+  /// The segment and doorbell must stay valid until remove() returned. doorbell (an eventfd) stays owned by the caller.
+  /// The segment's memory must be sealed against shrinking, since the client has a writable descriptor of it. Throws
+  /// std::invalid_argument when the session was already added.
   void add(std::uint64_t session_id, const SegmentView& segment, int doorbell);
   /// After it returns neither the handler is called for the session nor its memory touched; late replies are dropped.
+  /// May be called from within the handler.
   void remove(std::uint64_t session_id);
 
  private:
