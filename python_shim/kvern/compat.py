@@ -1,0 +1,76 @@
+"""Everything that differs between vLLM versions, found out by looking, never by a version's number."""
+
+import dataclasses
+import inspect
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+# A base class that came later than the connector API itself.
+WorkerMetadataBase = getattr(base, "KVConnectorWorkerMetadata", object)
+TransferResults = getattr(base, "KVConnectorTransferResults", None)
+SupportsHMA = base.SupportsHMA
+
+# Failed loads are told per request; without it they are told per block, which works for a single KV-cache group.
+HAS_TRANSFER_RESULTS = TransferResults is not None and hasattr(base.KVConnectorBase_V1, "get_transfer_results")
+# Workers can tell the scheduler side that pages may be reused. Without it nothing can be stored.
+HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    HIT_SOURCE = CacheHitSource.HOST
+except ImportError:
+    HIT_SOURCE = None
+
+
+def block_tables(scheduler_output, request_id: str) -> tuple[list[int], ...] | None:
+    """The request's block ids by group, with 0 for blocks that are gone; None where this vLLM does not offer them."""
+    state = getattr(scheduler_output, "kv_connector_block_state", None)
+    return state.get_block_ids(request_id) if state is not None else None
+
+
+def has_block_tables(scheduler_output) -> bool:
+    return getattr(scheduler_output, "kv_connector_block_state", None) is not None
+
+
+def can_hold(pool) -> str:
+    """Empty if references can be taken on the pool's blocks, otherwise what is missing."""
+    for name in ("blocks", "touch", "free_blocks"):
+        if not hasattr(pool, name):
+            return f"this vLLM's block pool has no {name}"
+    touch = [p.name for p in inspect.signature(pool.touch).parameters.values()]
+    if touch != ["blocks"]:
+        return f"this vLLM's BlockPool.touch takes {touch}, not a list of blocks"
+    return ""
+
+
+def hash_block_tokens(vllm_config, kv_cache_config, block_tokens: int) -> int:
+    """Tokens that one entry of request.block_hashes stands for."""
+    value = getattr(kv_cache_config, "hash_block_size", None)
+    if value is None:
+        value = getattr(vllm_config.cache_config, "hash_block_size", None)
+    return value or block_tokens
+
+
+def hash_seed(algorithm: str) -> str | None:
+    """NONE_HASH in hexadecimal, the hash that every first block is chained to. None when it is not known yet."""
+    from vllm.v1.core import kv_cache_utils
+
+    value = getattr(kv_cache_utils, "NONE_HASH", None)
+    if value is not None:
+        return bytes(value).hex()
+    # The scheduler side is made before vLLM sets it; for seeds that are not drawn at random it is known all the same.
+    if "xxhash" in algorithm or not hasattr(kv_cache_utils, "resolve_none_hash_seed"):
+        return None
+    from vllm.utils.hashing import get_hash_fn_by_name
+
+    hash_fn = get_hash_fn_by_name(algorithm)
+    return bytes(hash_fn(kv_cache_utils.resolve_none_hash_seed(hash_fn))).hex()
+
+
+def make_struct(cls, **values):
+    """An instance of a msgspec struct or dataclass from those values that this version of the class knows."""
+    known = getattr(cls, "__struct_fields__", None)
+    if known is None:
+        known = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: value for name, value in values.items() if name in known})

@@ -1,0 +1,185 @@
+"""Options of the connector: the keys of kv_connector_extra_config, and what one request may ask for."""
+
+import dataclasses
+import difflib
+import os
+import re
+
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)?$")
+_UNIT = {
+    None: 1,
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+_CODEC = re.compile(r"^[a-z0-9_]+(?:[-+:.,;=/|>()a-z0-9_]*)$")
+_CODEC_CHARACTERS = 128
+DATA_PLANES = ("auto", "shm", "ucx")
+MINIMUM_STAGING = 16 << 20
+
+
+class OptionError(ValueError):
+    """A setting that cannot be used; the text says which and what to write instead."""
+
+
+def parse_size(key: str, value) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.match(value.strip()) if isinstance(value, str) else None
+    size = int(float(match[1]) * _UNIT[match[2]]) if match else 0
+    if size <= 0:
+        raise OptionError(f"{key} is {value!r}; it must be a size such as 268435456 or '256MiB'.")
+    return size
+
+
+def _parse_bool(key: str, value) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise OptionError(f"{key} is {value!r}; it must be true or false.")
+
+
+def _parse_count(least: int, most: int):
+    def parse(key: str, value) -> int:
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise OptionError(f"{key} is {value!r}; it must be a whole number from {least} to {most}.")
+        return value
+
+    return parse
+
+
+def _parse_text(key: str, value) -> str:
+    if not isinstance(value, str):
+        raise OptionError(f"{key} is {value!r}; it must be a string.")
+    return value
+
+
+def _parse_address(key: str, value) -> str:
+    text = _parse_text(key, value)
+    if re.match(r"^unix:///.+$", text) or re.match(r"^tcp://[^/\s]+:\d{1,5}$", text):
+        return text
+    raise OptionError(
+        f"{key} is {value!r}; it must be 'unix:///path/to/kvernd.sock' or 'tcp://host:port'. Leave it out to start or "
+        "join an embedded daemon on this machine."
+    )
+
+
+def _parse_data_plane(key: str, value) -> str:
+    if value not in DATA_PLANES:
+        raise OptionError(f"{key} is {value!r}; it must be one of {', '.join(DATA_PLANES)}.")
+    return value
+
+
+def is_codec_spec(value) -> bool:
+    return isinstance(value, str) and len(value) <= _CODEC_CHARACTERS and _CODEC.match(value) is not None
+
+
+def _parse_codec(key: str, value) -> str:
+    if not is_codec_spec(value):
+        raise OptionError(f"{key} is {value!r}; it must name a codec, for instance 'raw' or 'int8'.")
+    return value
+
+
+def _parse_key_file(key: str, value) -> str:
+    text = _parse_text(key, value)
+    if not os.path.isfile(text):
+        raise OptionError(f"{key} names {text!r}, which is not a file. Make keys with `kvernctl keygen`.")
+    return text
+
+
+def _option(default, parse, help_text: str):
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": help_text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """One field per key; the key is the field's name with "kvern." before it."""
+
+    address: str = _option("", _parse_address, "daemon, unix:///path or tcp://host:port; absent: embedded")
+    data_plane: str = _option("auto", _parse_data_plane, "auto, shm or ucx")
+    server_key_file: str = _option("", _parse_key_file, "public CURVE key of the daemon (tcp)")
+    client_key_file: str = _option("", _parse_key_file, "own CURVE key pair (tcp)")
+    insecure: bool = _option(False, _parse_bool, "tcp without keys")
+    codec: str = _option("", _parse_codec, "codec chain of what this engine stores; absent: the daemon's choice")
+    store_generated: bool = _option(True, _parse_bool, "store complete chunks of generated tokens too")
+    threads: int = _option(0, _parse_count(0, 64), "transfer threads of each worker; 0: 1, or 2 on more than 4 cores")
+    staging: int = _option(256 << 20, parse_size, "staging memory of each worker")
+    connect_timeout_ms: int = _option(2000, _parse_count(10, 600_000), "one attempt to connect")
+    call_timeout_ms: int = _option(10_000, _parse_count(10, 600_000), "one call of the daemon")
+    load_timeout_ms: int = _option(30_000, _parse_count(100, 3_600_000), "a load that takes longer has failed")
+    store_timeout_ms: int = _option(30_000, _parse_count(100, 3_600_000), "a store that takes longer is dropped")
+    match_timeout_ms: int = _option(50, _parse_count(1, 10_000), "a look-up that takes longer counts as a miss")
+    embedded_dram: int = _option(4 << 30, parse_size, "memory of the embedded daemon")
+    weights: str = _option("", _parse_text, "name of the weights, in place of the fingerprint of their files")
+
+    @classmethod
+    def from_extra_config(cls, extra: dict) -> "Options":
+        """Throws OptionError. Keys of others (no "kvern." before them) are left alone, unless they look like ours."""
+        fields = {f"kvern.{field.name}": field for field in dataclasses.fields(cls)}
+        values = {}
+        for key, value in extra.items():
+            if key in fields:
+                field = fields[key]
+                values[field.name] = field.metadata["parse"](key, value)
+            elif key.startswith("kvern.") or f"kvern.{key}" in fields:
+                near = difflib.get_close_matches(key if key.startswith("kvern.") else f"kvern.{key}", fields, 1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise OptionError(
+                    f"kv_connector_extra_config has the unknown key {key!r}.{hint} Known keys: {', '.join(sorted(fields))}."
+                )
+        options = cls(**values)
+        if options.staging < MINIMUM_STAGING:
+            raise OptionError(f"kvern.staging is {options.staging} bytes; it must be at least {MINIMUM_STAGING}.")
+        if options.address.startswith("tcp://") and not options.insecure:
+            if not options.server_key_file or not options.client_key_file:
+                raise OptionError(
+                    f"kvern.address is {options.address}: over TCP, kvern.server_key_file and kvern.client_key_file are "
+                    "needed (see `kvernctl keygen`), or kvern.insecure = true on a trusted network."
+                )
+        return options
+
+    def worker_threads(self) -> int:
+        return self.threads or (2 if (os.cpu_count() or 1) > 4 else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOptions:
+    """kv_transfer_params["kvern"] of one request. Wrong values are ignored and named in problem; nothing raises, since
+    clients send what they like."""
+
+    load: bool = True
+    store: bool = True
+    max_load_tokens: int | None = None
+    max_store_tokens: int | None = None
+    codec: str = ""
+    asked: bool = False  # the request has a "kvern" entry: it gets an answer
+    problem: str = ""
+
+    @classmethod
+    def from_request(cls, kv_transfer_params) -> "RequestOptions":
+        if not isinstance(kv_transfer_params, dict) or "kvern" not in kv_transfer_params:
+            return cls()
+        given = kv_transfer_params["kvern"]
+        if not isinstance(given, dict):
+            return cls(problem="kv_transfer_params['kvern'] is not an object")
+        values, problems = {}, []
+        for key, value in list(given.items())[:32]:
+            if key in ("load", "store") and isinstance(value, bool):
+                values[key] = value
+            elif key in ("max_load_tokens", "max_store_tokens") and type(value) is int and value >= 0:
+                values[key] = value
+            elif key == "codec" and is_codec_spec(value):
+                values[key] = value
+            else:
+                problems.append(str(key)[:40])
+        problem = f"ignored in kv_transfer_params['kvern']: {', '.join(problems)}" if problems else ""
+        return cls(**values, asked=True, problem=problem)

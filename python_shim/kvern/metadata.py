@@ -1,0 +1,54 @@
+"""What the two sides of the connector send each other. vLLM pickles these objects every step: plain types only."""
+
+import dataclasses
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from kvern import compat
+
+
+@dataclasses.dataclass
+class LoadOrder:
+    job: int
+    request: str
+    namespace: int  # key in KvernMetadata.namespaces, now or earlier; -1: nothing can be loaded, report a failure
+    hash_bytes: int
+    pieces: list[tuple[int, int, bytes, list[int]]]  # (group, blocks_before, hashes, block_ids), see _kvern.pyi
+
+
+@dataclasses.dataclass
+class StoreOrder:
+    job: int
+    namespace: int
+    group: int
+    codec: str
+    hash_bytes: int
+    chunks: list[tuple[bytes, list[int], int]]  # (hashes, block_ids, position), see _kvern.pyi
+
+
+@dataclasses.dataclass
+class KvernMetadata(KVConnectorMetadata):
+    """Scheduler side to every worker, once per step."""
+
+    namespaces: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict)
+    loads: list[LoadOrder] = dataclasses.field(default_factory=list)
+    stores: list[StoreOrder] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class RankReport:
+    """What one rank has finished since its last report."""
+
+    gathered: list[int] = dataclasses.field(default_factory=list)  # jobs whose pages are not read any more
+    stored: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # job -> chunks that others can read
+    refusal: str = ""  # why this rank can neither load nor store, ever
+
+
+class KvernWorkerMetadata(compat.WorkerMetadataBase):
+    """Workers to the scheduler side. vLLM adds the ranks' objects up, in no particular order."""
+
+    def __init__(self, reports: dict[int, RankReport]):
+        self.reports = reports
+
+    def aggregate(self, other: "KvernWorkerMetadata") -> "KvernWorkerMetadata":
+        return KvernWorkerMetadata({**self.reports, **other.reports})

@@ -1,0 +1,630 @@
+"""The half of the connector that lives beside vLLM's scheduler: looks prompts up, plans loads and stores."""
+
+import collections
+import concurrent.futures
+import itertools
+import logging
+import time
+import uuid
+
+from kvern import compat, identity
+from kvern.config import Options, RequestOptions
+from kvern.events import ChunkNote, EventLog, note_chunk
+from kvern.groups import Geometry, Group
+from kvern.guard import guarded, log_once, logger
+from kvern.metadata import KvernMetadata, LoadOrder, StoreOrder
+from kvern.page_holds import PageHolds
+from kvern.stats import Recorder
+
+# An answer stands this long before a waiting request is looked up again; vLLM asks once per step.
+RECHECK_SECONDS = 0.1
+# While the session or a namespace is still being set up, a request is told "not known yet" for this long at most.
+SETUP_SECONDS = 0.25
+# After its start, an engine waits this long for a first session before it takes the daemon for absent.
+FIRST_SESSION_SECONDS = 2.0
+
+
+class _Namespace:
+    """One set of facts, registered with the daemon."""
+
+    def __init__(self, key: int, facts: dict[str, str], handle: int):
+        self.key = key
+        self.facts = facts
+        self.handle = handle
+
+
+class _RequestState:
+    def __init__(self, request, options: RequestOptions, groups: int):
+        self.request = request
+        self.options = options
+        self.epoch = -1  # number of the epoch that the marks below belong to
+        self.first_asked = 0.0
+        self.answer: tuple | None = None  # (local tokens, hashes, session, time, answer)
+        self.answered_local = 0
+        self.found_tokens = 0  # leading tokens that were in the store at the last look-up
+        self.hit_tokens = 0
+        self.stored_tokens = 0
+        self.claimed = False
+        self.loading = False
+        self.load_blocks: list[int] = []
+        self.failed = False  # a load failed: it is not tried again, or a recomputing engine would loop
+        self.stale = False  # its pages date from before a cache reset
+        self.finished = False
+        self.tables: tuple[list[int], ...] | None = None  # only where vLLM does not show its own
+        self.next_cell = [0] * groups  # first chunk, on the grid, that is neither stored nor planned
+        self.tail_done = False
+        self.due_tokens = 0  # nothing becomes due before so many tokens are computed
+        self.joined: tuple[int, bytes] = (0, b"")
+
+    def reset_marks(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.next_cell = [0] * len(self.next_cell)
+        self.tail_done = False
+        self.due_tokens = 0
+        self.found_tokens = 0
+
+
+class _Store:
+    """A store job until every rank has told its end."""
+
+    def __init__(self, state: _RequestState, namespace: _Namespace, chunk_tokens: list[int], notes):
+        self.state = state
+        self.namespace = namespace
+        self.chunk_tokens = chunk_tokens
+        self.notes: list[ChunkNote] | None = notes
+        self.ranks: dict[int, set[int]] = {}  # rank -> chunks that it has stored
+
+
+class SchedulerSide:
+    def __init__(
+        self,
+        vllm_config,
+        geometry: Geometry,
+        options: Options,
+        client,
+        matcher,
+        weights: str,
+        *,
+        hash_block_tokens: int,
+        clock=time.monotonic,
+    ):
+        """client, matcher: of the native binding, or anything that behaves like them. weights: their fingerprint.
+        hash_block_tokens: tokens that one entry of request.block_hashes stands for."""
+        self.errors = 0
+        self._vllm_config = vllm_config
+        self._geometry = geometry
+        self._options = options
+        self._client = client
+        self._matcher = matcher
+        self._weights = weights
+        self._clock = clock
+        self._started = self._clock()
+        role = vllm_config.kv_transfer_config.kv_role
+        self._may_load = role in ("kv_both", "kv_consumer")
+        self._may_store = role in ("kv_both", "kv_producer")
+        self._refused = ""
+        self._states: dict[str, _RequestState] = {}
+        self._namespaces: dict[tuple[int, str], _Namespace] = {}
+        self._announce: list[_Namespace] = []
+        self._base_facts: dict[str, str] | None = None
+        self._epoch = 0
+        self._epoch_name = ""
+        self._hash_ratio = geometry.block_tokens // hash_block_tokens
+        self._jobs = itertools.count(1)
+        self._loads_due: list[LoadOrder] = []
+        self._loads: dict[str, _RequestState] = {}
+        self._stores: dict[int, _Store] = {}
+        self._holds = PageHolds(geometry.ranks)
+        self._recorder = Recorder()
+        self._reported_errors = 0
+        self._sessions = 0
+        self._connected = False
+        self._said_absent = False
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-digest")
+        self._adapters = identity.AdapterDigests(self._executor)
+        events = getattr(vllm_config, "kv_events_config", None)
+        self._events = EventLog() if events is not None and events.enable_kv_cache_events else None
+        self._snapshots_due: collections.deque[_Namespace] = collections.deque()
+        if "xxhash" in str(vllm_config.cache_config.prefix_caching_hash_algo):
+            log_once(
+                logging.WARNING,
+                "Kvern: prefix_caching_hash_algo is %s, whose hashes differ in every process unless PYTHONHASHSEED is set; "
+                "without it nothing is found after a restart. Use sha256.",
+                vllm_config.cache_config.prefix_caching_hash_algo,
+            )
+        self._namespace_of(None)
+
+    # ---------------------------------------------------------------- set-up
+
+    @guarded()
+    def bind_block_pool(self, pool) -> None:
+        self._holds.bind(pool)
+        problem = self._holds.problem or ("" if compat.HAS_WORKER_METADATA else "workers cannot report to the scheduler")
+        if problem and self._may_store:
+            self._may_store = False
+            log_once(logging.WARNING, "Kvern: this engine loads but does not store: %s.", problem)
+
+    def refuse(self, reason: str) -> None:
+        if not self._refused:
+            self._refused = reason
+            log_once(logging.WARNING, "Kvern: this engine runs without the store: %s.", reason)
+
+    def _facts(self) -> dict[str, str] | None:
+        if self._base_facts is None:
+            seed = identity.hash_seed(self._vllm_config)
+            if seed is None:
+                return None
+            self._base_facts = identity.namespace_facts(self._vllm_config, self._geometry, self._weights, seed)
+        return self._base_facts
+
+    def _namespace_of(self, lora_request) -> tuple[bool, _Namespace | None]:
+        """(known, namespace). Not known: ask again. Known and None: this request has none."""
+        adapter = ""
+        if lora_request is not None:
+            known, adapter = self._adapters.get(lora_request)
+            if not known:
+                return False, None
+            if not adapter:
+                return True, None
+        namespace = self._namespaces.get((self._epoch, adapter))
+        if namespace is None:
+            facts = self._facts()
+            if facts is None:
+                return False, None
+            if adapter:
+                facts = identity.with_adapter(facts, adapter)
+            if self._epoch_name:
+                facts = identity.with_epoch(facts, self._epoch_name)
+            namespace = _Namespace(len(self._namespaces), facts, self._client.add_namespace(facts))
+            self._namespaces[self._epoch, adapter] = namespace
+            self._announce.append(namespace)
+        return True, namespace
+
+    def _state_of(self, request) -> _RequestState:
+        state = self._states.get(request.request_id)
+        if state is None:
+            options = RequestOptions.from_request(getattr(request, "kv_transfer_params", None))
+            if options.problem:
+                log_once(logging.WARNING, "Kvern: %s.", options.problem)
+            state = _RequestState(request, options, len(self._geometry.groups))
+            self._states[request.request_id] = state
+        if state.epoch != self._epoch:
+            state.reset_marks(self._epoch)
+        return state
+
+    # ---------------------------------------------------------------- look-up
+
+    @guarded()
+    def on_new_request(self, request) -> None:
+        self._state_of(request)
+        if request.lora_request is not None:
+            self._namespace_of(request.lora_request)  # starts the digest of a new adapter
+
+    @guarded((0, False))
+    def get_num_new_matched_tokens(self, request, local_tokens: int) -> tuple[int | None, bool]:
+        state = self._state_of(request)
+        state.stale = False  # asked for requests without computed tokens only: whatever it had is recomputed
+        now = self._clock()
+        block_tokens = self._geometry.block_tokens
+        hashed = len(request.block_hashes) // self._hash_ratio * block_tokens
+        limit = min(hashed, request.num_tokens)
+        if state.options.max_load_tokens is not None:
+            limit = min(limit, state.options.max_load_tokens // block_tokens * block_tokens)
+        if not self._wants_load(state, request) or limit - local_tokens <= block_tokens or local_tokens % block_tokens:
+            return self._give_up(state)
+        if state.answer is not None:
+            local, hashes, session, at, answer = state.answer
+            fresh = answer[0] != 0 or now - at < RECHECK_SECONDS
+            if fresh and (local, hashes, session) == (local_tokens, hashed, self._client.session_count):
+                return answer
+        state.first_asked = state.first_asked or now
+        answer = self._look_up(state, request, local_tokens, limit, now)
+        if answer[0] is not None:
+            state.answer = (local_tokens, hashed, self._client.session_count, now, answer)
+            state.answered_local = local_tokens
+        return answer
+
+    def _wants_load(self, state: _RequestState, request) -> bool:
+        return (
+            self._may_load
+            and not self._refused
+            and state.options.load
+            and not state.failed
+            and not state.loading
+            and not getattr(request, "skip_reading_prefix_cache", False)
+        )
+
+    def _look_up(self, state, request, local_tokens: int, limit: int, now: float) -> tuple[int | None, bool]:
+        if not self._ready():
+            waited = now - self._started if self._client.session_count == 0 else FIRST_SESSION_SECONDS
+            if self._client.state == "connecting" and waited < FIRST_SESSION_SECONDS:
+                return None, False
+            return self._miss(state, "no daemon")
+        known, namespace = self._namespace_of(request.lora_request)
+        if known and namespace is None:
+            return self._miss(state, "adapter has no digest")
+        if not known or self._client.namespace_id(namespace.handle) is None:
+            refusal = self._client.namespace_refusal(namespace.handle) if namespace is not None else ""
+            if refusal:
+                log_once(logging.WARNING, "Kvern: the daemon refuses this engine's namespace: %s.", refusal)
+                return self._miss(state, "namespace refused")
+            if now - state.first_asked < SETUP_SECONDS:
+                return None, False
+            return self._miss(state, "namespace not registered")
+        hash_bytes = len(request.block_hashes[0])
+        known, found, reason = self._matcher.match(
+            request.request_id,
+            namespace.handle,
+            self._joined_hashes(state, request),
+            hash_bytes,
+            local_tokens,
+            limit,
+            request.num_tokens,
+        )
+        if not known:
+            return None, False
+        state.claimed = True
+        state.found_tokens = min(found, limit)
+        gain = state.found_tokens - local_tokens
+        if gain <= self._geometry.block_tokens:
+            return self._miss(state, reason or "gain of one block or less")
+        return gain, True
+
+    def _ready(self) -> bool:
+        if self._client.state == "ready":
+            if self._said_absent:
+                logger.info("Kvern: connected to the daemon.")
+            self._connected, self._said_absent = True, False
+            return True
+        if self._connected:
+            self._recorder.count("disconnections")
+        grace = not self._connected and self._clock() - self._started < FIRST_SESSION_SECONDS
+        self._connected = False
+        if not grace and not self._said_absent:
+            self._said_absent = True
+            logger.warning(
+                "Kvern: no daemon at %s (%s). The engine serves without it and connects as soon as it can.",
+                self._options.address or "the embedded daemon's socket",
+                self._client.problem,
+            )
+        return False
+
+    def _joined_hashes(self, state: _RequestState, request) -> bytes:
+        count = len(request.block_hashes)
+        if state.joined[0] != count:
+            state.joined = (count, b"".join(request.block_hashes[self._hash_ratio - 1 :: self._hash_ratio]))
+        return state.joined[1]
+
+    def _miss(self, state: _RequestState, reason: str) -> tuple[int, bool]:
+        # Misses are counted once per request, however often vLLM asks.
+        if state.answer is None:
+            self._recorder.count("misses", label=reason)
+            self._recorder.count("requested_tokens", state.request.num_tokens)
+            self._client.report(0, state.request.num_tokens)
+        self._release(state)
+        return 0, False
+
+    def _give_up(self, state: _RequestState) -> tuple[int, bool]:
+        self._release(state)
+        return 0, False
+
+    def _release(self, state: _RequestState) -> None:
+        """Gives the claim on what was found back; an answer that rested on it is void."""
+        if state.claimed and not state.loading:
+            state.claimed = False
+            state.answer = None
+            self._matcher.release(state.request.request_id)
+
+    # ---------------------------------------------------------------- loads
+
+    def _load_cannot_be_planned(self, request, blocks, external_tokens: int) -> None:
+        """vLLM now waits for a load that was promised: let the workers report it as failed."""
+        state = self._states.get(request.request_id)
+        if external_tokens > 0 and state is not None and not state.loading:
+            self._start_load(state, LoadOrder(next(self._jobs), request.request_id, -1, 0, []))
+
+    def _start_load(self, state: _RequestState, order: LoadOrder) -> None:
+        state.loading = True
+        self._loads[order.request] = state
+        self._loads_due.append(order)
+
+    @guarded(_load_cannot_be_planned)
+    def update_state_after_alloc(self, request, blocks, external_tokens: int) -> None:
+        state = self._states.get(request.request_id)
+        if state is None or state.loading:
+            return
+        if external_tokens <= 0:
+            self._release(state)
+            return
+        _, namespace = self._namespace_of(request.lora_request)
+        tables = blocks.get_block_ids()
+        block_tokens = self._geometry.block_tokens
+        first = state.answered_local // block_tokens
+        last = -(-(state.answered_local + external_tokens) // block_tokens)
+        pieces, block_ids = [], []
+        for group in self._geometry.groups:
+            for piece in self._pieces(state, request, group, tables[group.index], first, last):
+                pieces.append(piece)
+                block_ids += [block for block in piece[3] if block]
+        self._recorder.count("hit_tokens", external_tokens)
+        self._recorder.count("requested_tokens", request.num_tokens)
+        self._client.report(external_tokens, request.num_tokens)
+        order = LoadOrder(next(self._jobs), request.request_id, namespace.key, len(request.block_hashes[0]), pieces)
+        state.load_blocks = block_ids
+        state.answer = None
+        state.hit_tokens = external_tokens
+        self._start_load(state, order)
+
+    def _pieces(self, state, request, group: Group, table: list[int], first: int, last: int):
+        """The group's blocks in [first, last), cut at the chunk grid, without the leading null blocks of each cut."""
+        size = group.chunk_blocks
+        hash_bytes = len(request.block_hashes[0])
+        hashes = self._joined_hashes(state, request)
+        for cell in range(first // size, -(-last // size)):
+            begin, end = max(first, cell * size), min(last, (cell + 1) * size)
+            while begin < end and table[begin] == 0:
+                begin += 1
+            if begin < end:
+                yield (
+                    group.index,
+                    begin - cell * size,
+                    hashes[begin * hash_bytes : end * hash_bytes],
+                    list(table[begin:end]),
+                )
+
+    def _load_ended(self, request_id: str) -> None:
+        state = self._loads.pop(request_id, None)
+        if state is None:
+            return
+        state.loading = False
+        if state.failed:
+            state.reset_marks(self._epoch)
+        if state.finished:
+            self._states.pop(request_id, None)
+        self._release(state)
+
+    # ---------------------------------------------------------------- a step
+
+    def build_connector_meta(self, scheduler_output) -> KvernMetadata:
+        """Loads first: a load that vLLM waits for must reach the workers whatever happens below."""
+        loads, self._loads_due = self._loads_due, []
+        metadata = KvernMetadata(loads=loads)
+        self._plan_step(metadata, scheduler_output)
+        self._describe_namespaces(metadata)
+        return metadata
+
+    @guarded()
+    def _describe_namespaces(self, metadata: KvernMetadata) -> None:
+        used = {order.namespace for order in metadata.loads} | {order.namespace for order in metadata.stores}
+        used.update(namespace.key for namespace in self._announce)
+        self._announce = []
+        if used:
+            facts = {namespace.key: namespace.facts for namespace in self._namespaces.values()}
+            metadata.namespaces = {key: facts[key] for key in used if key in facts}
+
+    @guarded()
+    def _plan_step(self, metadata: KvernMetadata, scheduler_output) -> None:
+        if not self._may_store or self._refused:
+            return
+        own_tables = not compat.has_block_tables(scheduler_output)
+        if own_tables:
+            self._mirror_tables(scheduler_output)
+        if not self._ready():
+            return
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            state = self._states.get(request_id)
+            if state is not None:
+                self._plan_stores(metadata, scheduler_output, state, scheduled, own_tables)
+
+    def _mirror_tables(self, scheduler_output) -> None:
+        """Block tables from what is new in each step. They do not show blocks that a sliding window has given away, so
+        only models with full attention alone are stored then."""
+        for new in scheduler_output.scheduled_new_reqs:
+            state = self._states.get(new.req_id)
+            if state is not None:
+                state.tables = tuple(list(blocks) for blocks in new.block_ids)
+        cached = scheduler_output.scheduled_cached_reqs
+        resumed = getattr(cached, "resumed_req_ids", set())
+        for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids):
+            state = self._states.get(request_id)
+            if state is None or new_blocks is None:
+                continue
+            if request_id in resumed or state.tables is None:
+                state.tables = tuple(list(blocks) for blocks in new_blocks)
+            else:
+                for table, blocks in zip(state.tables, new_blocks):
+                    table.extend(blocks)
+
+    def _plan_stores(self, metadata, scheduler_output, state: _RequestState, scheduled: int, own_tables: bool) -> None:
+        request = state.request
+        if state.epoch != self._epoch:
+            state.reset_marks(self._epoch)
+        if not state.options.store or state.stale:
+            return
+        block_tokens = self._geometry.block_tokens
+        computed = request.num_computed_tokens + scheduled
+        limit = min(computed, len(request.block_hashes) // self._hash_ratio * block_tokens)
+        if not self._options.store_generated:
+            limit = min(limit, request.num_prompt_tokens)
+        if state.options.max_store_tokens is not None:
+            limit = min(limit, state.options.max_store_tokens)
+        tail_due = not state.tail_done and computed >= request.num_prompt_tokens
+        if limit < state.due_tokens and not tail_due:
+            return
+        tables, stored_all = None, True
+        for number, group in enumerate(self._geometry.groups):
+            # What was found in the store needs no second copy.
+            cell = max(state.next_cell[number], state.found_tokens // group.chunk_tokens)
+            last_cell = limit // group.chunk_tokens
+            spans = [(c * group.chunk_blocks, (c + 1) * group.chunk_blocks) for c in range(cell, last_cell)]
+            if tail_due:
+                begin = max(cell, last_cell) * group.chunk_blocks
+                end = min(limit, request.num_prompt_tokens) // block_tokens
+                if begin < end and end * block_tokens > state.found_tokens:
+                    spans.append((begin, end))
+            if not spans:
+                continue
+            if tables is None:
+                tables = state.tables if own_tables else compat.block_tables(scheduler_output, request.request_id)
+            if tables is None or (own_tables and group.window):
+                continue
+            if self._store_spans(metadata, state, group, tables[group.index], spans):
+                state.next_cell[number] = max(cell, last_cell)
+            else:
+                stored_all = False
+        if stored_all:
+            state.tail_done |= tail_due
+            state.due_tokens = min(
+                (max(cell, state.found_tokens // group.chunk_tokens) + 1) * group.chunk_tokens
+                for cell, group in zip(state.next_cell, self._geometry.groups)
+            )
+
+    def _store_spans(self, metadata, state: _RequestState, group: Group, table: list[int], spans) -> bool:
+        """False if there is no room now: the caller tries again in the next step."""
+        request = state.request
+        _, namespace = self._namespace_of(request.lora_request)
+        if namespace is None:
+            return False
+        hash_bytes = len(request.block_hashes[0])
+        hashes = self._joined_hashes(state, request)
+        chunks, tokens, notes = [], [], [] if self._events is not None else None
+        for begin, end in spans:
+            block_ids = list(table[begin:end])
+            if len(block_ids) < end - begin or 0 in block_ids:
+                self._recorder.count("stores_skipped", label="blocks left the window")
+                continue
+            chunks.append((hashes[begin * hash_bytes : end * hash_bytes], block_ids, begin * group.block_tokens))
+            tokens.append((end - begin) * group.block_tokens)
+            if notes is not None:
+                parent = hashes[(begin - 1) * hash_bytes : begin * hash_bytes] if begin else None
+                own = [hashes[i * hash_bytes : (i + 1) * hash_bytes] for i in range(begin, end)]
+                notes.append(note_chunk(request, group, own, begin, parent))
+        if not chunks:
+            return True
+        block_ids = [block for chunk in chunks for block in chunk[1]]
+        if not self._holds.has_room(len(block_ids)) and self._holds.blocks > 0:
+            self._recorder.count("stores_skipped", label="too many blocks held")
+            return False
+        job = next(self._jobs)
+        codec = state.options.codec or self._options.codec
+        order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks)
+        self._holds.take(job, block_ids)
+        metadata.stores.append(order)
+        self._stores[job] = _Store(state, namespace, tokens, notes)
+        return True
+
+    # ---------------------------------------------------------------- results
+
+    @guarded()
+    def update_connector_output(self, output) -> None:
+        failed = set(getattr(output, "failed_recving", None) or ())
+        invalid = getattr(output, "invalid_block_ids", None)
+        if invalid:  # older vLLM: failures are told per block
+            failed |= {r for r, s in self._loads.items() if not invalid.isdisjoint(s.load_blocks)}
+        for request_id in failed:
+            state = self._loads.get(request_id)
+            if state is not None:
+                state.failed = True
+        for request_id in output.finished_recving or ():
+            self._load_ended(request_id)
+        reports = getattr(output, "kv_connector_worker_meta", None)
+        if reports is not None:
+            for rank, report in reports.reports.items():
+                if report.refusal:
+                    self.refuse(report.refusal)
+                for job in report.gathered:
+                    self._holds.gathered(job, rank)
+                for job, chunks in report.stored.items():
+                    self._store_ended(job, rank, chunks)
+
+    def _store_ended(self, job: int, rank: int, chunks: list[int]) -> None:
+        store = self._stores.get(job)
+        if store is None:
+            return
+        store.ranks[rank] = set(chunks)
+        if len(store.ranks) < self._geometry.ranks:
+            return
+        del self._stores[job]
+        stored = set.intersection(*store.ranks.values())
+        store.state.stored_tokens += sum(store.chunk_tokens[chunk] for chunk in stored)
+        if self._events is not None:
+            namespace_id = self._client.namespace_id(store.namespace.handle)
+            if namespace_id is not None:
+                for chunk in sorted(stored):
+                    self._events.stored(namespace_id, store.notes[chunk])
+
+    @guarded((False, None))
+    def request_finished(self, request, block_ids) -> tuple[bool, dict | None]:
+        """Never keeps the request's blocks: stores have references of their own, and vLLM itself keeps the blocks of a
+        load that is under way until the workers report its end."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            return False, None
+        state.finished = True
+        if not state.loading:
+            del self._states[request.request_id]
+        self._release(state)
+        if not state.options.asked:
+            return False, None
+        return False, {"kvern": {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}}
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps an idle engine stepping until its stores have ended: their reports come with steps alone."""
+        return self._holds.jobs > 0 or bool(self._stores)
+
+    @guarded(False)
+    def has_pending_block_frees(self) -> bool:
+        return self._holds.frees_soon()
+
+    @guarded(True)
+    def reset_cache(self) -> bool:
+        """The engine's weights may be others from now on: it leaves its namespace for a new one of its own. What others
+        share is not touched."""
+        self._epoch += 1
+        self._epoch_name = uuid.uuid4().hex
+        for state in self._states.values():
+            state.stale = state.request.num_computed_tokens > 0 or state.loading
+            state.answer = None
+            self._release(state)
+        if self._events is not None:
+            self._events.clear()
+        self._namespace_of(None)
+        return True
+
+    @guarded(())
+    def take_events(self):
+        if self._events is None:
+            return ()
+        lost, removed = self._client.take_removed()
+        for namespace_id, group, hashes, _ in removed:
+            self._events.removed(namespace_id, group, hashes)
+        if lost or self._client.session_count != self._sessions:
+            if self._sessions or lost:
+                self._snapshots_due.extend(self._namespaces.values())
+            self._sessions = self._client.session_count
+            if self._snapshots_due:
+                self._client.request_snapshot(self._snapshots_due[0].handle)
+        if self._snapshots_due and (answer := self._client.take_snapshot()) is not None:
+            handle, chunks = answer
+            namespace = self._snapshots_due.popleft()
+            namespace_id = self._client.namespace_id(handle)
+            if namespace.handle == handle and namespace_id is not None:
+                self._events.snapshot(namespace_id, [(group, hashes) for group, hashes, _ in chunks])
+            if self._snapshots_due:
+                self._client.request_snapshot(self._snapshots_due[0].handle)
+        return self._events.take()
+
+    @guarded()
+    def take_stats(self):
+        if self.errors != self._reported_errors:
+            self._recorder.count("callback_errors", self.errors - self._reported_errors)
+            self._reported_errors = self.errors
+        self._recorder.gauge("jobs_in_flight", len(self._stores) + len(self._loads))
+        self._recorder.gauge("held_blocks", self._holds.blocks)
+        self._recorder.gauge("connected", int(self._client.state == "ready"))
+        return self._recorder.take()
+
+    @guarded()
+    def shutdown(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._client.close()

@@ -1,0 +1,226 @@
+"""KvernConnector: vLLM's way into the store.
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KvernConnector", "kv_connector_module_path": "kvern.vllm",
+                                            "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+
+The class only sorts vLLM's calls to the two halves, scheduler_side and worker_side. No callback blocks, none raises.
+"""
+
+import logging
+import os
+import socket
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from kvern import compat, groups, identity
+from kvern.config import Options
+from kvern.groups import Geometry, Refused
+from kvern.guard import guarded, log_once, logger
+from kvern.metadata import KvernMetadata
+from kvern.scheduler_side import SchedulerSide
+from kvern.stats import KvernPromMetrics, KvernStats
+from kvern.worker_side import WorkerSide
+
+__all__ = ["KvernConnector"]
+
+
+class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
+    if compat.HIT_SOURCE is not None:
+        _cache_hit_source = compat.HIT_SOURCE
+
+    def __init__(self, vllm_config, role, kv_cache_config):
+        """Throws OptionError for options that make no sense; every other trouble leaves the engine without the store."""
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self.errors = 0
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        options = Options.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        try:
+            geometry = groups.analyse(vllm_config, kv_cache_config)
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler = self._make_scheduler_side(vllm_config, kv_cache_config, geometry, options)
+            else:
+                self._worker = self._make_worker_side(geometry, options)
+        except Refused as refusal:
+            log_once(logging.WARNING, "Kvern: this engine runs without the store: %s.", refusal)
+        except Exception:
+            logger.exception("Kvern: set-up failed; this engine runs without the store.")
+
+    @staticmethod
+    def _connect(options: Options, scheduler: bool):
+        from kvern import _kvern as native
+        from kvern import embedded
+
+        address = options.address or embedded.start_or_join(options)
+        client = native.Client(
+            address,
+            scheduler=scheduler,
+            client_name=f"{socket.gethostname()}:{os.getpid()}",
+            data_plane=options.data_plane,
+            server_key_file=options.server_key_file,
+            client_key_file=options.client_key_file,
+            insecure=options.insecure,
+            staging_bytes=options.staging,
+            connect_timeout_ms=options.connect_timeout_ms,
+            call_timeout_ms=options.call_timeout_ms,
+        )
+        return native, client
+
+    def _make_scheduler_side(self, vllm_config, kv_cache_config, geometry: Geometry, options: Options) -> SchedulerSide:
+        transfer = vllm_config.kv_transfer_config
+        if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
+            log_once(
+                logging.WARNING,
+                "Kvern: kv_load_failure_policy is %r, so a load that fails fails its request. Set it to 'recompute'.",
+                transfer.kv_load_failure_policy,
+            )
+        weights = identity.weights_fingerprint(vllm_config, options.weights)
+        native, client = self._connect(options, scheduler=True)
+        matcher = native.PrefixMatcher(
+            client,
+            block_tokens=geometry.block_tokens,
+            chunk_blocks=geometry.chunk_blocks,
+            groups=[(group.index, group.window) for group in geometry.groups],
+            remote_deadline_ms=options.match_timeout_ms,
+        )
+        return SchedulerSide(
+            vllm_config,
+            geometry,
+            options,
+            client,
+            matcher,
+            weights,
+            hash_block_tokens=compat.hash_block_tokens(vllm_config, kv_cache_config, geometry.block_tokens),
+        )
+
+    def _make_worker_side(self, geometry: Geometry, options: Options) -> WorkerSide:
+        from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+        native, client = self._connect(options, scheduler=False)
+        pipeline_rank = get_pp_group().rank_in_group if geometry.pipeline_parallel > 1 else 0
+        return WorkerSide(geometry, options, native, client, get_tensor_model_parallel_rank(), pipeline_rank)
+
+    # ---------------------------------------------------------------- what kind of connector this is
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is computed again."""
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None):
+        return KvernStats(data)
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        return KvernPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_kv_connector_stats(self):
+        side = self._scheduler or self._worker
+        return side.take_stats() if side is not None else None
+
+    def shutdown(self) -> None:
+        side = self._scheduler or self._worker
+        if side is not None:
+            side.shutdown()
+
+    # ---------------------------------------------------------------- scheduler side
+
+    def bind_gpu_block_pool(self, gpu_block_pool) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind_block_pool(gpu_block_pool)
+
+    def on_new_request(self, request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def get_external_cache_hit_sources(self, request, num_external_tokens: int) -> dict:
+        return {compat.HIT_SOURCE: num_external_tokens} if num_external_tokens and compat.HIT_SOURCE else {}
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output) -> KvernMetadata:
+        return self._scheduler.build_connector_meta(scheduler_output) if self._scheduler is not None else KvernMetadata()
+
+    def update_connector_output(self, connector_output) -> None:
+        if self._scheduler is not None:
+            self._scheduler.update_connector_output(connector_output)
+
+    def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.request_finished(request, block_ids) if self._scheduler is not None else (False, None)
+
+    def take_events(self):
+        return self._scheduler.take_events() if self._scheduler is not None else ()
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.has_pending_push_work()
+
+    def has_pending_block_frees(self) -> bool:
+        return self._scheduler is not None and self._scheduler.has_pending_block_frees()
+
+    def reset_cache(self) -> bool:
+        return self._scheduler is None or self._scheduler.reset_cache()
+
+    # ---------------------------------------------------------------- worker side
+
+    def register_kv_caches(self, kv_caches: dict) -> None:
+        if self._worker is not None:
+            layers = self._vllm_config.compilation_config.static_forward_context
+            self._worker.register_kv_caches(kv_caches, layers)
+
+    def bind_connector_metadata(self, connector_metadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.bind(connector_metadata)
+
+    def clear_connector_metadata(self) -> None:
+        if self._worker is not None:
+            self._worker.submit_stores()  # some steps end without wait_for_save
+        super().clear_connector_metadata()
+
+    @guarded()
+    def start_load_kv(self, forward_context, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.submit_loads(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """All loads are asynchronous: no layer ever waits."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
+        """Whole chunks are stored after the forward pass."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.submit_stores()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        received, _ = self._take_transfers(finished_req_ids)
+        return None, received or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]):
+        received, failed = self._take_transfers(finished_req_ids)
+        return compat.TransferResults(finished_recving=received, failed_recving=failed)
+
+    def _take_transfers(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        if self._worker is None:
+            return set(), set()
+        self._worker.cancel_loads_of(finished_req_ids)
+        self._worker.poll()
+        return self._worker.take_transfers()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self):
+        return self._worker.take_report() if self._worker is not None else None

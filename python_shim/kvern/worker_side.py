@@ -1,0 +1,249 @@
+"""The half of the connector that lives in each worker: hands pages to the native transfer threads and reports back."""
+
+import collections
+import dataclasses
+import logging
+import time
+
+from kvern import compat, layout
+from kvern.config import Options
+from kvern.groups import Geometry, Refused
+from kvern.guard import guarded, log_once
+from kvern.metadata import KvernMetadata, KvernWorkerMetadata, LoadOrder, RankReport, StoreOrder
+from kvern.stats import Recorder
+
+# Orders wait this long for their namespace to be registered with the daemon.
+NAMESPACE_SECONDS = 2.0
+SHUTDOWN_DRAIN_MS = 2000
+
+
+@dataclasses.dataclass
+class _Waiting:
+    order: LoadOrder | StoreOrder
+    until: float
+
+
+class WorkerSide:
+    def __init__(self, geometry: Geometry, options: Options, native, client, tensor_rank: int, pipeline_rank: int):
+        """native: the module kvern._kvern, or anything that behaves like it."""
+        self.errors = 0
+        self._geometry = geometry
+        self._options = options
+        self._native = native
+        self._client = client
+        self._tensor_rank = tensor_rank
+        self.rank = pipeline_rank * geometry.tensor_parallel + tensor_rank
+        self._writes = geometry.writes(tensor_rank)
+        self._transfer = None
+        self._refusal = "vLLM has registered no KV cache"
+        self._refusal_told = False
+        self._handles: dict[int, int] = {}
+        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._stores_due: list[StoreOrder] = []
+        self._loads: dict[int, LoadOrder] = {}
+        self._stores: dict[int, StoreOrder] = {}
+        self._received: set[str] = set()
+        self._failed: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._report = RankReport()
+        self._recorder = Recorder()
+        self._reported_errors = 0
+
+    # ---------------------------------------------------------------- set-up
+
+    def _cannot_register(self, kv_caches, attention_layers) -> None:
+        self._refuse("its KV cache could not be registered")
+
+    @guarded(_cannot_register)
+    def register_kv_caches(self, kv_caches: dict, attention_layers: dict) -> None:
+        try:
+            layouts = layout.describe(self._geometry, kv_caches, attention_layers)
+            transfer = self._native.TransferWorker(
+                self._client,
+                threads=self._options.worker_threads(),
+                load_timeout_ms=self._options.load_timeout_ms,
+                store_timeout_ms=self._options.store_timeout_ms,
+            )
+            for group, found in zip(self._geometry.groups, layouts):
+                transfer.register_group(
+                    group=group.index,
+                    packing=found.packing,
+                    dtype=group.dtype,
+                    block_tokens=group.block_tokens,
+                    pages_per_block=found.pages_per_block,
+                    heads=group.heads,
+                    head_begin=self._geometry.head_begin(group, self._tensor_rank),
+                    model_heads=group.model_heads,
+                    layer_begin=group.layer_begin,
+                    group_layers=group.group_layers,
+                    key_dim=group.key_dim,
+                    value_dim=group.value_dim,
+                    layers=found.layers,
+                )
+        except (Refused, ValueError) as refusal:
+            self._refuse(str(refusal))
+            return
+        self._transfer, self._refusal = transfer, ""
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        log_once(logging.WARNING, "Kvern: this worker neither loads nor stores: %s.", reason)
+
+    # ---------------------------------------------------------------- a step
+
+    @guarded()
+    def bind(self, metadata: KvernMetadata) -> None:
+        # Stores wait for the end of the forward pass: only then are the pages complete.
+        self._stores_due += metadata.stores
+        for key, facts in metadata.namespaces.items():
+            if key not in self._handles:
+                self._handles[key] = self._client.add_namespace(facts)
+
+    def submit_loads(self, metadata: KvernMetadata) -> None:
+        for order in metadata.loads:
+            self._submit(order)
+
+    def submit_stores(self) -> None:
+        due, self._stores_due = self._stores_due, []
+        for order in due:
+            self._submit(order)
+
+    def _drop(self, order: LoadOrder | StoreOrder, until: float | None = None) -> None:
+        """Gives the order the end that vLLM waits for."""
+        if isinstance(order, LoadOrder):
+            self._loads.pop(order.job, None)
+            self._load_ended(order, failed=True)
+            self._recorder.count("load_failures", label=self._why())
+        else:
+            self._stores.pop(order.job, None)
+            self._report.gathered.append(order.job)
+            self._report.stored[order.job] = []
+            self._recorder.count("store_failures", label=self._why())
+
+    def _why(self) -> str:
+        return "worker refused" if self._refusal else "namespace not registered"
+
+    @guarded(_drop)
+    def _submit(self, order: LoadOrder | StoreOrder, until: float | None = None) -> None:
+        if isinstance(order, StoreOrder) and not self._writes:
+            # Another rank holds the same heads and stores them.
+            self._report.gathered.append(order.job)
+            self._report.stored[order.job] = list(range(len(order.chunks)))
+            return
+        handle = self._handles.get(order.namespace)
+        if self._transfer is None or handle is None:
+            self._drop(order)
+            return
+        if self._client.namespace_id(handle) is None:
+            now = time.monotonic()
+            until = until or now + NAMESPACE_SECONDS
+            if now >= until or self._client.namespace_refusal(handle):
+                self._drop(order)
+            else:
+                self._waiting.append(_Waiting(order, until))
+            return
+        if isinstance(order, LoadOrder):
+            self._loads[order.job] = order
+            self._transfer.submit_load(order.job, handle, order.hash_bytes, order.pieces)
+        else:
+            self._stores[order.job] = order
+            self._transfer.submit_store(
+                order.job, handle, order.group, order.codec, order.hash_bytes, order.chunks
+            )
+
+    @guarded()
+    def poll(self) -> None:
+        for _ in range(len(self._waiting)):
+            waiting = self._waiting.popleft()
+            self._submit(waiting.order, waiting.until)
+        if self._transfer is None:
+            return
+        for job, event, chunks, reason, seconds, raw_bytes, encoded_bytes in self._transfer.poll():
+            if event in ("loaded", "load_failed"):
+                order = self._loads.pop(job, None)
+                if order is not None:  # each load ends once, whatever the native side says
+                    self._count_load(event, reason, seconds, raw_bytes, encoded_bytes)
+                    self._load_ended(order, failed=event != "loaded")
+            elif event == "gathered" and job in self._stores:
+                self._report.gathered.append(job)
+            elif event == "stored":
+                order = self._stores.pop(job, None)
+                if order is not None:
+                    self._report.stored[job] = list(chunks)
+                    self._count_store(order, chunks, reason, seconds, raw_bytes)
+
+    def _load_ended(self, order: LoadOrder, failed: bool) -> None:
+        self._received.add(order.request)
+        if failed:
+            self._failed.add(order.request)
+            self._failed_blocks.update(block for piece in order.pieces for block in piece[3] if block)
+
+    def _count_load(self, event: str, reason: str, seconds: float, raw_bytes: int, encoded_bytes: int) -> None:
+        if event != "loaded":
+            self._recorder.count("load_failures", label=_short(reason))
+            log_once(logging.WARNING, "Kvern: a load failed: %s.", _short(reason))
+            return
+        self._recorder.count("loads")
+        self._recorder.count("load_bytes", raw_bytes)
+        self._recorder.count("load_encoded_bytes", encoded_bytes)
+        self._recorder.observe("load_seconds", seconds)
+
+    def _count_store(self, order: StoreOrder, chunks, reason: str, seconds: float, raw_bytes: int) -> None:
+        self._recorder.count("stores")
+        self._recorder.count("stored_chunks", len(chunks))
+        self._recorder.count("store_bytes", raw_bytes)
+        self._recorder.observe("store_seconds", seconds)
+        if len(chunks) < len(order.chunks):
+            self._recorder.count("store_failures", label=_short(reason))
+            log_once(logging.WARNING, "Kvern: some chunks were not stored: %s.", _short(reason))
+
+    @guarded()
+    def cancel_loads_of(self, finished_requests: set[str]) -> None:
+        """Requests that were aborted while they wait for their load: its pages go to others as soon as it has ended."""
+        if not finished_requests or not self._loads:
+            return
+        for job, order in self._loads.items():
+            if order.request in finished_requests:
+                self._transfer.cancel_load(job)
+
+    # ---------------------------------------------------------------- reports
+
+    def take_transfers(self) -> tuple[set[str], set[str]]:
+        """(received, of which failed). Each request is told once."""
+        received, self._received = self._received, set()
+        failed, self._failed = self._failed, set()
+        return received, failed
+
+    def take_failed_blocks(self) -> set[int]:
+        """Only for a vLLM that has no get_transfer_results()."""
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return set() if compat.HAS_TRANSFER_RESULTS else blocks
+
+    @guarded()
+    def take_report(self) -> KvernWorkerMetadata | None:
+        report, self._report = self._report, RankReport()
+        if self._refusal and not self._refusal_told:
+            report.refusal, self._refusal_told = self._refusal, True
+        if not report.gathered and not report.stored and not report.refusal:
+            return None
+        return KvernWorkerMetadata({self.rank: report})
+
+    @guarded()
+    def take_stats(self):
+        if self.errors != self._reported_errors:
+            self._recorder.count("callback_errors", self.errors - self._reported_errors)
+            self._reported_errors = self.errors
+        return self._recorder.take()
+
+    @guarded()
+    def shutdown(self) -> None:
+        if self._transfer is not None:
+            self._transfer.drain(SHUTDOWN_DRAIN_MS)
+            self._transfer = None
+            self._refusal = "the worker is shutting down"
+        self._client.close()
+
+
+def _short(reason: str) -> str:
+    """A label: numbers and names of single chunks would make a metric per chunk."""
+    return (reason or "unknown").split(":")[0][:60]

@@ -1,0 +1,244 @@
+"""The native binding's interface (python_shim/kvern/_kvern.pyi) over a store in this process.
+
+It keeps to the contract that the connector relies on: nothing ends before poll(), every store job ends with "gathered"
+and then "stored", every load with one of "loaded" and "load_failed". What ends when is the test's to say (Store.hold).
+"""
+
+import ctypes
+import dataclasses
+import hashlib
+
+
+@dataclasses.dataclass
+class Chunk:
+    hashes: list[bytes]
+    planes: dict  # (layer, head) -> bytes of the chunk's blocks, one after the other
+
+
+class Store:
+    """What the daemon would hold."""
+
+    def __init__(self):
+        self.chunks: dict[tuple, Chunk] = {}  # (namespace id, group, last hash)
+        self.blocks: dict[tuple, tuple] = {}  # (namespace id, group, hash) -> (key of the chunk, offset in it)
+        self.removed: list = []
+        self.state = "ready"
+        self.refusals: dict[bytes, str] = {}
+        self.registered = True  # False: namespaces stay unregistered
+        self.hold = False  # True: jobs do not end
+        self.fail_loads = False
+        self.drop_stores = False
+        self.session_count = 1
+        self.matches = 0
+
+    def add(self, namespace: bytes, group: int, hashes: list[bytes], planes: dict) -> None:
+        key = (namespace, group, hashes[-1])
+        chunk = self.chunks.setdefault(key, Chunk(hashes, {}))
+        chunk.planes.update(planes)
+        for offset, block in enumerate(hashes):
+            known = self.blocks.get((namespace, group, block))
+            if known is None or len(self.chunks[known[0]].hashes) < len(hashes):
+                self.blocks[namespace, group, block] = (key, offset)
+
+    def has(self, namespace: bytes, group: int, block: bytes) -> bool:
+        return (namespace, group, block) in self.blocks
+
+    def groups(self) -> dict[int, int]:
+        """group -> stored blocks"""
+        counts: dict[int, int] = {}
+        for _, group, _ in self.blocks:
+            counts[group] = counts.get(group, 0) + 1
+        return counts
+
+
+class Client:
+    store = None  # the test's Store
+
+    def __init__(self, address="unix:///fake", **options):
+        self.address, self.options = address, options
+        self.namespaces: list[dict[str, str]] = []
+        self.closed = False
+        self.reports: list[tuple[int, int]] = []
+        self._snapshots: list[int] = []
+
+    def add_namespace(self, fields):
+        assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in fields.items()), fields
+        self.namespaces.append(dict(fields))
+        return len(self.namespaces) - 1
+
+    @property
+    def state(self):
+        return self.store.state
+
+    @property
+    def problem(self):
+        return "" if self.store.state == "ready" else "the socket does not exist"
+
+    @property
+    def session_count(self):
+        return self.store.session_count
+
+    def id_of(self, handle):
+        text = "\n".join(f"{k}={v}" for k, v in sorted(self.namespaces[handle].items()))
+        return hashlib.sha256(text.encode()).digest()[:16]
+
+    def namespace_id(self, handle):
+        ready = self.store.state == "ready" and self.store.registered
+        return self.id_of(handle) if ready and not self.namespace_refusal(handle) else None
+
+    def namespace_refusal(self, handle):
+        return self.store.refusals.get(self.id_of(handle), "")
+
+    def take_removed(self):
+        removed, self.store.removed = self.store.removed, []
+        return False, removed
+
+    def request_snapshot(self, handle):
+        self._snapshots.append(handle)
+
+    def take_snapshot(self):
+        if not self._snapshots:
+            return None
+        handle = self._snapshots.pop(0)
+        mine = self.id_of(handle)
+        return handle, [(g, chunk.hashes, 0) for (n, g, _), chunk in self.store.chunks.items() if n == mine]
+
+    def report(self, hit_tokens, requested_tokens):
+        self.reports.append((hit_tokens, requested_tokens))
+
+    def close(self):
+        self.closed = True
+
+
+class PrefixMatcher:
+    def __init__(self, client, *, block_tokens, chunk_blocks, groups, remote_deadline_ms=50):
+        self.client, self.block_tokens, self.groups = client, block_tokens, groups
+        self.claimed: dict[str, int] = {}
+        self.unknown = 0  # how many times more to say "not known yet"
+
+    def match(self, request, namespace, hashes, hash_bytes, local_tokens, max_tokens, prompt_tokens):
+        store = self.client.store
+        store.matches += 1
+        if self.unknown > 0:
+            self.unknown -= 1
+            return False, 0, ""
+        mine = self.client.namespace_id(namespace)
+        blocks = [hashes[i : i + hash_bytes] for i in range(0, len(hashes), hash_bytes)]
+        for count in range(min(len(blocks), max_tokens // self.block_tokens), 0, -1):
+            tokens = count * self.block_tokens
+            first = [max(0, tokens - window + 1) // self.block_tokens if window else 0 for _, window in self.groups]
+            if all(
+                store.has(mine, group, block)
+                for (group, _), begin in zip(self.groups, first)
+                for block in blocks[begin:count]
+            ):
+                self.claimed[request] = tokens
+                return True, tokens, ""
+        self.claimed.pop(request, None)
+        return True, 0, "not stored"
+
+    def release(self, request):
+        self.claimed.pop(request, None)
+
+    @property
+    def claims(self):
+        return len(self.claimed)
+
+
+class TransferWorker:
+    def __init__(self, client, *, threads=1, max_queued_jobs=4096, load_timeout_ms=30_000, store_timeout_ms=30_000):
+        self.client = client
+        self.registered: dict[int, dict] = {}
+        self._jobs: list = []
+        self._events: list = []
+        self.cancelled: set[int] = set()
+
+    def register_group(self, **arguments):
+        if getattr(self.client.store, "refuse_layout", ""):
+            raise ValueError(self.client.store.refuse_layout)
+        self.registered[arguments["group"]] = arguments
+
+    def _page(self, group, layer, head, block):
+        """The bytes of one (layer, head, block), page by page; whatever order K and V have in it."""
+        facts = self.registered[group]
+        address, reachable, pages, page_stride, head_stride, token_stride, _ = facts["layers"][layer]
+        ratio = facts["pages_per_block"]
+        size = {"float32": 4}.get(facts["dtype"], 2) * (facts["key_dim"] + facts["value_dim"])
+        size *= facts["block_tokens"] // ratio
+        result = []
+        for page in range(block * ratio, (block + 1) * ratio):
+            offset = page * page_stride + head * head_stride
+            assert 0 <= page < pages and offset + size <= reachable
+            result.append((address + offset, size))
+        return result
+
+    def _planes(self, group):
+        facts = self.registered[group]
+        for layer in range(len(facts["layers"])):
+            for head in range(facts["heads"]):
+                yield layer, head, (facts["layer_begin"] + layer, facts["head_begin"] + head)
+
+    def submit_store(self, job, namespace, group, codec, hash_bytes, chunks):
+        self._jobs.append(("store", job, namespace, group, hash_bytes, chunks))
+
+    def submit_load(self, job, namespace, hash_bytes, pieces):
+        self._jobs.append(("load", job, namespace, hash_bytes, pieces))
+
+    def _run_store(self, job, namespace, group, hash_bytes, chunks):
+        store, stored = self.client.store, []
+        for number, (hashes, block_ids, position) in enumerate(chunks):
+            blocks = [hashes[i : i + hash_bytes] for i in range(0, len(hashes), hash_bytes)]
+            assert len(blocks) == len(block_ids) and all(block_ids), "a null block in a store"
+            if store.drop_stores:
+                continue
+            planes = {}
+            for layer, head, key in self._planes(group):
+                parts = [self._page(group, layer, head, block) for block in block_ids]
+                planes[key] = [b"".join(ctypes.string_at(*span) for span in part) for part in parts]
+            store.add(self.client.id_of(namespace), group, blocks, planes)
+            stored.append(number)
+        self._events.append((job, "gathered", [], "", 0.001, 0, 0))
+        reason = "dropped by the test" if store.drop_stores else ""
+        self._events.append((job, "stored", stored, reason, 0.002, 100, 50))
+
+    def _run_load(self, job, namespace, hash_bytes, pieces):
+        store = self.client.store
+        if store.fail_loads or job in self.cancelled:
+            self._events.append((job, "load_failed", [], "failed by the test", 0.001, 0, 0))
+            return
+        mine = self.client.id_of(namespace)
+        for group, blocks_before, hashes, block_ids in pieces:
+            for i, block in enumerate(block_ids):
+                if block == 0:
+                    continue
+                key, offset = store.blocks[mine, group, hashes[i * hash_bytes : (i + 1) * hash_bytes]]
+                assert offset == blocks_before + i, "the piece does not lie where it says in its chunk"
+                for layer, head, plane in self._planes(group):
+                    data, done = store.chunks[key].planes[plane][offset], 0
+                    for address, size in self._page(group, layer, head, block):
+                        ctypes.memmove(address, data[done : done + size], size)
+                        done += size
+        self._events.append((job, "loaded", [], "", 0.001, 100, 50))
+
+    def poll(self):
+        keep = []
+        for kind, job, *arguments in self._jobs:
+            if self.client.store.hold and job not in self.cancelled:
+                keep.append((kind, job, *arguments))
+            elif kind == "store":
+                self._run_store(job, *arguments)
+            else:
+                self._run_load(job, *arguments)
+        self._jobs = keep
+        events, self._events = self._events, []
+        return events
+
+    def cancel_load(self, job):
+        self.cancelled.add(job)
+
+    def drain(self, timeout_ms):
+        return True
+
+    @property
+    def in_flight(self):
+        return len(self._jobs)

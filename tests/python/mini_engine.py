@@ -1,0 +1,300 @@
+"""vLLM's real scheduler, block pool and prefix cache around a make-believe model, with the connector in between.
+
+The model writes into each KV row a number that follows from all tokens up to there, and before each step it checks every
+row that attention would read. A row that was not loaded, loaded wrongly, or overwritten too early fails the test.
+"""
+
+import json
+import pathlib
+import pickle
+
+import torch
+from vllm import SamplingParams
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVEventsConfig,
+    KVTransferConfig,
+    LoadConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    SlidingWindowSpec,
+)
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+HEADS, DIM = 2, 4
+MODULUS = 65521  # below 2^24: exact in float32
+
+
+def write_checkpoint(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
+    """A model folder as far as the connector looks into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HEADS * DIM * 2,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS * 2,
+        "num_key_value_heads": HEADS,
+        "head_dim": DIM,
+        "vocab_size": 512,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "float32",
+    }
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(safetensors(seed))
+    return folder
+
+
+def safetensors(seed: int) -> bytes:
+    data = bytes((seed + i) % 256 for i in range(64))
+    header = json.dumps({"w": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def token_row(state: int, layer: int, head: int) -> torch.Tensor:
+    return torch.tensor([float((state + layer * 7 + head * 13 + dim * 17) % MODULUS) for dim in range(2 * DIM)])
+
+
+class MiniEngine:
+    def __init__(
+        self,
+        model: pathlib.Path,
+        connector_class,
+        *,
+        blocks: int = 64,
+        block_size: int = 32,
+        windows: tuple[int, ...] = (0,),  # one group each; 0: full attention
+        max_batched: int = 1024,
+        ranks: int = 1,
+        policy: str = "recompute",
+        role: str = "kv_both",
+        options: dict | None = None,
+        events: bool = False,
+        caching: bool = True,
+        set_rank=lambda rank: None,
+        transfer: KVTransferConfig | None = None,
+    ):
+        self.block_size = block_size
+        self.windows = windows
+        self.ranks = ranks
+        heads = HEADS // ranks
+        specs = []
+        for window in windows:
+            common = dict(block_size=block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32)
+            specs.append(SlidingWindowSpec(sliding_window=window, **common) if window else FullAttentionSpec(**common))
+        self.layer_names = [[f"model.layers.{group}.attn"] for group in range(len(windows))]
+        page = specs[0].page_size_bytes
+        self.kv_cache_config = KVCacheConfig(
+            num_blocks=blocks,
+            kv_cache_tensors=[
+                KVCacheTensor(size=page * blocks, layers=names, layer_stride=page * blocks, block_stride=page)
+                for names in self.layer_names
+            ],
+            kv_cache_groups=[KVCacheGroupSpec(names, spec) for names, spec in zip(self.layer_names, specs)],
+        )
+        self.kv_cache_config.hash_block_size = block_size
+        self.config = VllmConfig(
+            model_config=ModelConfig(
+                model=str(model), tokenizer=str(model), skip_tokenizer_init=True, dtype="float32", seed=0,
+                max_model_len=2048,
+            ),
+            cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=caching),
+            scheduler_config=SchedulerConfig(
+                max_num_batched_tokens=max_batched, max_num_seqs=8, max_model_len=2048, is_encoder_decoder=False,
+                enable_chunked_prefill=True, async_scheduling=False,
+            ),
+            parallel_config=ParallelConfig(tensor_parallel_size=ranks, distributed_executor_backend="uni")
+            if ranks == 1
+            else ParallelConfig(tensor_parallel_size=ranks, distributed_executor_backend="mp"),
+            device_config=DeviceConfig("cpu"),
+            load_config=LoadConfig(),
+            kv_transfer_config=transfer
+            or KVTransferConfig(
+                kv_connector=connector_class.__name__,
+                kv_connector_module_path=connector_class.__module__,
+                kv_role=role,
+                kv_load_failure_policy=policy,
+                kv_connector_extra_config={"kvern.address": "unix:///fake", **(options or {})},
+            ),
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
+        )
+        self.config.cache_config.num_gpu_blocks = blocks
+        self.pages, self.workers = [], []
+        for rank in range(ranks):
+            set_rank(rank)
+            # One storage for all groups: only block ids keep them apart.
+            storage = torch.full((blocks, heads, block_size, 2 * DIM), float("nan"))
+            self.pages.append(storage)
+            worker = connector_class(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
+            worker.register_kv_caches({names[0]: storage for names in self.layer_names})
+            self.workers.append(worker)
+        hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_fn)
+        self.hasher = get_request_block_hasher(block_size, hash_fn)
+        self.scheduler = Scheduler(
+            self.config, self.kv_cache_config, StructuredOutputManager(self.config), block_size, block_size,
+            log_stats=True,
+        )
+        self.connector = self.scheduler.connector
+        self.aggregator = KVOutputAggregator.from_connector(self.connector, ranks)
+        self.events: list = []
+        self.steps = 0
+        self.numbers = 0
+        self.forwarded: dict[str, int] = {}  # request -> tokens that were computed rather than loaded
+        self.finish_params: dict[str, dict | None] = {}
+
+    # ---------------------------------------------------------------- requests
+
+    def add(self, prompt: list[int], max_tokens: int = 4, params: dict | None = None, **options) -> Request:
+        extra = {"extra_args": {"kv_transfer_params": params}} if params is not None else {}
+        self.numbers += 1
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **extra)
+        if options.pop("skip_reading", False):
+            sampling.skip_reading_prefix_cache = True
+        request = Request(
+            f"r{self.numbers}", list(prompt), sampling, None, block_hasher=self.hasher, **options
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    def run(self, *requests: Request, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if all(request.is_finished() for request in requests):
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps: {[request.status for request in requests]}")
+
+    def settle(self, limit: int = 100) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_requests():
+                return
+            self.step()
+        raise AssertionError("the engine never comes to rest")
+
+    def generate(self, prompt: list[int], max_tokens: int = 4, **options) -> Request:
+        request = self.add(prompt, max_tokens, **options)
+        self.run(request)
+        self.settle()
+        return request
+
+    def forget(self) -> None:
+        """Empties vLLM's own prefix cache and the pages."""
+        assert self.scheduler.reset_prefix_cache()
+        for pages in self.pages:
+            pages.fill_(float("nan"))
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    # ---------------------------------------------------------------- a step
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        self.steps += 1
+        metadata = pickle.loads(pickle.dumps(output.kv_connector_metadata))
+        sampled = {}
+        for request_id, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[request_id]
+            end = request.num_computed_tokens  # schedule() has already moved it on
+            sampled[request_id] = (request, end - count, end)
+        outputs = []
+        for rank, worker in enumerate(self.workers):
+            outputs.append(self._rank_step(rank, worker, metadata, output, sampled))
+        result = outputs[0] if self.ranks == 1 else self.aggregator.aggregate(outputs)
+        core_outputs = self.scheduler.update_from_output(output, result)
+        for batch in core_outputs.values():
+            for one in batch.outputs:
+                if one.finish_reason is not None:
+                    self.finish_params[one.request_id] = one.kv_transfer_params
+        events = self.connector.take_events()
+        self.events.extend(events or ())
+
+    def _rank_step(self, rank, worker, metadata, output, sampled) -> ModelRunnerOutput:
+        worker.handle_preemptions(metadata)
+        worker.bind_connector_metadata(metadata)
+        next_tokens = []
+        for request, begin, end in sampled.values():
+            self._forward(rank, request, begin, end)
+            done = end >= request.num_tokens
+            next_tokens.append([self._next_token(request, end)] if done else [])
+        worker.start_load_kv(None)
+        worker.wait_for_save()
+        transfers = worker.get_transfer_results(output.finished_req_ids)
+        connector_output = KVConnectorOutput(
+            finished_sending=transfers.finished_sending or None,
+            finished_recving=transfers.finished_recving or None,
+            failed_recving=transfers.failed_recving,
+            invalid_block_ids=worker.get_block_ids_with_load_errors(),
+            kv_connector_stats=worker.get_kv_connector_stats(),
+            kv_connector_worker_meta=pickle.loads(pickle.dumps(worker.build_connector_worker_meta())),
+        )
+        worker.clear_connector_metadata()
+        ids = list(sampled)
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+            sampled_token_ids=next_tokens,
+            kv_connector_output=connector_output,
+        )
+
+    # ---------------------------------------------------------------- the model
+
+    @staticmethod
+    def _states(tokens) -> list[int]:
+        states, state = [], 1
+        for token in tokens:
+            state = (state * 1000003 + token + 1) % (1 << 61)
+            states.append(state)
+        return states
+
+    def _next_token(self, request: Request, end: int) -> int:
+        return self._states(request.all_token_ids[:end])[-1] % 500
+
+    def _forward(self, rank: int, request: Request, begin: int, end: int) -> None:
+        tables = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        states = self._states(request.all_token_ids[:end])
+        pages, size = self.pages[rank], self.block_size
+        heads = pages.shape[1]
+        if rank == 0:
+            self.forwarded[request.request_id] = self.forwarded.get(request.request_id, 0) + end - begin
+        for group, window in enumerate(self.windows):
+            table = tables[group]
+            first = max(0, begin - window + 1) if window else 0
+            for head in range(heads):
+                for position in range(first, begin):
+                    block = table[position // size]
+                    assert block != 0, f"{request.request_id}: position {position} of group {group} is in the null block"
+                    found = pages[block, head, position % size]
+                    wanted = token_row(states[position], group, rank * heads + head)
+                    assert torch.equal(found, wanted), (
+                        f"{request.request_id}: wrong KV at position {position} of group {group}, block {block}: "
+                        f"{found.tolist()} is not {wanted.tolist()}"
+                    )
+                for position in range(begin, end):
+                    block = table[position // size]
+                    if block:
+                        pages[block, head, position % size] = token_row(states[position], group, rank * heads + head)
+
+
