@@ -36,6 +36,7 @@ class Checksum64 {
   std::uint64_t total_bytes_ = 0;
   std::size_t stripe_in_block_ = 0;
   std::size_t held_ = 0;
+  bool streamed_ = false;
   /// The stripe consumed last (the digest looks at the last 64 bytes), then the held_ bytes that are not consumed yet.
   alignas(64) std::array<std::uint8_t, kStripeBytes + kHeldBytes> buffer_;
 };

@@ -47,18 +47,21 @@ KVERN_HOST_DEVICE constexpr std::uint16_t scale_bits(float magnitude, DType dtyp
   return up < max_scale_bits(dtype) ? static_cast<std::uint16_t>(up) : max_scale_bits(dtype);
 }
 
-KVERN_HOST_DEVICE constexpr float inverse_scale(std::uint16_t bits) {
-  return bits == 0 ? 0.0F : 1.0F / scale_value(bits);
+/// What values of the group are multiplied with. Where the scale had to be capped the group is squeezed into the codes,
+/// so that no code ever needs to be clamped.
+KVERN_HOST_DEVICE constexpr float inverse_scale(float magnitude, DType dtype) {
+  const std::uint16_t bits = scale_bits(magnitude, dtype);
+  if (bits == 0) return 0.0F;
+  return bits == max_scale_bits(dtype) ? kMaxCode / magnitude : 1.0F / scale_value(bits);
 }
 
 /// Nearest code, ties to even.
 KVERN_HOST_DEVICE inline std::int8_t encode(float value, float inverse) {
 #if defined(__CUDA_ARCH__)
-  const float code = rintf(__fmul_rn(value, inverse));
+  return static_cast<std::int8_t>(__float2int_rn(__fmul_rn(value, inverse)));
 #else
-  const float code = std::nearbyint(value * inverse);
+  return static_cast<std::int8_t>(std::nearbyint(value * inverse));
 #endif
-  return static_cast<std::int8_t>(code < -kMaxCode ? -kMaxCode : code > kMaxCode ? kMaxCode : code);
 }
 
 /// Exact: 7 bits times 8 bits.

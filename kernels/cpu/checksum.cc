@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "kernels/copy.h"
 #include "kernels/cpu/targets.h"
 
 // clang-format off
@@ -12,7 +13,6 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 // clang-format on
-#include <hwy/cache_control.h>
 
 HWY_BEFORE_NAMESPACE();
 namespace kvern {
@@ -183,6 +183,7 @@ void Checksum64::copy(void* destination, const void* source, std::size_t bytes) 
   consume(Mode::kCopy, static_cast<std::uint8_t*>(destination), static_cast<const std::uint8_t*>(source), bytes);
 }
 void Checksum64::stream_copy(void* destination, const void* source, std::size_t bytes) {
+  streamed_ = true;
   consume(Mode::kStream, static_cast<std::uint8_t*>(destination), static_cast<const std::uint8_t*>(source), bytes);
 }
 
@@ -251,7 +252,7 @@ void Checksum64::consume(Mode mode, std::uint8_t* destination, const std::uint8_
 }
 
 std::uint64_t Checksum64::digest() const {
-  hwy::FlushStream();
+  if (streamed_) stream_fence();
   const std::uint8_t* held = buffer_.data() + kStripeBytes;
   if (total_bytes_ <= kLongestShortInput) return XXH3_64bits(held, held_);
   alignas(64) std::array<std::uint64_t, 8> lanes = lanes_;

@@ -53,12 +53,12 @@ namespace kvern {
 HWY_EXPORT(stream_lines);
 
 namespace {
-/// Below this the store fence costs more than reading the destination's lines.
-constexpr std::size_t kStreamMinBytes = 2048;
+/// Below this the partial lines at both ends outweigh what is gained in between.
+constexpr std::size_t kStreamMinBytes = 512;
 constexpr std::size_t kLineBytes = 64;
 }  // namespace
 
-void stream_copy(void* destination, const void* source, std::size_t bytes) {
+void stream_copy_unfenced(void* destination, const void* source, std::size_t bytes) {
   auto* to = static_cast<std::uint8_t*>(destination);
   const auto* from = static_cast<const std::uint8_t*>(source);
   if (bytes < kStreamMinBytes) {
@@ -71,7 +71,13 @@ void stream_copy(void* destination, const void* source, std::size_t bytes) {
   std::memcpy(to, from, head);
   HWY_DYNAMIC_DISPATCH(stream_lines)(to + head, from + head, lines);
   std::memcpy(to + bytes - tail, from + bytes - tail, tail);
-  hwy::FlushStream();
+}
+
+void stream_fence() { hwy::FlushStream(); }
+
+void stream_copy(void* destination, const void* source, std::size_t bytes) {
+  stream_copy_unfenced(destination, source, bytes);
+  stream_fence();
 }
 
 std::uint64_t stream_copy_checksum(void* destination, const void* source, std::size_t bytes) {

@@ -22,7 +22,6 @@ using DI = hn::Rebind<std::int32_t, DF>;
 using DU = hn::Rebind<std::uint32_t, DF>;
 using VF = hn::VFromD<DF>;
 constexpr std::size_t kLanes = hn::MaxLanes(DF());
-constexpr bool kVectors = HWY_TARGET != HWY_SCALAR;
 
 // An element type: its bits, how they become floats and back.
 struct Float32 {
@@ -87,9 +86,16 @@ struct Float16 {
 #endif
 };
 
-// Columns [0, whole) are worked on in vectors, the rest one by one.
-constexpr std::uint32_t whole_columns(std::uint32_t columns) {
-  return kVectors ? columns - columns % static_cast<std::uint32_t>(kLanes) : 0;
+// Calls visit(column) for vectors of the tag's lanes that cover the columns. The last one may overlap the one before
+// it, so visit() must be idempotent. False, and nothing done, when the columns do not fill one vector.
+template <class D, class Visit>
+HWY_INLINE bool for_each_vector(D, std::uint32_t columns, Visit visit) {
+  constexpr auto kWidth = static_cast<std::uint32_t>(hn::MaxLanes(D()));
+  if (HWY_TARGET == HWY_SCALAR || columns < kWidth) return false;
+  std::uint32_t column = 0;
+  for (; column + kWidth <= columns; column += kWidth) visit(column);
+  if (column < columns) visit(columns - kWidth);
+  return true;
 }
 
 // Bits of the largest magnitude per column over the rows. Magnitudes are ordered like their bits.
@@ -98,17 +104,16 @@ void column_magnitudes(const typename E::Raw* rows, std::uint32_t count, std::ui
                        typename E::Raw* HWY_RESTRICT magnitudes) {
   using Raw = typename E::Raw;
   const hn::CappedTag<Raw, 64 / sizeof(Raw)> d;
-  constexpr auto kWide = static_cast<std::uint32_t>(hn::MaxLanes(decltype(d)()));
   const auto mask = hn::Set(d, E::kMagnitude);
-  std::uint32_t column = 0;
-  for (; kVectors && column + kWide <= dim; column += kWide) {
+  const bool done = for_each_vector(d, dim, [&](std::uint32_t column) HWY_ATTR {
     auto largest = hn::Zero(d);
     for (std::uint32_t row = 0; row < count; ++row) {
       largest = hn::Max(largest, hn::And(hn::LoadU(d, rows + std::size_t{row} * dim + column), mask));
     }
     hn::StoreU(largest, d, magnitudes + column);
-  }
-  for (; column < dim; ++column) {
+  });
+  if (done) return;
+  for (std::uint32_t column = 0; column < dim; ++column) {
     Raw largest = 0;
     for (std::uint32_t row = 0; row < count; ++row) {
       largest = std::max(largest, static_cast<Raw>(rows[std::size_t{row} * dim + column] & E::kMagnitude));
@@ -117,26 +122,76 @@ void column_magnitudes(const typename E::Raw* rows, std::uint32_t count, std::ui
   }
 }
 
-// The same over one row.
 template <class E>
 typename E::Raw row_magnitude(const typename E::Raw* row, std::uint32_t columns) {
-  using Raw = typename E::Raw;
-  const hn::Rebind<Raw, DF> d;
-  auto largest_vector = hn::Zero(d);
-  const std::uint32_t whole = whole_columns(columns);
-  for (std::uint32_t column = 0; column < whole; column += static_cast<std::uint32_t>(kLanes)) {
-    largest_vector = hn::Max(largest_vector, hn::And(hn::LoadU(d, row + column), hn::Set(d, E::kMagnitude)));
-  }
-  Raw largest = 0;
-  if constexpr (sizeof(Raw) == 2) {
-    largest = static_cast<Raw>(hn::GetLane(hn::MaxOfLanes(DU(), hn::PromoteTo(DU(), largest_vector))));
-  } else {
-    largest = hn::GetLane(hn::MaxOfLanes(DU(), largest_vector));
-  }
-  for (std::uint32_t column = whole; column < columns; ++column) {
-    largest = std::max(largest, static_cast<Raw>(row[column] & E::kMagnitude));
+  typename E::Raw largest = 0;
+  for (std::uint32_t column = 0; column < columns; ++column) {
+    largest = std::max(largest, static_cast<typename E::Raw>(row[column] & E::kMagnitude));
   }
   return largest;
+}
+
+#if HWY_TARGET == HWY_SCALAR
+
+template <class E>
+std::uint32_t row_magnitudes_by_block(const typename E::Raw*, std::uint32_t, std::size_t, std::uint32_t,
+                                      typename E::Raw*) {
+  return 0;
+}
+
+#else
+
+// The larger one of v's two halves, until a 128-bit block is left.
+template <class D>
+HWY_INLINE auto largest_block(D d, hn::VFromD<D> v) {
+  if constexpr (hn::MaxLanes(D()) * sizeof(hn::TFromD<D>) <= 16) {
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return largest_block(half, hn::Max(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+
+// As many rows at a time as a 128-bit block has lanes: interleaving pairs of rows and keeping the larger lanes halves
+// their number, and in the end one lane per row is left, in order. Returns how many rows it did.
+template <class E>
+std::uint32_t row_magnitudes_by_block(const typename E::Raw* rows, std::uint32_t count, std::size_t stride,
+                                      std::uint32_t columns, typename E::Raw* HWY_RESTRICT magnitudes) {
+  using Raw = typename E::Raw;
+  constexpr std::uint32_t kRows = 16 / sizeof(Raw);
+  const hn::CappedTag<Raw, 64 / sizeof(Raw)> d;
+  const hn::CappedTag<Raw, kRows> block;
+  const auto mask = hn::Set(d, E::kMagnitude);
+  if (columns < hn::MaxLanes(d)) return 0;
+  std::uint32_t row = 0;
+  for (; row + kRows <= count; row += kRows) {
+    hn::VFromD<decltype(d)> largest[kRows];
+    for (std::uint32_t i = 0; i < kRows; ++i) {
+      const Raw* from = rows + (row + i) * stride;
+      largest[i] = hn::Zero(d);
+      for_each_vector(d, columns, [&](std::uint32_t column) HWY_ATTR {
+        largest[i] = hn::Max(largest[i], hn::And(hn::LoadU(d, from + column), mask));
+      });
+    }
+    for (std::uint32_t half = kRows / 2; half > 0; half /= 2) {
+      for (std::uint32_t i = 0; i < half; ++i) {
+        largest[i] = hn::Max(hn::InterleaveLower(d, largest[i], largest[i + half]),
+                             hn::InterleaveUpper(d, largest[i], largest[i + half]));
+      }
+    }
+    hn::StoreU(largest_block(d, largest[0]), block, magnitudes + row);
+  }
+  return row;
+}
+
+#endif
+
+// Bits of the largest magnitude of each of count rows that lie stride elements apart.
+template <class E>
+void row_magnitudes(const typename E::Raw* rows, std::uint32_t count, std::size_t stride, std::uint32_t columns,
+                    typename E::Raw* HWY_RESTRICT magnitudes) {
+  std::uint32_t row = row_magnitudes_by_block<E>(rows, count, stride, columns, magnitudes);
+  for (; row < count; ++row) magnitudes[row] = row_magnitude<E>(rows + row * stride, columns);
 }
 
 // Scales and their inverses of groups whose largest magnitudes are given. False when one is not finite.
@@ -144,23 +199,26 @@ template <class E>
 bool make_scales(const typename E::Raw* HWY_RESTRICT magnitudes, std::uint32_t count,
                  std::uint16_t* HWY_RESTRICT scales, float* HWY_RESTRICT inverses) {
   const hn::Rebind<std::uint16_t, DF> d16;
-  const std::uint32_t whole = whole_columns(count);
   bool finite = true;
   for (std::uint32_t i = 0; i < count; ++i) finite &= magnitudes[i] < E::kInfinity;
   if (!finite) return false;
-  for (std::uint32_t i = 0; i < whole; i += static_cast<std::uint32_t>(kLanes)) {
-    const VF scale = hn::Div(E::load(magnitudes + i), hn::Set(DF(), kMaxCode));
-    const auto up = hn::ShiftRight<16>(hn::Add(hn::BitCast(DU(), scale), hn::Set(DU(), 0xFFFF)));
-    const auto capped = hn::Min(up, hn::Set(DU(), max_scale_bits(E::kDType)));
+  const bool done = for_each_vector(DF(), count, [&](std::uint32_t i) HWY_ATTR {
+    const VF magnitude = E::load(magnitudes + i);
+    const VF scale = hn::Div(magnitude, hn::Set(DF(), kMaxCode));
     const auto used = hn::Ge(scale, hn::Set(DF(), kMinScale));
-    const auto bits = hn::IfThenElseZero(hn::RebindMask(DU(), used), capped);
+    const auto most = hn::Set(DU(), max_scale_bits(E::kDType));
+    const auto up = hn::Min(hn::ShiftRight<16>(hn::Add(hn::BitCast(DU(), scale), hn::Set(DU(), 0xFFFF))), most);
+    const auto bits = hn::IfThenElseZero(hn::RebindMask(DU(), used), up);
     hn::StoreU(hn::DemoteTo(d16, hn::BitCast(DI(), bits)), d16, scales + i);
-    const VF value = hn::BitCast(DF(), hn::ShiftLeft<16>(capped));
-    hn::StoreU(hn::IfThenElseZero(used, hn::Div(hn::Set(DF(), 1.0F), value)), DF(), inverses + i);
-  }
-  for (std::uint32_t i = whole; i < count; ++i) {
-    scales[i] = scale_bits(E::to_float(magnitudes[i]), E::kDType);
-    inverses[i] = inverse_scale(scales[i]);
+    const auto capped = hn::RebindMask(DF(), hn::Eq(up, most));
+    const VF numerator = hn::IfThenElse(capped, hn::Set(DF(), kMaxCode), hn::Set(DF(), 1.0F));
+    const VF divisor = hn::IfThenElse(capped, magnitude, hn::BitCast(DF(), hn::ShiftLeft<16>(up)));
+    hn::StoreU(hn::IfThenElseZero(used, hn::Div(numerator, divisor)), DF(), inverses + i);
+  });
+  for (std::uint32_t i = 0; i < count && !done; ++i) {
+    const float magnitude = E::to_float(magnitudes[i]);
+    scales[i] = scale_bits(magnitude, E::kDType);
+    inverses[i] = inverse_scale(magnitude, E::kDType);
   }
   return true;
 }
@@ -168,13 +226,14 @@ bool make_scales(const typename E::Raw* HWY_RESTRICT magnitudes, std::uint32_t c
 template <class E, class Inverse>
 HWY_INLINE void encode_row(const typename E::Raw* HWY_RESTRICT row, std::uint32_t columns, Inverse inverse,
                            std::int8_t* HWY_RESTRICT codes) {
-  const hn::Rebind<std::int8_t, DF> d8;
-  const std::uint32_t whole = whole_columns(columns);
-  for (std::uint32_t column = 0; column < whole; column += static_cast<std::uint32_t>(kLanes)) {
-    const auto nearest = hn::NearestInt(hn::Mul(E::load(row + column), inverse.vector(column)));
-    hn::StoreU(hn::Max(hn::DemoteTo(d8, nearest), hn::Set(d8, -127)), d8, codes + column);
-  }
-  for (std::uint32_t column = whole; column < columns; ++column) {
+  const hn::Rebind<std::uint8_t, DF> d8;
+  // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+  const VF magic = hn::Set(DF(), 0x1.8p23F);
+  const bool done = for_each_vector(DF(), columns, [&](std::uint32_t column) HWY_ATTR {
+    const VF nearest = hn::Add(hn::Mul(E::load(row + column), inverse.vector(column)), magic);
+    hn::StoreU(hn::TruncateTo(d8, hn::BitCast(DU(), nearest)), d8, reinterpret_cast<std::uint8_t*>(codes) + column);
+  });
+  for (std::uint32_t column = 0; column < columns && !done; ++column) {
     codes[column] = encode(E::to_float(row[column]), inverse.scalar(column));
   }
 }
@@ -183,12 +242,11 @@ template <class E, class Scale>
 HWY_INLINE void decode_row(const std::int8_t* HWY_RESTRICT codes, std::uint32_t columns, Scale scale,
                            typename E::Raw* HWY_RESTRICT row) {
   const hn::Rebind<std::int8_t, DF> d8;
-  const std::uint32_t whole = whole_columns(columns);
-  for (std::uint32_t column = 0; column < whole; column += static_cast<std::uint32_t>(kLanes)) {
+  const bool done = for_each_vector(DF(), columns, [&](std::uint32_t column) HWY_ATTR {
     const VF code = hn::ConvertTo(DF(), hn::PromoteTo(DI(), hn::LoadU(d8, codes + column)));
     E::store(hn::Mul(code, scale.vector(column)), row + column);
-  }
-  for (std::uint32_t column = whole; column < columns; ++column) {
+  });
+  for (std::uint32_t column = 0; column < columns && !done; ++column) {
     row[column] = E::from_float(decode(codes[column], scale.scalar(column)));
   }
 }
@@ -228,27 +286,28 @@ template <class E>
 bool encode_per_token(const Form& form, const typename E::Raw* plane, std::uint16_t* scales, std::int8_t* codes) {
   // Enough rows that the scales are made in whole vectors, few enough that they are still in the L1 cache.
   constexpr std::uint32_t kRows = 16;
-  constexpr std::uint32_t kMaxGroups = kMaxDim / 16;
+  constexpr std::uint32_t kMaxGroups = (kMaxDim + 15) / 16;
   HWY_ALIGN typename E::Raw magnitudes[kRows * kMaxGroups];
   HWY_ALIGN float inverses[kRows * kMaxGroups];
   const std::uint32_t groups = form.groups();
   for (std::uint32_t first = 0; first < form.tokens; first += kRows) {
-    const std::uint32_t last = std::min(first + kRows, form.tokens);
-    const auto for_each_group = [&](auto visit) HWY_ATTR {
-      std::size_t index = 0;
-      for (std::uint32_t token = first; token < last; ++token) {
-        for (std::uint32_t channel = 0; channel < form.dim; channel += form.group) {
-          visit(std::size_t{token} * form.dim + channel, std::min(form.group, form.dim - channel), index++);
-        }
-      }
-    };
-    for_each_group([&](std::size_t offset, std::uint32_t columns, std::size_t index)
-                       HWY_ATTR { magnitudes[index] = row_magnitude<E>(plane + offset, columns); });
-    if (!make_scales<E>(magnitudes, (last - first) * groups, scales + form.scale_index(first, 0), inverses)) {
-      return false;
+    const std::uint32_t count = std::min(kRows, form.tokens - first);
+    const auto* rows = plane + std::size_t{first} * form.dim;
+    for (std::uint32_t group = 0; group < groups; ++group) {
+      const std::uint32_t channel = group * form.group;
+      typename E::Raw of_group[kRows];
+      row_magnitudes<E>(rows + channel, count, form.dim, std::min(form.group, form.dim - channel), of_group);
+      for (std::uint32_t row = 0; row < count; ++row) magnitudes[row * groups + group] = of_group[row];
     }
-    for_each_group([&](std::size_t offset, std::uint32_t columns, std::size_t index)
-                       HWY_ATTR { encode_row<E>(plane + offset, columns, Same{inverses[index]}, codes + offset); });
+    if (!make_scales<E>(magnitudes, count * groups, scales + form.scale_index(first, 0), inverses)) return false;
+    for (std::uint32_t row = 0; row < count; ++row) {
+      for (std::uint32_t group = 0; group < groups; ++group) {
+        const std::uint32_t channel = group * form.group;
+        const std::size_t offset = std::size_t{first + row} * form.dim + channel;
+        encode_row<E>(plane + offset, std::min(form.group, form.dim - channel), Same{inverses[row * groups + group]},
+                      codes + offset);
+      }
+    }
   }
   return true;
 }

@@ -37,8 +37,8 @@ Bytes reference_section(const Form& form, const std::byte* plane) {
       const std::uint16_t scale = int8::scale_bits(magnitudes[index], form.dtype);
       std::memcpy(section.data() + index * sizeof scale, &scale, sizeof scale);
       const std::size_t element = std::size_t{token} * form.dim + channel;
-      section[form.codes_offset() + element] =
-          static_cast<std::byte>(int8::encode(element_at(form.dtype, plane, element), int8::inverse_scale(scale)));
+      section[form.codes_offset() + element] = static_cast<std::byte>(
+          int8::encode(element_at(form.dtype, plane, element), int8::inverse_scale(magnitudes[index], form.dtype)));
     }
   }
   return section;
