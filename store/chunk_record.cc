@@ -22,7 +22,7 @@ bool covered_by(std::vector<Interval> parts, const Interval& whole) {
   std::sort(parts.begin(), parts.end());
   std::uint64_t reached = whole.first;
   for (const auto& part : parts) {
-    if (part.first > reached) return false;
+    if (part.first > reached) break;
     reached = std::max(reached, part.second);
   }
   return reached >= whole.second;
