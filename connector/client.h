@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -10,6 +11,7 @@
 #include "base/block_index.h"
 #include "base/keys.h"
 #include "base/status.h"
+#include "connector/event_feed.h"
 #include "transport/channel.h"
 #include "transport/control.h"
 #include "transport/data_plane.h"
@@ -18,14 +20,13 @@
 namespace kvern {
 
 struct ClientConfig {
-  std::string address;                            ///< "unix:///run/kvern/kvernd.sock" or "tcp://host:7070"
-  std::string data_plane = "auto";                ///< auto | shm | ucx
-  std::string server_key_file;                    ///< public CURVE key of the daemon (TCP)
-  std::string client_key_file;                    ///< own CURVE key pair (TCP), as `kvernctl keygen` writes it
-  bool insecure = false;                          ///< TCP without CURVE
-  std::string client_name;                        ///< for logs and `kvernctl status`
-  std::map<std::string, std::string> attributes;  ///< facts about the engine for status and doctor (Hello.attributes)
-  bool scheduler = false;                         ///< role in the handshake: scheduler, otherwise worker
+  std::string address;              ///< "unix:///run/kvern/kvernd.sock" or "tcp://host:7070"
+  std::string data_plane = "auto";  ///< auto | shm | ucx
+  std::string server_key_file;      ///< public CURVE key of the daemon (TCP)
+  std::string client_key_file;      ///< own CURVE key pair (TCP), as `kvernctl keygen` writes it
+  bool insecure = false;            ///< TCP without CURVE
+  std::string client_name;          ///< for logs and `kvernctl status`
+  bool scheduler = false;           ///< role in the handshake: scheduler, otherwise worker
   std::uint64_t staging_bytes = 256U << 20;
   std::uint32_t connect_timeout_ms = 2000;
   std::uint32_t call_timeout_ms = 10'000;
@@ -39,35 +40,55 @@ struct NamespaceSpec {
   std::map<std::string, std::string> fields;  ///< sent to the daemon; see service/namespaces.h for the required names
 };
 
-/// One admitted session: all that is needed to talk to the daemon until it, or the daemon, ends. Immutable after set-up
-/// and shared by those who use it; thread-safe.
+/// One admitted session: all that is needed to talk to the daemon until it, or the daemon, ends. Immutable and shared
+/// by those who use it; thread-safe. When a namespace is added later, a copy with the same number takes its place.
 struct Session {
+  std::shared_ptr<void> resources;  ///< mappings; first, so that they are released last
   std::uint64_t session_id = 0;
   std::uint64_t epoch = 0;
   std::uint64_t number = 0;  ///< counts sessions of this client: 1 for the first
   bool local = false;
-  std::unique_ptr<Channel> channel;
-  std::unique_ptr<DataPlane> data_plane;
+  std::shared_ptr<Channel> channel;
+  std::shared_ptr<DataPlane> data_plane;
   std::shared_ptr<ControlClient> control;
   std::string token;
+  std::shared_ptr<std::atomic<bool>> ended;  ///< set by the client when it gives the session up
   // Local sessions only:
+  std::shared_ptr<UniqueFd> connection;  ///< its end tells that the daemon is gone
   std::optional<BlockIndexReader> index;
   std::optional<SegmentView> segment;
-  std::unique_ptr<HazardSlots> hazards;
+  std::shared_ptr<HazardSlots> hazards;
   /// nullopt for a namespace that the daemon refused (the reason is in refusals).
   std::vector<std::optional<NamespaceId>> namespace_ids;  ///< by handle
   std::vector<std::string> codec_specs;                   ///< by handle: the daemon's choice
   std::vector<std::string> refusals;                      ///< by handle
-  std::shared_ptr<void> resources;                        ///< mappings and descriptors; destroyed last
 
   /// True while leases and claims of this session mean something: read it after decoding, before reporting success.
   bool alive() const;
+  /// nullopt when the daemon refused it or does not know it yet.
+  std::optional<NamespaceId> namespace_id(int handle) const;
+  /// Why a namespace has no id, in a sentence; empty when it has one.
+  std::string refusal(int handle) const;
 };
 
 enum class ClientState { kConnecting, kReady, kRefused, kClosed };
 
+/// Counts and durations that only the client sees, for the daemon's metrics.
+struct UsageReport {
+  std::uint64_t hit_tokens = 0;
+  std::uint64_t requested_tokens = 0;
+  std::uint64_t loaded_tokens = 0;
+  std::uint64_t loaded_raw_bytes = 0;
+  std::uint64_t loaded_encoded_bytes = 0;
+  std::uint64_t failed_loads = 0;
+  std::vector<double> load_seconds;
+  std::vector<double> match_seconds;
+};
+
 /// A connection that heals itself. A thread connects, registers the namespaces, sends heartbeats, notices the daemon's
-/// death (end of the admission connection) and comes back with back-off. Nothing here blocks the caller.
+/// death (end of the admission connection) and comes back with back-off. Nothing here blocks the caller, but
+/// wait_ready() and close(). What a user should know (which data plane, a namespace that is refused, a lost daemon)
+/// goes to standard error, once, on lines that begin with "kvern: ".
 class Client {
  public:
   /// Throws std::invalid_argument when the configuration does not validate.
@@ -77,15 +98,20 @@ class Client {
   /// Registers a namespace now and after each reconnect; returns its handle. Thread-safe, does not wait.
   int add_namespace(NamespaceSpec spec);
   /// The live session, or nullptr. Holding it keeps its memory mapped, not the daemon alive.
-  std::shared_ptr<Session> session() const;
+  std::shared_ptr<const Session> session() const;
   ClientState state() const;
   /// Why it is not ready, in a sentence; empty when it is.
   std::string problem() const;
-  /// Waits for a first session; for tools and tests, never for engine callbacks.
+  /// Waits for a session that knows all namespaces added so far; for tools and tests, never for engine callbacks.
   bool wait_ready(std::uint32_t timeout_ms) const;
   /// Sessions so far: the caller that sees a new number takes a snapshot.
   std::uint64_t session_count() const;
   const ClientConfig& config() const;
+  EventFeed& events();
+  /// Adds to what goes to the daemon with the next heartbeat.
+  void report(const UsageReport& usage);
+  /// Says goodbye to the daemon and ends the thread. Idempotent.
+  void close();
 
  private:
   struct State;

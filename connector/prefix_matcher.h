@@ -34,17 +34,19 @@ class PrefixMatcher {
   ~PrefixMatcher();
 
   struct Answer {
-    bool known = true;         ///< false: ask again
-    std::uint32_t tokens = 0;  ///< leading tokens that can be restored, a multiple of block_tokens; 0: a miss
-    std::string reason;        ///< for a miss or a cut: "no daemon", "not stored", "window not stored", …
+    bool known = true;  ///< false: ask again
+    /// Leading tokens of the prompt that the engine would have (its own local_tokens and restored ones), a multiple of
+    /// block_tokens; 0 when nothing beyond local_tokens can be restored.
+    std::uint32_t tokens = 0;
+    std::string reason;  ///< for a miss or a cut: "no daemon", "not stored", "window not stored", …
   };
 
   /// request: caller's id; the claim made under it stands until release(request) and is replaced by a further call.
   /// hashes: all block hashes of the prompt in order, hash_bytes each. local_tokens: the engine has them (no claim
   /// below). max_tokens: cut the answer there. Rule for several groups: T tokens hit when each full-attention group has
-  /// all blocks up to T, and each sliding group those from floor(max(0, T - window + 1) / block) on. With a prompt that
-  /// ends at T exactly, windows must also cover token T-1's own window (vLLM recomputes the last token):
-  /// needs_last_window.
+  /// all blocks up to T, and each sliding group those from floor(max(0, T - window + 1) / block) on. A prompt of
+  /// exactly T tokens has its last one recomputed; where that token's window begins a block earlier (T - window + 1 is
+  /// a multiple of the block), the engine holds no page for it and the answer is a smaller T.
   Answer match(const std::string& request, int namespace_handle, std::string_view hashes, std::uint32_t hash_bytes,
                std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens);
   void release(const std::string& request);

@@ -64,7 +64,9 @@ struct JobResult {
   std::uint64_t encoded_bytes = 0;
 };
 
-/// Worker side: stores and loads on threads of its own. submit_* and poll never block and need no GIL.
+/// Worker side: stores and loads on threads of its own. submit_* and poll never block and need no GIL. A load is cut
+/// into batches that the threads share; a store is done batch by batch, so that loads get in between, and its commits
+/// overlap the gathering of what follows. Thread-safe.
 class TransferWorker {
  public:
   TransferWorker(std::shared_ptr<Client> client, WorkerConfig config);

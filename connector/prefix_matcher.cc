@@ -1,0 +1,513 @@
+#include "connector/prefix_matcher.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+
+#include "transport/service_thread.h"
+#include "transport/wire.h"
+
+namespace kvern {
+namespace {
+
+using SteadyClock = std::chrono::steady_clock;
+
+/// Cells whose look-ups are prefetched together: their fingerprints cost nothing to have been computed in vain.
+constexpr std::size_t kBatchCells = 32;
+/// Look-ups that are repeated because a found chunk was evicted or superseded before it was protected. From the second
+/// repetition on, the answer is cut at that chunk.
+constexpr int kMaxAttempts = 8;
+/// The helper's patience with one remote question; its answer is of no use long after the deadline.
+constexpr std::uint32_t kRemoteTimeoutFactor = 20;
+constexpr std::uint32_t kMinRemoteTimeoutMs = 1000;
+/// Questions that wait for the helper thread; more are answered with a miss.
+constexpr std::size_t kMaxQuestions = 256;
+/// Room for the rest of a Match message beside its hashes.
+constexpr std::size_t kMatchOverheadBytes = 1024;
+
+struct Question {
+  NamespaceId namespace_id;
+  std::string hashes;
+  std::uint32_t hash_bytes = 0;
+  std::uint32_t local_tokens = 0;
+  std::uint32_t max_tokens = 0;
+  std::uint32_t prompt_tokens = 0;
+  bool operator==(const Question&) const = default;
+};
+
+/// Blocks [begin, end) of the prompt lie in one chunk.
+struct Span {
+  std::uint32_t begin = 0;
+  std::uint32_t end = 0;
+  BlockIndexHit hit;
+};
+
+/// Look-ups of one group in the shared index. A block that is found stands for the blocks before it in its chunk: their
+/// hashes are part of its own.
+class IndexLookup {
+ public:
+  IndexLookup(const BlockIndexReader& index, const Question& question, std::string_view hashes, std::uint16_t group,
+              std::uint32_t chunk_blocks)
+      : index_(index), question_(question), hashes_(hashes), group_(group), chunk_blocks_(chunk_blocks) {}
+
+  /// The end of the blocks that are stored from begin on without a gap, at most limit.
+  std::uint32_t leading_end(std::uint32_t begin, std::uint32_t limit) {
+    std::array<std::uint64_t, kBatchCells> fingerprints;
+    std::array<BlockIndexHit, kBatchCells> hits;
+    std::uint32_t at = begin;
+    while (at < limit) {
+      std::size_t cells = 0;
+      for (std::uint32_t end = at; end < limit && cells < kBatchCells; ++cells) {
+        end = cell_end(end, limit);
+        fingerprints[cells] = fingerprint(end - 1);
+      }
+      const std::size_t found = index_.find_leading(std::span(fingerprints).first(cells), hits);
+      for (std::size_t cell = 0; cell < cells; ++cell) {
+        const std::uint32_t end = cell_end(at, limit);
+        const std::uint32_t covered = cell < found ? cover_with(at, end, hits[cell]) : cover(at, end - 1);
+        if (covered < end) return covered;
+        at = end;
+      }
+    }
+    return limit;
+  }
+
+  /// Checks that blocks [begin, end) are stored; otherwise returns the end of a shorter candidate.
+  std::optional<std::uint32_t> missing_from_end(std::uint32_t begin, std::uint32_t end) {
+    for (std::uint32_t at = end; at > begin;) {
+      const auto known = std::ranges::find_if(spans_, [&](const Span& s) { return s.begin < at && at <= s.end; });
+      if (known != spans_.end()) {
+        at = known->begin;
+        continue;
+      }
+      const auto hit = index_.find(fingerprint(at - 1));
+      if (!hit) return at - 1;
+      spans_.push_back({start_of(at - 1, *hit), at, *hit});
+      at = spans_.back().begin;
+    }
+    return std::nullopt;
+  }
+
+  const std::vector<Span>& spans() const { return spans_; }
+
+ private:
+  std::uint64_t fingerprint(std::uint32_t block) const {
+    return block_fingerprint(
+        question_.namespace_id, group_,
+        {reinterpret_cast<const std::uint8_t*>(hashes_.data()) + std::size_t{block} * question_.hash_bytes,
+         question_.hash_bytes});
+  }
+  std::uint32_t cell_end(std::uint32_t block, std::uint32_t limit) const {
+    return static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(limit, (std::uint64_t{block} / chunk_blocks_ + 1) * chunk_blocks_));
+  }
+  static std::uint32_t start_of(std::uint32_t block, const BlockIndexHit& hit) {
+    return block - std::min<std::uint32_t>(block, hit.block_in_chunk);
+  }
+  /// hit is of block end - 1.
+  std::uint32_t cover_with(std::uint32_t begin, std::uint32_t end, const BlockIndexHit& hit) {
+    const std::uint32_t start = start_of(end - 1, hit);
+    if (start > begin) {
+      const std::uint32_t covered = cover(begin, start);
+      if (covered < start) return covered;
+    }
+    spans_.push_back({start, end, hit});
+    return end;
+  }
+  /// The end of what is stored from begin on without a gap. A cell has few blocks, so each is asked for.
+  std::uint32_t cover(std::uint32_t begin, std::uint32_t end) {
+    for (; end > begin; --end) {
+      if (const auto hit = index_.find(fingerprint(end - 1))) return cover_with(begin, end, *hit);
+    }
+    return begin;
+  }
+
+  const BlockIndexReader& index_;
+  const Question& question_;
+  const std::string_view hashes_;
+  const std::uint16_t group_;
+  const std::uint32_t chunk_blocks_;
+  std::vector<Span> spans_;
+};
+
+/// The same over the daemon's answer.
+class BitmapLookup {
+ public:
+  explicit BitmapLookup(std::string present) : present_(std::move(present)) {}
+  std::uint32_t leading_end(std::uint32_t begin, std::uint32_t limit) const {
+    while (begin < limit && is_present(begin)) ++begin;
+    return begin;
+  }
+  std::optional<std::uint32_t> missing_from_end(std::uint32_t begin, std::uint32_t end) const {
+    for (std::uint32_t at = end; at > begin; --at) {
+      if (!is_present(at - 1)) return at - 1;
+    }
+    return std::nullopt;
+  }
+
+ private:
+  bool is_present(std::uint32_t block) const {
+    return block / 8 < present_.size() && (static_cast<unsigned char>(present_[block / 8]) >> (block % 8) & 1) != 0;
+  }
+  std::string present_;
+};
+
+/// First block that a sliding group needs so that T tokens count as computed.
+std::uint32_t window_begin(std::uint64_t tokens, std::uint32_t window, std::uint32_t block_tokens) {
+  return tokens + 1 <= window ? 0 : static_cast<std::uint32_t>((tokens - window + 1) / block_tokens);
+}
+
+struct Found {
+  std::uint32_t blocks = 0;
+  const char* reason = "";
+};
+
+/// The largest number of blocks, at most limit, that all groups can serve.
+template <typename Lookup>
+Found find_common(const MatcherConfig& config, std::vector<Lookup>& lookups, std::uint32_t local, std::uint32_t limit,
+                  std::uint32_t prompt_tokens) {
+  std::uint32_t blocks = limit;
+  for (std::size_t i = 0; i < lookups.size(); ++i) {
+    if (config.groups[i].window_tokens == 0) blocks = lookups[i].leading_end(local, blocks);
+  }
+  if (blocks <= local) return {0, "not stored"};
+  const char* reason = blocks < limit ? "not stored any further" : "";
+  for (bool settled = false; !settled && blocks > local;) {
+    settled = true;
+    for (std::size_t i = 0; i < lookups.size() && settled; ++i) {
+      const std::uint32_t window = config.groups[i].window_tokens;
+      if (window == 0) continue;
+      const std::uint64_t tokens = std::uint64_t{blocks} * config.block_tokens;
+      if (tokens == prompt_tokens && tokens >= window && (tokens - window + 1) % config.block_tokens == 0) {
+        --blocks;
+        settled = false;
+        continue;
+      }
+      const std::uint32_t begin = std::max(local, window_begin(tokens, window, config.block_tokens));
+      if (const auto shorter = lookups[i].missing_from_end(begin, blocks)) {
+        blocks = *shorter;
+        settled = false;
+        reason = "window not stored";
+      }
+    }
+  }
+  if (blocks <= local) return {0, reason};
+  return {blocks, reason};
+}
+
+/// What a request holds. Only the slots and their memory are kept, not the session, so that a claim from before a
+/// restart of the daemon does not keep its slab in memory.
+struct Claim {
+  std::uint64_t session_number = 0;
+  std::shared_ptr<HazardSlots> hazards;
+  std::shared_ptr<void> resources;
+  std::vector<std::uint32_t> slots;
+
+  Claim() = default;
+  Claim(Claim&& other) noexcept { swap(other); }
+  Claim& operator=(Claim&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Claim() {
+    for (const std::uint32_t slot : slots) hazards->clear(slot);
+  }
+  void swap(Claim& other) noexcept {
+    std::swap(session_number, other.session_number);
+    std::swap(resources, other.resources);
+    std::swap(hazards, other.hazards);
+    std::swap(slots, other.slots);
+  }
+};
+
+/// A question to a remote daemon and what became of it.
+struct RemoteMatch {
+  std::shared_ptr<const Session> session;
+  Question question;
+  std::uint64_t lease_id = 0;
+  SteadyClock::time_point deadline;
+  bool answered = false;
+  bool leased = false;   ///< the daemon keeps the found chunks until the lease is given back
+  bool dropped = false;  ///< nobody waits
+  PrefixMatcher::Answer answer;
+};
+
+}  // namespace
+
+Status MatcherConfig::validate() const {
+  if (block_tokens == 0 || chunk_blocks == 0) {
+    return {Code::kInvalid, "block_tokens and chunk_blocks must be positive"};
+  }
+  if (groups.empty()) return {Code::kInvalid, "a matcher needs at least one KV-cache group"};
+  return Status::ok();
+}
+
+struct PrefixMatcher::State {
+  State(std::shared_ptr<Client> own_client, MatcherConfig matcher_config)
+      : client(std::move(own_client)), config(std::move(matcher_config)) {}
+
+  const std::shared_ptr<Client> client;
+  const MatcherConfig config;
+
+  mutable std::mutex mutex;
+  std::condition_variable wake;
+  std::unordered_map<std::string, Claim> claims;
+  std::unordered_map<std::string, std::shared_ptr<RemoteMatch>> remote;
+  std::deque<std::shared_ptr<RemoteMatch>> questions;
+  /// Leases to give back, each to its own session.
+  std::deque<std::pair<std::shared_ptr<const Session>, std::uint64_t>> releases;
+  std::uint64_t next_lease = 1;
+  bool stopping = false;
+  std::thread helper;  ///< started by the first remote question
+
+  Answer match_local(const Session& session, const std::string& request, const Question& question,
+                     std::string_view hashes, std::uint32_t limit);
+  Answer match_remote(std::shared_ptr<const Session> session, const std::string& request, Question question);
+  void put_claim(const std::string& request, Claim claim);
+  void drop_remote_locked(const std::string& request);
+  void run();
+  Answer ask(const RemoteMatch& match) const;
+  std::uint32_t block_limit(const Question& question, std::size_t hash_count) const {
+    return static_cast<std::uint32_t>(
+        std::min<std::uint64_t>({hash_count, question.max_tokens / config.block_tokens, ~std::uint32_t{0}}));
+  }
+};
+
+void PrefixMatcher::State::put_claim(const std::string& request, Claim claim) {
+  Claim previous;  // its slots are cleared after the new ones stand, and outside of the lock
+  const std::lock_guard lock(mutex);
+  if (claim.slots.empty()) {
+    if (const auto found = claims.find(request); found != claims.end()) {
+      previous.swap(found->second);
+      claims.erase(found);
+    }
+    return;
+  }
+  Claim& place = claims[request];
+  previous.swap(place);
+  place.swap(claim);
+}
+
+PrefixMatcher::Answer PrefixMatcher::State::match_local(const Session& session, const std::string& request,
+                                                        const Question& question, std::string_view hashes,
+                                                        std::uint32_t limit) {
+  const std::uint32_t local = question.local_tokens / config.block_tokens;
+  for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
+    std::vector<IndexLookup> lookups;
+    lookups.reserve(config.groups.size());
+    for (const GroupWindow& group : config.groups) {
+      lookups.emplace_back(*session.index, question, hashes, group.group, config.chunk_blocks);
+    }
+    const Found found = find_common(config, lookups, local, limit, question.prompt_tokens);
+    if (found.blocks == 0) {
+      put_claim(request, {});
+      return {true, 0, found.reason};
+    }
+    std::vector<const Span*> used;
+    std::vector<std::uint32_t> chunks;
+    for (std::size_t i = 0; i < lookups.size(); ++i) {
+      const std::uint32_t window = config.groups[i].window_tokens;
+      const std::uint64_t tokens = std::uint64_t{found.blocks} * config.block_tokens;
+      const std::uint32_t begin =
+          window == 0 ? local : std::max(local, window_begin(tokens, window, config.block_tokens));
+      for (const Span& span : lookups[i].spans()) {
+        if (span.begin >= found.blocks || span.end <= begin) continue;
+        used.push_back(&span);
+        chunks.push_back(span.hit.chunk);
+      }
+    }
+    std::ranges::sort(chunks);
+    chunks.erase(std::ranges::unique(chunks).begin(), chunks.end());
+    Claim claim;
+    claim.session_number = session.number;
+    claim.hazards = session.hazards;
+    claim.resources = session.resources;
+    claim.slots.resize(chunks.size());
+    if (!session.hazards->publish_all(chunks, claim.slots)) {
+      claim.slots.clear();
+      put_claim(request, {});
+      return {true, 0, "too many claims at once"};
+    }
+    std::uint32_t invalid_from = limit;
+    for (const Span* span : used) {
+      if (!session.index->still_valid(span->hit)) invalid_from = std::min(invalid_from, span->begin);
+    }
+    if (invalid_from == limit) {
+      put_claim(request, std::move(claim));
+      return {true, found.blocks * config.block_tokens, found.reason};
+    }
+    if (attempt > 0) limit = invalid_from;
+    if (limit <= local) break;
+  }
+  put_claim(request, {});
+  return {true, 0, "evicted during the look-up"};
+}
+
+void PrefixMatcher::State::drop_remote_locked(const std::string& request) {
+  const auto found = remote.find(request);
+  if (found == remote.end()) return;
+  RemoteMatch& match = *found->second;
+  match.dropped = true;
+  if (match.leased) {
+    releases.emplace_back(match.session, match.lease_id);
+    wake.notify_one();
+  }
+  remote.erase(found);
+}
+
+PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const Session> session,
+                                                         const std::string& request, Question question) {
+  const std::lock_guard lock(mutex);
+  if (const auto found = remote.find(request); found != remote.end()) {
+    RemoteMatch& match = *found->second;
+    if (match.session->number == session->number && match.question == question) {
+      if (match.answered) return match.answer;
+      if (SteadyClock::now() < match.deadline) return {false, 0, "asked the daemon"};
+      return {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
+    }
+    drop_remote_locked(request);
+  }
+  if (questions.size() >= kMaxQuestions) return {true, 0, "too many questions at once"};
+  if (!helper.joinable()) helper = start_service_thread("kvern-match", [this] { run(); });
+  auto match = std::make_shared<RemoteMatch>();
+  match->session = std::move(session);
+  match->question = std::move(question);
+  match->lease_id = next_lease++;
+  match->deadline = SteadyClock::now() + std::chrono::milliseconds(config.remote_deadline_ms);
+  remote[request] = match;
+  questions.push_back(std::move(match));
+  wake.notify_one();
+  return {false, 0, "asked the daemon"};
+}
+
+PrefixMatcher::Answer PrefixMatcher::State::ask(const RemoteMatch& match) const {
+  const Question& question = match.question;
+  const std::chrono::milliseconds timeout(
+      std::max(kMinRemoteTimeoutMs, kRemoteTimeoutFactor * config.remote_deadline_ms));
+  const std::size_t hash_count =
+      std::min(question.hashes.size(), kMaxMessageBytes - kMatchOverheadBytes) / question.hash_bytes;
+  const std::uint32_t limit = block_limit(question, hash_count);
+  const std::uint32_t local = question.local_tokens / config.block_tokens;
+  std::vector<BitmapLookup> lookups;
+  for (const GroupWindow& group : config.groups) {
+    wire::HotRequest request;
+    wire::Match* body = request.mutable_match();
+    body->set_namespace_id(question.namespace_id.bytes.data(), question.namespace_id.bytes.size());
+    body->set_group(group.group);
+    body->set_block_hashes(question.hashes.data(), std::size_t{limit} * question.hash_bytes);
+    body->set_hash_bytes(question.hash_bytes);
+    body->set_lease_id(match.lease_id);
+    body->set_first_block(local);
+    wire::HotReply reply;
+    Status status = match.session->channel->call(request, &reply, timeout);
+    if (status) status = to_status(reply.status());
+    if (!status) return {true, 0, status.message()};
+    lookups.emplace_back(reply.matched().present());
+  }
+  const Found found = find_common(config, lookups, local, limit, question.prompt_tokens);
+  return {true, found.blocks * config.block_tokens, found.reason};
+}
+
+void PrefixMatcher::State::run() {
+  std::unique_lock lock(mutex);
+  while (true) {
+    wake.wait(lock, [&] { return stopping || !questions.empty() || !releases.empty(); });
+    if (!releases.empty()) {
+      const auto [session, lease_id] = std::move(releases.front());
+      releases.pop_front();
+      lock.unlock();
+      wire::HotRequest request;
+      request.mutable_release_match()->set_lease_id(lease_id);
+      wire::HotReply reply;
+      // A lease of a session that is gone is gone as well.
+      if (session->alive()) {
+        static_cast<void>(session->channel->call(request, &reply, std::chrono::milliseconds(kMinRemoteTimeoutMs)));
+      }
+      lock.lock();
+      continue;
+    }
+    if (stopping) return;
+    const auto match = std::move(questions.front());
+    questions.pop_front();
+    if (match->dropped) continue;
+    lock.unlock();
+    Answer answer = ask(*match);
+    lock.lock();
+    match->answer = std::move(answer);
+    match->answered = true;
+    if (SteadyClock::now() >= match->deadline) {
+      // The scheduler has been told 0 already, or will be: an answer must not change.
+      match->answer = {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
+    }
+    match->leased = !match->dropped && match->answer.tokens > 0;
+    if (!match->leased) releases.emplace_back(match->session, match->lease_id);
+  }
+}
+
+PrefixMatcher::PrefixMatcher(std::shared_ptr<Client> client, MatcherConfig config) {
+  if (const Status status = config.validate(); !status) throw std::invalid_argument(status.message());
+  state_ = std::make_shared<State>(std::move(client), std::move(config));
+}
+
+PrefixMatcher::~PrefixMatcher() {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stopping = true;
+    while (!state_->remote.empty()) state_->drop_remote_locked(std::string(state_->remote.begin()->first));
+    state_->wake.notify_all();
+  }
+  if (state_->helper.joinable()) state_->helper.join();
+}
+
+PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int namespace_handle, std::string_view hashes,
+                                           std::uint32_t hash_bytes, std::uint32_t local_tokens,
+                                           std::uint32_t max_tokens, std::uint32_t prompt_tokens) {
+  State& state = *state_;
+  const auto session = state.client->session();
+  if (!session || !session->alive()) {
+    release(request);
+    return {true, 0, "no daemon"};
+  }
+  const auto namespace_id = session->namespace_id(namespace_handle);
+  if (!namespace_id) return {true, 0, session->refusal(namespace_handle)};
+  if (hash_bytes == 0 || hash_bytes > BlockHash::kMaxBytes || hashes.size() % hash_bytes != 0) {
+    return {true, 0, "malformed block hashes"};
+  }
+  Question question{*namespace_id, {}, hash_bytes, local_tokens, max_tokens, prompt_tokens};
+  const std::uint32_t limit = state.block_limit(question, hashes.size() / hash_bytes);
+  if (limit <= local_tokens / state.config.block_tokens) {
+    release(request);
+    return {true, 0, "nothing to restore"};
+  }
+  if (session->local) return state.match_local(*session, request, question, hashes, limit);
+  question.hashes = hashes;
+  return state.match_remote(session, request, std::move(question));
+}
+
+void PrefixMatcher::release(const std::string& request) {
+  state_->put_claim(request, {});
+  const std::lock_guard lock(state_->mutex);
+  state_->drop_remote_locked(request);
+}
+
+std::size_t PrefixMatcher::claims() const {
+  const auto session = state_->client->session();
+  const std::uint64_t number = session ? session->number : 0;
+  const std::lock_guard lock(state_->mutex);
+  const auto local = std::ranges::count_if(
+      state_->claims, [&](const auto& entry) { return entry.second.session_number == number; });
+  const auto remote = std::ranges::count_if(state_->remote, [&](const auto& entry) {
+    return entry.second->session->number == number && entry.second->leased;
+  });
+  return static_cast<std::size_t>(local + remote);
+}
+
+}  // namespace kvern

@@ -1,0 +1,156 @@
+#include "connector/store_batch.h"
+
+#include <bit>
+#include <utility>
+
+#include "kernels/container.h"
+#include "transport/wire.h"
+
+namespace kvern {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "checksums travel as little-endian bytes");
+
+void abandon(const Session& session, std::span<const std::uint64_t> reservations, std::chrono::milliseconds timeout) {
+  if (reservations.empty()) return;
+  wire::HotRequest request;
+  request.mutable_abandon()->mutable_reservation_ids()->Add(reservations.begin(), reservations.end());
+  wire::HotReply reply;
+  // Reservations of a session that is gone are gone as well.
+  static_cast<void>(session.channel->call(request, &reply, timeout));
+}
+
+wire::HotRequest reserve_request(const StoreContext& context, std::span<const std::uint32_t> chunks) {
+  const GroupPages& pages = context.pages;
+  wire::HotRequest request;
+  wire::Reserve* body = request.mutable_reserve();
+  body->set_namespace_id(context.namespace_id.bytes.data(), context.namespace_id.bytes.size());
+  body->set_group(pages.group);
+  body->set_hash_bytes(static_cast<std::uint32_t>(context.job.chunks[chunks.front()].hashes.front().size()));
+  body->set_block_tokens(pages.block_tokens);
+  body->set_group_layers(pages.group_layers);
+  body->set_model_heads(pages.model_heads);
+  body->set_codec_spec(context.job.codec_spec);
+  wire::ShardMessage* shard = body->mutable_shard();
+  shard->set_dtype(static_cast<std::uint32_t>(pages.dtype));
+  shard->set_layer_begin(pages.layer_begin);
+  shard->set_layers(static_cast<std::uint32_t>(pages.layers.size()));
+  shard->set_head_begin(pages.head_begin);
+  shard->set_heads(pages.heads);
+  shard->set_key_dim(pages.key_dim);
+  shard->set_value_dim(pages.value_dim);
+  for (const std::uint32_t index : chunks) {
+    const StoreChunk& chunk = context.job.chunks[index];
+    wire::ReserveItem* item = body->add_items();
+    item->set_position(chunk.position);
+    for (const BlockHash& hash : chunk.hashes) {
+      item->mutable_block_hashes()->append(reinterpret_cast<const char*>(hash.bytes().data()), hash.size());
+    }
+  }
+  return request;
+}
+
+Status gather_chunk(const StoreContext& context, std::uint32_t index, const wire::ReservedItem& item,
+                    GatheredBatch* batch) {
+  const StoreChunk& chunk = context.job.chunks[index];
+  const ShardShape shape = context.pages.shape(static_cast<std::uint32_t>(chunk.block_ids.size()));
+  const std::size_t bytes = shape.raw_bytes();
+  if (item.extent().bytes() < bytes) return {Code::kInvalid, "the daemon reserved less than the chunk needs"};
+  auto staging = context.session.data_plane->staging(item.extent().offset(), bytes);
+  if (!staging) return staging.error();
+  GatheredChunk gathered{index, item.reservation_id(), std::vector<std::uint64_t>(plane_count(shape))};
+  gather(context.pages, chunk.block_ids, *staging, gathered.plane_checksums);
+  if (Status status = context.session.data_plane->push(item.reservation_id(), item.extent().offset(), bytes); !status) {
+    return status;
+  }
+  batch->raw_bytes += bytes;
+  batch->gathered.push_back(std::move(gathered));
+  return Status::ok();
+}
+
+}  // namespace
+
+Status check_chunk(const StoreChunk& chunk, const GroupPages& pages) {
+  if (chunk.hashes.empty() || chunk.hashes.size() != chunk.block_ids.size()) {
+    return {Code::kInvalid, "a chunk needs as many block ids as block hashes, and at least one"};
+  }
+  for (const BlockHash& hash : chunk.hashes) {
+    if (hash.size() == 0 || hash.size() != chunk.hashes.front().size()) {
+      return {Code::kInvalid, "the block hashes of a chunk must have one length"};
+    }
+  }
+  for (const std::uint32_t id : chunk.block_ids) {
+    if (id == 0) return {Code::kInvalid, "block 0 is the null block: leave it out"};
+    if (!pages.has_block(id)) {
+      return {Code::kInvalid, "block " + std::to_string(id) + " lies outside of the registered pages"};
+    }
+  }
+  return Status::ok();
+}
+
+Status gather_batch(const StoreContext& context, std::span<const std::uint32_t> chunks,
+                    std::chrono::milliseconds timeout, GatheredBatch* batch) {
+  wire::HotRequest request = reserve_request(context, chunks);
+  wire::HotReply reply;
+  Status status = context.session.channel->call(request, &reply, timeout);
+  if (status) status = to_status(reply.status());
+  if (!status) return status;
+  const auto& items = reply.reserved().items();
+  if (static_cast<std::size_t>(items.size()) != chunks.size()) {
+    return {Code::kInvalid, "the daemon answered for another number of chunks than were asked for"};
+  }
+  std::vector<std::uint64_t> unused;
+  for (int i = 0; i < items.size(); ++i) {
+    const wire::ReservedItem& item = items[i];
+    const std::uint32_t index = chunks[static_cast<std::size_t>(i)];
+    switch (item.outcome()) {
+      case wire::RESERVED:
+        if (status) status = gather_chunk(context, index, item, batch);
+        if (!status) unused.push_back(item.reservation_id());
+        break;
+      case wire::ALREADY_STORED:
+        batch->stored_before.push_back(index);
+        break;
+      case wire::NO_ROOM:
+        batch->no_room.push_back(index);
+        break;
+      case wire::IN_FLIGHT:
+        batch->reason = "somebody else is storing it";
+        break;
+      default:
+        batch->reason = item.reason();
+        break;
+    }
+  }
+  abandon(context.session, unused, timeout);
+  return status;
+}
+
+std::vector<std::uint32_t> commit_batch(const Session& session, std::span<const GatheredChunk> gathered,
+                                        std::chrono::milliseconds timeout, std::string* reason) {
+  wire::HotRequest request;
+  for (const GatheredChunk& chunk : gathered) {
+    wire::CommitItem* item = request.mutable_commit()->add_items();
+    item->set_reservation_id(chunk.reservation_id);
+    item->set_plane_checksums(chunk.plane_checksums.data(), chunk.plane_checksums.size() * sizeof(std::uint64_t));
+  }
+  wire::HotReply reply;
+  Status status = session.channel->call(request, &reply, timeout);
+  if (status) status = to_status(reply.status());
+  std::vector<std::uint32_t> stored;
+  if (!status) {
+    *reason = status.message();
+    return stored;
+  }
+  const auto& items = reply.committed().items();
+  for (int i = 0; i < items.size() && static_cast<std::size_t>(i) < gathered.size(); ++i) {
+    if (const Status item = to_status(items[i])) {
+      stored.push_back(gathered[static_cast<std::size_t>(i)].index);
+    } else {
+      *reason = item.message();
+    }
+  }
+  return stored;
+}
+
+}  // namespace kvern
