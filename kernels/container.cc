@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <new>
 
 #include "kernels/checksum.h"
@@ -19,6 +20,9 @@ constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kFixedBytes = 112;
 constexpr std::size_t kSectionEntryBytes = 48;
 constexpr std::size_t kChecksumBytes = 8;
+/// Memory is read and written in turns of this size, a page: large enough for the prefetchers, small enough for the
+/// buffers between core and memory to have something of both.
+constexpr std::size_t kPieceBytes = 4096;
 constexpr std::uint8_t kHasKey = 1;
 constexpr std::uint8_t kHasValue = 2;
 
@@ -117,6 +121,7 @@ class Scratch {
   ~Scratch() { ::operator delete (bytes_, std::align_val_t{kAlignment}); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+  std::byte* data() const { return bytes_; }
   std::span<std::byte> first(std::size_t bytes) const { return std::span(bytes_, size_).first(bytes); }
 
  private:
@@ -154,75 +159,152 @@ std::string describe(const SectionExtent& extent) {
   return text;
 }
 
-class Encoder {
+/// Compares a plane's checksum with the one that the writer announced.
+class PlaneCheck {
  public:
-  Encoder(const Codec& codec, const ShardShape& shape, const std::vector<SectionPlan>& plan,
-          std::span<const std::byte> canonical, std::span<const std::uint64_t> plane_checksums)
-      : codec_(codec),
-        shape_(shape),
-        canonical_(canonical),
-        plane_checksums_(plane_checksums),
-        planes_(codec.verbatim() ? 0 : largest(plan, [&](const auto& p) { return extent_bytes(shape, p.extent); })),
-        encoded_(codec.verbatim() ? 0 : largest(plan, [](const auto& p) { return p.max_bytes; })) {}
-
-  /// Encodes the section to out; its bytes and checksum go to section.
-  Status encode(const SectionPlan& plan, std::byte* out, SectionInfo& section) {
-    section.extent = plan.extent;
-    if (codec_.verbatim()) {
-      section.bytes = plan.max_bytes;
-      return take_planes(plan.extent, [&](const std::byte* plane, std::size_t bytes) {
-        return section.checksum = stream_copy_checksum(out, plane, bytes);
-      });
-    }
-    // Encoding reads the input more than once, so it works on a copy that nobody else can write: what was verified is
-    // what is encoded. Both buffers stay in the L2 cache.
-    const auto planes = planes_.first(extent_bytes(shape_, plan.extent));
-    std::byte* next = planes.data();
-    Status taken = take_planes(plan.extent, [&](const std::byte* plane, std::size_t bytes) {
-      Checksum64 checksum;
-      checksum.copy(next, plane, bytes);
-      next += bytes;
-      return checksum.digest();
-    });
-    if (!taken) return taken;
-    const auto encoded = codec_.encode(shape_, plan.extent, planes, encoded_.first(plan.max_bytes));
-    if (!encoded) {
-      return {encoded.error().code(), describe(plan.extent) + ": " + encoded.error().message()};
-    }
-    section.bytes = *encoded;
-    section.checksum = stream_copy_checksum(out, encoded_.first(*encoded).data(), *encoded);
-    return Status::ok();
+  PlaneCheck(const ShardShape& shape, std::span<const std::uint64_t> announced)
+      : shape_(shape), announced_(announced) {}
+  Status operator()(std::uint32_t layer, Part part, std::uint32_t head, std::uint64_t seen) const {
+    if (announced_.empty() || seen == announced_[plane_index(shape_, layer, part, head)]) return Status::ok();
+    const SectionExtent plane{layer, 1, head, 1, part == Part::kKey, part == Part::kValue};
+    return {Code::kCorrupt, describe(plane) + ": the bytes differ from those that the writer announced"};
   }
 
  private:
-  template <typename Size>
-  static std::size_t largest(const std::vector<SectionPlan>& plan, Size size) {
-    std::size_t bytes = 0;
-    for (const SectionPlan& section : plan) bytes = std::max(bytes, size(section));
-    return bytes;
-  }
+  const ShardShape& shape_;
+  std::span<const std::uint64_t> announced_;
+};
 
-  /// Hands the planes to take(), which returns the checksum of what it took, and compares.
-  template <typename Take>
-  Status take_planes(const SectionExtent& extent, Take take) {
-    Status status;
+/// Takes the planes of a section into memory that nobody else can write, in pieces, and verifies them. Encoding reads
+/// its input more than once: what was verified must be what is encoded.
+class Intake {
+ public:
+  Intake(const ShardShape& shape, std::span<const std::byte> canonical, PlaneCheck check)
+      : shape_(shape), canonical_(canonical), check_(check) {}
+
+  void start(const SectionExtent& extent, std::byte* to) {
+    planes_.clear();
     for_each_plane(extent, [&](std::uint32_t layer, Part part, std::uint32_t head) {
-      const std::uint64_t seen =
-          take(canonical_.data() + shape_.plane_offset(layer, part, head), shape_.plane_bytes(part));
-      if (plane_checksums_.empty() || seen == plane_checksums_[plane_index(shape_, layer, part, head)]) return;
-      const SectionExtent plane{layer, 1, head, 1, part == Part::kKey, part == Part::kValue};
-      status = {Code::kCorrupt, describe(plane) + ": the bytes differ from those that the writer announced"};
+      planes_.push_back({layer, part, head});
     });
-    return status;
+    to_ = to;
+    next_ = 0;
+    begin_plane();
+  }
+  /// Takes about that many bytes more.
+  void advance(std::size_t bytes) {
+    while (bytes > 0 && next_ < planes_.size()) {
+      const std::size_t piece = std::min(bytes, left_.size());
+      checksum_.copy(to_, left_.data(), piece);
+      to_ += piece;
+      bytes -= piece;
+      left_ = left_.subspan(piece);
+      if (!left_.empty()) continue;
+      const Plane& plane = planes_[next_++];
+      if (status_) status_ = check_(plane.layer, plane.part, plane.head, checksum_.digest());
+      begin_plane();
+    }
+  }
+  /// Takes the rest of the section.
+  Status finish() {
+    advance(std::numeric_limits<std::size_t>::max());
+    return status_;
   }
 
-  const Codec& codec_;
+ private:
+  struct Plane {
+    std::uint32_t layer;
+    Part part;
+    std::uint32_t head;
+  };
+  void begin_plane() {
+    checksum_ = Checksum64();
+    if (next_ == planes_.size()) return;
+    const Plane& plane = planes_[next_];
+    left_ =
+        canonical_.subspan(shape_.plane_offset(plane.layer, plane.part, plane.head), shape_.plane_bytes(plane.part));
+  }
+
   const ShardShape& shape_;
   std::span<const std::byte> canonical_;
-  std::span<const std::uint64_t> plane_checksums_;
-  Scratch planes_;
-  Scratch encoded_;
+  PlaneCheck check_;
+  std::vector<Plane> planes_;
+  std::size_t next_ = 0;
+  std::span<const std::byte> left_;
+  Checksum64 checksum_;
+  std::byte* to_ = nullptr;
+  Status status_;
 };
+
+/// Where sections go: one behind the other, aligned, the gaps filled with zeros.
+class SectionWriter {
+ public:
+  SectionWriter(std::span<std::byte> out, std::size_t offset, std::vector<SectionInfo>& sections)
+      : out_(out), offset_(offset), sections_(sections) {}
+  std::byte* next() const { return out_.data() + offset_; }
+  std::size_t offset() const { return offset_; }
+  void finish(const SectionExtent& extent, std::size_t bytes, std::uint64_t checksum) {
+    sections_.push_back({extent, offset_, bytes, checksum});
+    const std::size_t end = offset_ + bytes;
+    offset_ = align_up(end, kAlignment);
+    std::memset(out_.data() + end, 0, offset_ - end);
+  }
+
+ private:
+  std::span<std::byte> out_;
+  std::size_t offset_;
+  std::vector<SectionInfo>& sections_;
+};
+
+Status copy_sections(const ShardShape& shape, const std::vector<SectionPlan>& plan,
+                     std::span<const std::byte> canonical, const PlaneCheck& check, SectionWriter& writer) {
+  Status status;
+  for (const SectionPlan& section : plan) {
+    for_each_plane(section.extent, [&](std::uint32_t layer, Part part, std::uint32_t head) {
+      const std::size_t bytes = shape.plane_bytes(part);
+      const std::uint64_t checksum =
+          stream_copy_checksum(writer.next(), canonical.data() + shape.plane_offset(layer, part, head), bytes);
+      if (status) status = check(layer, part, head, checksum);
+      writer.finish(section.extent, bytes, checksum);
+    });
+    if (!status) break;
+  }
+  return status;
+}
+
+template <typename Size>
+std::size_t largest(const std::vector<SectionPlan>& plan, Size size) {
+  std::size_t bytes = 0;
+  for (const SectionPlan& section : plan) bytes = std::max(bytes, size(section));
+  return bytes;
+}
+
+Status encode_sections(const Codec& codec, const ShardShape& shape, const std::vector<SectionPlan>& plan,
+                       std::span<const std::byte> canonical, const PlaneCheck& check, SectionWriter& writer) {
+  // Both stay in the L2 cache.
+  const Scratch planes(largest(plan, [&](const auto& section) { return extent_bytes(shape, section.extent); }));
+  const Scratch encoded(largest(plan, [](const auto& section) { return section.max_bytes; }));
+  Intake intake(shape, canonical, check);
+  intake.start(plan.front().extent, planes.data());
+  for (std::size_t i = 0; i < plan.size(); ++i) {
+    const SectionExtent& extent = plan[i].extent;
+    if (Status status = intake.finish(); !status) return status;
+    const auto size =
+        codec.encode(shape, extent, planes.first(extent_bytes(shape, extent)), encoded.first(plan[i].max_bytes));
+    if (!size) return {size.error().code(), describe(extent) + ": " + size.error().message()};
+    // The next section is read while this one is written: memory does both at once.
+    if (i + 1 < plan.size()) intake.start(plan[i + 1].extent, planes.data());
+    Checksum64 checksum;
+    for (std::size_t at = 0; at < *size;) {
+      const std::size_t piece = std::min(kPieceBytes, *size - at);
+      checksum.stream_copy(writer.next() + at, encoded.data() + at, piece);
+      at += piece;
+      if (i + 1 < plan.size()) intake.advance(2 * kPieceBytes);
+    }
+    writer.finish(extent, *size, checksum.digest());
+  }
+  return Status::ok();
+}
 
 void write_header(const ContainerInfo& info, std::string_view spec, const std::vector<SectionInfo>& sections,
                   std::size_t container_bytes, std::span<std::byte> out) {
@@ -299,18 +381,15 @@ Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& in
                                        std::to_string(out.size()));
   }
 
-  Encoder encoder(codec, shape, plan, canonical, plane_checksums);
-  std::vector<SectionInfo> sections(plan.size());
-  std::size_t offset = header_bytes;
-  for (std::size_t i = 0; i < plan.size(); ++i) {
-    sections[i].offset = offset;
-    if (Status status = encoder.encode(plan[i], out.data() + offset, sections[i]); !status) return failure(status);
-    const std::size_t end = offset + sections[i].bytes;
-    offset = align_up(end, kAlignment);
-    std::memset(out.data() + end, 0, offset - end);
-  }
-  write_header(info, codec.spec(), sections, offset, out.first(header_bytes));
-  return offset;
+  std::vector<SectionInfo> sections;
+  sections.reserve(plan.size());
+  SectionWriter writer(out, header_bytes, sections);
+  const PlaneCheck check(shape, plane_checksums);
+  const Status status = codec.verbatim() ? copy_sections(shape, plan, canonical, check, writer)
+                                         : encode_sections(codec, shape, plan, canonical, check, writer);
+  if (!status) return failure(status);
+  write_header(info, codec.spec(), sections, writer.offset(), out.first(header_bytes));
+  return writer.offset();
 }
 
 Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes) {
@@ -427,8 +506,8 @@ Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes)
 
 namespace {
 
-Status check_section(std::span<const std::byte> payload, const SectionInfo& section, std::size_t number) {
-  if (fast_checksum64(payload.data(), payload.size()) == section.checksum) return Status::ok();
+Status check_section(std::uint64_t seen, const SectionInfo& section, std::size_t number) {
+  if (seen == section.checksum) return Status::ok();
   return {Code::kCorrupt, "section " + std::to_string(number) + " (" + describe(section.extent) +
                               ") of the container fails its checksum"};
 }
@@ -437,14 +516,42 @@ bool overlaps(std::uint32_t begin, std::uint32_t count, std::uint32_t from, std:
   return begin < to && from < begin + count;
 }
 
+/// Hands rows on and, in turns with them, hashes the next section: memory reads that one while it writes these.
+class ReadingAhead final : public RowSink {
+ public:
+  ReadingAhead(RowSink& sink, std::span<const std::byte> next) : sink_(sink), next_(next) {}
+
+  void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+             const std::byte* rows) override {
+    sink_.write(layer, part, head, token, count, rows);
+    advance(kPieceBytes);
+  }
+  std::uint32_t preferred_rows() const override { return sink_.preferred_rows(); }
+  /// The checksum of the next section.
+  std::uint64_t finish() {
+    advance(next_.size());
+    return checksum_.digest();
+  }
+
+ private:
+  void advance(std::size_t bytes) {
+    const auto piece = next_.first(std::min(bytes, next_.size()));
+    checksum_.update(piece.data(), piece.size());
+    next_ = next_.subspan(piece.size());
+  }
+
+  RowSink& sink_;
+  std::span<const std::byte> next_;
+  Checksum64 checksum_;
+};
+
 }  // namespace
 
 Status ContainerReader::verify() const {
   for (std::size_t i = 0; i < sections_.size(); ++i) {
-    const SectionInfo& section = sections_[i];
-    if (Status status = check_section(bytes_.subspan(section.offset, section.bytes), section, i); !status) {
-      return status;
-    }
+    const auto payload = bytes_.subspan(sections_[i].offset, sections_[i].bytes);
+    const std::uint64_t checksum = fast_checksum64(payload.data(), payload.size());
+    if (Status status = check_section(checksum, sections_[i], i); !status) return status;
   }
   return Status::ok();
 }
@@ -462,18 +569,30 @@ Status ContainerReader::decode(std::uint32_t layer_begin, std::uint32_t layer_en
   const std::uint32_t last_layer = relative(layer_end, shape.layer_begin);
   const std::uint32_t first_head = relative(head_begin, shape.head_begin);
   const std::uint32_t last_head = relative(head_end, shape.head_begin);
+  std::vector<std::size_t> wanted;
   for (std::size_t i = 0; i < sections_.size(); ++i) {
-    const SectionInfo& section = sections_[i];
-    const SectionExtent& extent = section.extent;
-    if (!overlaps(extent.layer, extent.layers, first_layer, last_layer) ||
-        !overlaps(extent.head, extent.heads, first_head, last_head)) {
-      continue;
+    const SectionExtent& extent = sections_[i].extent;
+    if (overlaps(extent.layer, extent.layers, first_layer, last_layer) &&
+        overlaps(extent.head, extent.heads, first_head, last_head)) {
+      wanted.push_back(i);
     }
-    const auto payload = bytes_.subspan(section.offset, section.bytes);
-    if (Status status = check_section(payload, section, i); !status) return status;
-    if (Status status = codec_->decode(shape, extent, payload, tokens, first_head, last_head, sink); !status) {
-      return {status.code(), "section " + std::to_string(i) + " (" + describe(extent) + "): " + status.message()};
+  }
+  const auto payload = [&](std::size_t index) {
+    if (index == wanted.size()) return std::span<const std::byte>{};
+    return bytes_.subspan(sections_[wanted[index]].offset, sections_[wanted[index]].bytes);
+  };
+  const auto first = payload(0);
+  std::uint64_t checksum = fast_checksum64(first.data(), first.size());
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const SectionInfo& section = sections_[wanted[i]];
+    if (Status status = check_section(checksum, section, wanted[i]); !status) return status;
+    ReadingAhead ahead(sink, payload(i + 1));
+    const Status status = codec_->decode(shape, section.extent, payload(i), tokens, first_head, last_head, ahead);
+    if (!status) {
+      return {status.code(),
+              "section " + std::to_string(wanted[i]) + " (" + describe(section.extent) + "): " + status.message()};
     }
+    checksum = ahead.finish();
   }
   return Status::ok();
 }
