@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -13,9 +14,11 @@
 namespace kvern {
 
 /// UCX data plane for other hosts: active messages with rendezvous (which UCX turns into RDMA reads where the wire has
-/// them), each bound to an admitted session by its token. UCX is loaded and initialised only by these classes' users.
+/// them), each bound to an admitted session by its token. The bytes are not encrypted, and UCX itself trusts its peers:
+/// for trusted networks alone. UCX is loaded and initialised only by these classes' users (transport/ucx_module.h).
 
-/// "1.13.1" of the library that is loaded; checked against the headers (an older library is refused).
+/// "1.13.1" of the library that is loaded; checked against the headers: an older library is kRefused. kUnavailable when
+/// Kvern's UCX module or UCX itself is not installed.
 Result<std::string> ucx_version();
 
 struct UcxServerConfig {
@@ -23,9 +26,12 @@ struct UcxServerConfig {
   std::uint16_t port = 0;  ///< 0: chosen by the system
   std::string transports;  ///< UCX_TLS; empty: what UCX finds, without shared memory (that is our own path)
   std::string devices;     ///< UCX_NET_DEVICES; empty: all
-  std::size_t max_pull_bytes = 1U << 30;
+  std::size_t max_pull_bytes = 1U << 30;           ///< of one push or pull
+  std::chrono::milliseconds stall_timeout{30000};  ///< a peer that takes or gives nothing for so long is cut off
 };
 
+/// Called on the server's thread; must not block. Every begin_ that gave a span is followed by one -ed, also when the
+/// peer dies; by then nothing touches the span any more.
 class UcxServerHandler {
  public:
   virtual ~UcxServerHandler() = default;
@@ -59,8 +65,10 @@ struct UcxClientConfig {
   std::size_t staging_bytes = 0;
   std::string transports;
   std::string devices;
+  std::chrono::milliseconds timeout{30000};  ///< without any transfer ending: the daemon is taken for dead
 };
-/// Connects. The plane keeps its own staging memory, laid out like the daemon's.
+/// Connects. A plane whose connection broke answers kUnavailable for good: register again and make another. The plane
+/// keeps its own staging memory, laid out like the daemon's.
 Result<std::unique_ptr<DataPlane>> make_ucx_data_plane(const UcxClientConfig& config);
 
 }  // namespace kvern
