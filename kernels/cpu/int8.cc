@@ -21,7 +21,6 @@ using DF = hn::CappedTag<float, 16>;
 using DI = hn::Rebind<std::int32_t, DF>;
 using DU = hn::Rebind<std::uint32_t, DF>;
 using VF = hn::VFromD<DF>;
-constexpr std::size_t kLanes = hn::MaxLanes(DF());
 
 // An element type: its bits, how they become floats and back.
 struct Float32 {
@@ -64,6 +63,7 @@ struct Float16 {
   static Raw from_float(float value) { return to_float16(value); }
 #if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR
   // No F16C here, and Highway's replacement for it truncates.
+  static constexpr std::size_t kLanes = hn::MaxLanes(DF());
   static HWY_INLINE VF load(const Raw* raw) {
     HWY_ALIGN float values[kLanes];
     for (std::size_t i = 0; i < kLanes; ++i) values[i] = to_float(raw[i]);
@@ -143,7 +143,7 @@ std::uint32_t row_magnitudes_by_block(const typename E::Raw*, std::uint32_t, std
 
 // The larger one of v's two halves, until a 128-bit block is left.
 template <class D>
-HWY_INLINE auto largest_block(D d, hn::VFromD<D> v) {
+HWY_INLINE auto largest_block([[maybe_unused]] D d, hn::VFromD<D> v) {
   if constexpr (hn::MaxLanes(D()) * sizeof(hn::TFromD<D>) <= 16) {
     return v;
   } else {

@@ -1,0 +1,7 @@
+#include "kernels/cuda/device.h"
+
+namespace kvern {
+
+bool cuda_available() { return false; }
+
+}  // namespace kvern

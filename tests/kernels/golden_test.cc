@@ -1,0 +1,69 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <iterator>
+
+#include "tests/kernels/samples.h"
+
+namespace kvern {
+namespace {
+
+/// Containers as versions of Kvern wrote them. They stay as they are for ever; a new version of the format adds files.
+Bytes golden(const std::string& name) {
+  std::ifstream file(std::string(KVERN_GOLDEN_DIR) + "/" + name, std::ios::binary);
+  const std::vector<char> chars{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const auto bytes = std::as_bytes(std::span(chars));
+  return {bytes.begin(), bytes.end()};
+}
+
+ShardShape golden_shape() { return sample_shape(DType::kBFloat16, 12, 32, 16, 2, 2); }
+
+/// Finite bf16 values by a rule that no library can change.
+Bytes golden_canonical() {
+  Bytes bytes(golden_shape().raw_bytes());
+  std::uint64_t state = 20;
+  for (std::size_t i = 0; i < bytes.size() / 2; ++i) {
+    state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+    const auto bits = static_cast<std::uint16_t>(state >> 48);
+    // Exponents of 2^-3 to 2^4, so that codes of every size occur.
+    const auto value = static_cast<std::uint16_t>((bits & 0x807FU) | ((124U + (bits >> 7 & 7U)) << 7));
+    std::memcpy(bytes.data() + 2 * i, &value, sizeof value);
+  }
+  return bytes;
+}
+
+class GoldenContainer : public ::testing::TestWithParam<const char*> {
+ protected:
+  std::string codec() const { return GetParam(); }
+  Bytes stored() const { return golden("container_v1_" + codec() + ".bin"); }
+};
+
+TEST_P(GoldenContainer, StaysReadable) {
+  AlignedBytes bytes(stored());
+  ASSERT_FALSE(bytes.span().empty());
+  const auto reader = ContainerReader::parse(bytes.span());
+  ASSERT_TRUE(reader) << reader.error().to_string();
+  EXPECT_EQ(reader->info().shape, golden_shape());
+  EXPECT_EQ(reader->info().key, sample_info(golden_shape(), 4).key);
+  EXPECT_EQ(reader->info().block_hashes, sample_info(golden_shape(), 4).block_hashes);
+  CollectingSink sink(golden_shape());
+  ASSERT_TRUE(decode_all(*reader, sink));
+  EXPECT_THAT(sink.written(), ::testing::Each(1));
+  if (reader->codec().lossless()) {
+    EXPECT_EQ(sink.bytes(), golden_canonical());
+  } else {
+    // What the first version decoded.
+    EXPECT_EQ(checksum64(as_uint8(sink.bytes())), 0xbf06c142fa2c008fU);
+  }
+}
+
+TEST_P(GoldenContainer, IsWhatIsWrittenToday) {
+  const Bytes written = encode_sample(*make_codec(codec()).value(), sample_info(golden_shape(), 4), golden_canonical());
+  EXPECT_EQ(written, stored());
+}
+
+INSTANTIATE_TEST_SUITE_P(Version1, GoldenContainer, ::testing::Values("raw", "int8"));
+
+}  // namespace
+}  // namespace kvern
