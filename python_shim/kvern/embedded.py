@@ -19,6 +19,7 @@ import time
 
 from kvern import programs
 from kvern.config import Options
+from kvern.groups import Refused
 
 logger = logging.getLogger("vllm.kvern")
 
@@ -30,10 +31,6 @@ MINIMUM_DRAM = 64 << 20
 _STOP_SECONDS = 30
 
 _presence: dict[str, int] = {}  # folder -> descriptor with the shared lock, kept for the life of this process
-
-
-class EmbeddedError(Exception):
-    """No embedded daemon can be had; the text says why."""
 
 
 def runtime_folder() -> pathlib.Path:
@@ -49,7 +46,7 @@ def runtime_folder() -> pathlib.Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise EmbeddedError(f"{folder} is not a folder of this user alone; remove it, or set kvern.address")
+        raise Refused(f"{folder} is not a folder of this user alone; remove it, or set kvern.address")
     return folder
 
 
@@ -68,7 +65,7 @@ def dram_bytes(wanted: int) -> int:
     found = os.statvfs(SHM)
     size = min(wanted, found.f_bavail * found.f_frsize // 2)
     if size < MINIMUM_DRAM:
-        raise EmbeddedError(f"{SHM} has less than {2 * MINIMUM_DRAM >> 20} MiB free; enlarge it, or set kvern.address")
+        raise Refused(f"{SHM} has less than {2 * MINIMUM_DRAM >> 20} MiB free; enlarge it, or set kvern.address")
     return size
 
 
@@ -83,8 +80,7 @@ def _locked(path: pathlib.Path, operation: int):
 
 
 def start_or_join(options: Options) -> str:
-    """The address of the embedded daemon. Does not wait until it is ready: clients connect by themselves. Throws
-    EmbeddedError."""
+    """The address of the embedded daemon. Throws Refused."""
     folder = runtime_folder()
     path = folder / "kvernd.sock"
     if str(folder) not in _presence:
@@ -97,7 +93,7 @@ def start_or_join(options: Options) -> str:
             return f"unix://{path}"
         program = programs.find("kvernd")
         if program is None:
-            raise EmbeddedError("the program kvernd is neither in the package nor in PATH; `pip install .` brings it")
+            raise Refused("the program kvernd is neither in the package nor in PATH; `pip install .` brings it")
         size = dram_bytes(options.embedded_dram)
         log_path = folder / "kvernd.log"
         with open(log_path, "ab") as log:

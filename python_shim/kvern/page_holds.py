@@ -8,7 +8,7 @@ class PageHolds:
     then, or a sliding window may have given the blocks away. A reference on the block pool keeps their content. Every
     hold ends when all ranks have said that they have gathered the job's pages."""
 
-    # Stores may keep at most this share of the pool from being used otherwise.
+    # With this share of the pool held, no further stores are planned until some have ended.
     MAX_SHARE = 0.25
 
     def __init__(self, ranks: int):
@@ -30,8 +30,8 @@ class PageHolds:
     def blocks(self) -> int:
         return self._blocks
 
-    def has_room(self, count: int) -> bool:
-        return self._pool is not None and self._blocks + count <= max(1, len(self._pool.blocks) * self.MAX_SHARE)
+    def has_room(self) -> bool:
+        return self._pool is not None and self._blocks < len(self._pool.blocks) * self.MAX_SHARE
 
     def take(self, job: int, block_ids: list[int]) -> None:
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]

@@ -204,24 +204,37 @@ class SchedulerSide:
     def get_num_new_matched_tokens(self, request, local_tokens: int) -> tuple[int | None, bool]:
         state = self._state_of(request)
         state.stale = False  # asked for requests without computed tokens only: whatever it had is recomputed
-        now = self._clock()
         block_tokens = self._geometry.block_tokens
+        if not self._wants_load(state, request) or local_tokens % block_tokens:
+            self._release(state)
+            return 0, False
+        now = self._clock()
         hashed = len(request.block_hashes) // self._hash_ratio * block_tokens
-        limit = min(hashed, request.num_tokens)
-        if state.options.max_load_tokens is not None:
-            limit = min(limit, state.options.max_load_tokens // block_tokens * block_tokens)
-        if not self._wants_load(state, request) or limit - local_tokens <= block_tokens or local_tokens % block_tokens:
-            return self._give_up(state)
         if state.answer is not None:
             local, hashes, session, at, answer = state.answer
             fresh = answer[0] != 0 or now - at < RECHECK_SECONDS
             if fresh and (local, hashes, session) == (local_tokens, hashed, self._client.session_count):
                 return answer
-        state.first_asked = state.first_asked or now
-        answer = self._look_up(state, request, local_tokens, limit, now)
-        if answer[0] is not None:
-            state.answer = (local_tokens, hashed, self._client.session_count, now, answer)
-            state.answered_local = local_tokens
+        limit = min(hashed, request.num_tokens)
+        if state.options.max_load_tokens is not None:
+            limit = min(limit, state.options.max_load_tokens // block_tokens * block_tokens)
+        known, found, reason = self._find(state, request, local_tokens, limit, now)
+        # With at most one block to gain, the look-up only tells what need not be stored: nobody waits for it.
+        worthwhile = limit - local_tokens > block_tokens
+        if not known and worthwhile:
+            return None, False
+        state.found_tokens = found
+        state.answered_local = local_tokens
+        gain = found - local_tokens
+        first_answer = state.answer is None
+        if gain > block_tokens:
+            answer = (gain, True)
+        else:
+            answer = (0, False)
+            self._release(state)
+            if worthwhile and first_answer:  # once per request, however often vLLM asks
+                self._count_miss(request, reason or "gain of one block or less")
+        state.answer = (local_tokens, hashed, self._client.session_count, now, answer)
         return answer
 
     def _wants_load(self, state: _RequestState, request) -> bool:
@@ -234,41 +247,34 @@ class SchedulerSide:
             and not getattr(request, "skip_reading_prefix_cache", False)
         )
 
-    def _look_up(self, state, request, local_tokens: int, limit: int, now: float) -> tuple[int | None, bool]:
+    def _find(self, state, request, local_tokens: int, limit: int, now: float) -> tuple[bool, int, str]:
+        """(known, leading tokens that are stored, why not more). Not known: ask again."""
+        state.first_asked = state.first_asked or now
         if not self._ready():
-            waited = now - self._started if self._client.session_count == 0 else FIRST_SESSION_SECONDS
-            if self._client.state == "connecting" and waited < FIRST_SESSION_SECONDS:
-                return None, False
-            return self._miss(state, "no daemon")
+            starting = self._client.session_count == 0 and now - self._started < FIRST_SESSION_SECONDS
+            return not (starting and self._client.state == "connecting"), 0, "no daemon"
         known, namespace = self._namespace_of(request.lora_request)
         if known and namespace is None:
-            return self._miss(state, "adapter has no digest")
+            return True, 0, "adapter has no digest"
         if not known or self._client.namespace_id(namespace.handle) is None:
             refusal = self._client.namespace_refusal(namespace.handle) if namespace is not None else ""
             if refusal:
                 log_once(logging.WARNING, "Kvern: the daemon refuses this engine's namespace: %s.", refusal)
-                return self._miss(state, "namespace refused")
-            if now - state.first_asked < SETUP_SECONDS:
-                return None, False
-            return self._miss(state, "namespace not registered")
-        hash_bytes = len(request.block_hashes[0])
+                return True, 0, "namespace refused"
+            return now - state.first_asked >= SETUP_SECONDS, 0, "namespace not registered"
+        if limit <= local_tokens:
+            return True, 0, ""
         known, found, reason = self._matcher.match(
             request.request_id,
             namespace.handle,
             self._joined_hashes(state, request),
-            hash_bytes,
+            len(request.block_hashes[0]),
             local_tokens,
             limit,
             request.num_tokens,
         )
-        if not known:
-            return None, False
         state.claimed = True
-        state.found_tokens = min(found, limit)
-        gain = state.found_tokens - local_tokens
-        if gain <= self._geometry.block_tokens:
-            return self._miss(state, reason or "gain of one block or less")
-        return gain, True
+        return known, min(found, limit), reason
 
     def _ready(self) -> bool:
         if self._client.state == "ready":
@@ -295,18 +301,10 @@ class SchedulerSide:
             state.joined = (count, b"".join(request.block_hashes[self._hash_ratio - 1 :: self._hash_ratio]))
         return state.joined[1]
 
-    def _miss(self, state: _RequestState, reason: str) -> tuple[int, bool]:
-        # Misses are counted once per request, however often vLLM asks.
-        if state.answer is None:
-            self._recorder.count("misses", label=reason)
-            self._recorder.count("requested_tokens", state.request.num_tokens)
-            self._client.report(0, state.request.num_tokens)
-        self._release(state)
-        return 0, False
-
-    def _give_up(self, state: _RequestState) -> tuple[int, bool]:
-        self._release(state)
-        return 0, False
+    def _count_miss(self, request, reason: str) -> None:
+        self._recorder.count("misses", label=reason)
+        self._recorder.count("requested_tokens", request.num_tokens)
+        self._client.report(0, request.num_tokens)
 
     def _release(self, state: _RequestState) -> None:
         """Gives the claim on what was found back; an answer that rested on it is void."""
@@ -435,6 +433,7 @@ class SchedulerSide:
                 for table, blocks in zip(state.tables, new_blocks):
                     table.extend(blocks)
 
+    @guarded()
     def _plan_stores(self, metadata, scheduler_output, state: _RequestState, scheduled: int, own_tables: bool) -> None:
         request = state.request
         if state.epoch != self._epoch:
@@ -451,7 +450,7 @@ class SchedulerSide:
         tail_due = not state.tail_done and computed >= request.num_prompt_tokens
         if limit < state.due_tokens and not tail_due:
             return
-        tables, stored_all = None, True
+        tables, namespace = None, None
         for number, group in enumerate(self._geometry.groups):
             # What was found in the store needs no second copy.
             cell = max(state.next_cell[number], state.found_tokens // group.chunk_tokens)
@@ -465,26 +464,33 @@ class SchedulerSide:
             if not spans:
                 continue
             if tables is None:
+                # Where something stands in the way now, the same is due again in the next step.
+                namespace = self._registered_namespace(request)
+                if namespace is None:
+                    return
+                if not self._holds.has_room():
+                    self._recorder.count("stores_deferred")
+                    return
                 tables = state.tables if own_tables else compat.block_tables(scheduler_output, request.request_id)
-            if tables is None or (own_tables and group.window):
-                continue
-            if self._store_spans(metadata, state, group, tables[group.index], spans):
-                state.next_cell[number] = max(cell, last_cell)
-            else:
-                stored_all = False
-        if stored_all:
-            state.tail_done |= tail_due
-            state.due_tokens = min(
-                (max(cell, state.found_tokens // group.chunk_tokens) + 1) * group.chunk_tokens
-                for cell, group in zip(state.next_cell, self._geometry.groups)
-            )
+                if tables is None:
+                    return
+            if not (own_tables and group.window):
+                self._store_spans(metadata, state, namespace, group, tables[group.index], spans)
+            state.next_cell[number] = max(cell, last_cell)
+        state.tail_done |= tail_due
+        state.due_tokens = min(
+            (max(cell, state.found_tokens // group.chunk_tokens) + 1) * group.chunk_tokens
+            for cell, group in zip(state.next_cell, self._geometry.groups)
+        )
 
-    def _store_spans(self, metadata, state: _RequestState, group: Group, table: list[int], spans) -> bool:
-        """False if there is no room now: the caller tries again in the next step."""
+    def _registered_namespace(self, request) -> _Namespace | None:
+        known, namespace = self._namespace_of(request.lora_request)
+        ready = known and namespace is not None and self._client.namespace_id(namespace.handle) is not None
+        return namespace if ready else None
+
+    def _store_spans(self, metadata, state, namespace: _Namespace, group: Group, table: list[int], spans) -> None:
+        """One job for these blocks of the group; spans are (first block, end)."""
         request = state.request
-        _, namespace = self._namespace_of(request.lora_request)
-        if namespace is None:
-            return False
         hash_bytes = len(request.block_hashes[0])
         hashes = self._joined_hashes(state, request)
         chunks, tokens, notes = [], [], [] if self._events is not None else None
@@ -500,18 +506,13 @@ class SchedulerSide:
                 own = [hashes[i * hash_bytes : (i + 1) * hash_bytes] for i in range(begin, end)]
                 notes.append(note_chunk(request, group, own, begin, parent))
         if not chunks:
-            return True
-        block_ids = [block for chunk in chunks for block in chunk[1]]
-        if not self._holds.has_room(len(block_ids)) and self._holds.blocks > 0:
-            self._recorder.count("stores_skipped", label="too many blocks held")
-            return False
+            return
         job = next(self._jobs)
         codec = state.options.codec or self._options.codec
         order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks)
-        self._holds.take(job, block_ids)
-        metadata.stores.append(order)
+        self._holds.take(job, [block for chunk in chunks for block in chunk[1]])
         self._stores[job] = _Store(state, namespace, tokens, notes)
-        return True
+        metadata.stores.append(order)
 
     # ---------------------------------------------------------------- results
 

@@ -19,6 +19,7 @@ COUNTERS = {
     "stored_chunks": ("Chunks that others can read now", None),
     "store_bytes": ("Bytes gathered from the engine's pages", None),
     "stores_skipped": ("Chunks that were not stored", "reason"),
+    "stores_deferred": ("Times that a store was put off since too many blocks were held", None),
     "disconnections": ("Sessions with the daemon that were lost or never came about", None),
     "callback_errors": ("Callbacks that failed inside Kvern", None),
 }

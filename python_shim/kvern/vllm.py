@@ -36,16 +36,22 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         options = Options.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        geometry, refusal = None, ""
         try:
             geometry = groups.analyse(vllm_config, kv_cache_config)
             if role == KVConnectorRole.SCHEDULER:
                 self._scheduler = self._make_scheduler_side(vllm_config, kv_cache_config, geometry, options)
             else:
                 self._worker = self._make_worker_side(geometry, options)
-        except Refused as refusal:
+        except Refused as error:
+            refusal = str(error)
             log_once(logging.WARNING, "Kvern: this engine runs without the store: %s.", refusal)
-        except Exception:
+        except Exception as error:
+            refusal = f"set-up failed ({error})"
             logger.exception("Kvern: set-up failed; this engine runs without the store.")
+        if refusal and geometry is not None and role == KVConnectorRole.WORKER:
+            # The scheduler side may have come up all the same: its orders must be answered.
+            self._worker = WorkerSide(geometry, options, None, None, *self._ranks(geometry), refusal=refusal)
 
     @staticmethod
     def _connect(options: Options, scheduler: bool):
@@ -95,11 +101,15 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         )
 
     def _make_worker_side(self, geometry: Geometry, options: Options) -> WorkerSide:
+        native, client = self._connect(options, scheduler=False)
+        return WorkerSide(geometry, options, native, client, *self._ranks(geometry))
+
+    @staticmethod
+    def _ranks(geometry: Geometry) -> tuple[int, int]:
+        """(tensor-parallel rank, pipeline-parallel rank); parallel_config.rank is 0 in every worker."""
         from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
-        native, client = self._connect(options, scheduler=False)
-        pipeline_rank = get_pp_group().rank_in_group if geometry.pipeline_parallel > 1 else 0
-        return WorkerSide(geometry, options, native, client, get_tensor_model_parallel_rank(), pipeline_rank)
+        return get_tensor_model_parallel_rank(), get_pp_group().rank_in_group if geometry.pipeline_parallel > 1 else 0
 
     # ---------------------------------------------------------------- what kind of connector this is
 

@@ -24,8 +24,19 @@ class _Waiting:
 
 
 class WorkerSide:
-    def __init__(self, geometry: Geometry, options: Options, native, client, tensor_rank: int, pipeline_rank: int):
-        """native: the module kvern._kvern, or anything that behaves like it."""
+    def __init__(
+        self,
+        geometry: Geometry,
+        options: Options,
+        native,
+        client,
+        tensor_rank: int,
+        pipeline_rank: int,
+        *,
+        refusal: str = "",
+    ):
+        """native: the module kvern._kvern, or anything that behaves like it. With a refusal both it and client are None,
+        and every order gets a negative answer."""
         self.errors = 0
         self._geometry = geometry
         self._options = options
@@ -35,7 +46,7 @@ class WorkerSide:
         self.rank = pipeline_rank * geometry.tensor_parallel + tensor_rank
         self._writes = geometry.writes(tensor_rank)
         self._transfer = None
-        self._refusal = "vLLM has registered no KV cache"
+        self._refusal = refusal or "vLLM has registered no KV cache"
         self._refusal_told = False
         self._handles: dict[int, int] = {}
         self._waiting: collections.deque[_Waiting] = collections.deque()
@@ -56,6 +67,8 @@ class WorkerSide:
 
     @guarded(_cannot_register)
     def register_kv_caches(self, kv_caches: dict, attention_layers: dict) -> None:
+        if self._client is None:
+            return
         try:
             layouts = layout.describe(self._geometry, kv_caches, attention_layers)
             transfer = self._native.TransferWorker(
@@ -96,7 +109,7 @@ class WorkerSide:
         # Stores wait for the end of the forward pass: only then are the pages complete.
         self._stores_due += metadata.stores
         for key, facts in metadata.namespaces.items():
-            if key not in self._handles:
+            if key not in self._handles and self._client is not None:
                 self._handles[key] = self._client.add_namespace(facts)
 
     def submit_loads(self, metadata: KvernMetadata) -> None:
@@ -241,7 +254,8 @@ class WorkerSide:
             self._transfer.drain(SHUTDOWN_DRAIN_MS)
             self._transfer = None
             self._refusal = "the worker is shutting down"
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
 
 
 def _short(reason: str) -> str:

@@ -127,6 +127,11 @@ class PrefixMatcher:
         for count in range(min(len(blocks), max_tokens // self.block_tokens), 0, -1):
             tokens = count * self.block_tokens
             first = [max(0, tokens - window + 1) // self.block_tokens if window else 0 for _, window in self.groups]
+            if tokens == prompt_tokens and any(
+                window and tokens >= window and (tokens - window + 1) % self.block_tokens == 0
+                for _, window in self.groups
+            ):
+                continue  # the last token is computed again, and its own window begins a block earlier
             if all(
                 store.has(mine, group, block)
                 for (group, _), begin in zip(self.groups, first)

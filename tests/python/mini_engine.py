@@ -21,6 +21,7 @@ from vllm.config import (
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -143,7 +144,7 @@ class MiniEngine:
             # One storage for all groups: only block ids keep them apart.
             storage = torch.full((blocks, heads, block_size, 2 * DIM), float("nan"))
             self.pages.append(storage)
-            worker = connector_class(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
+            worker = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self.kv_cache_config)
             worker.register_kv_caches({names[0]: storage for names in self.layer_names})
             self.workers.append(worker)
         hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
