@@ -46,7 +46,7 @@ test-cpp: build
 
 .PHONY: test-python
 test-python: build
-	@$(PYTEST) tests/python_shim
+	@$(PYTEST) tests/python
 
 .PHONY: test-e2e
 test-e2e: build

@@ -44,7 +44,7 @@ class Stage:
         return server
 
     def check_quiet(self) -> None:
-        """With no request under way nobody holds staging, leases or claims."""
+        """With no request under way nobody holds staging, leases or reservations."""
         if self.daemon is not None and self.daemon.alive:
             self.daemon.wait_quiet()
 

@@ -153,8 +153,15 @@ class Daemon(_Process):
         self.wait_metric("kvern_sessions", lambda value: value == number)
 
     def wait_quiet(self) -> None:
-        """Nobody holds staging, leases or claims, and nothing waits to be encoded."""
-        for name in ("kvern_staging_used_bytes", "kvern_leases", "kvern_claims", "kvern_encode_queue"):
+        """Nobody holds staging, leases or reservations, and nothing waits to be encoded."""
+        for name in (
+            "kvern_reservations",
+            "kvern_in_flight_shards",
+            "kvern_encode_queue_length",
+            "kvern_staging_used_bytes",
+            "kvern_leases",
+            "kvern_pinned_chunks",
+        ):
             self.wait_metric(name, lambda value: value == 0)
 
     def wait_expired(self, number: int) -> None:
@@ -167,7 +174,7 @@ class Daemon(_Process):
         return self.metric("kvern_removed_chunks_total", reason="evicted")
 
     def used_bytes(self) -> float:
-        return self.metric("kvern_store_used_bytes")
+        return self.metric("kvern_tier_used_bytes")
 
     def bytes_stored(self) -> tuple[float, float]:
         """Bytes before and after encoding of all that was stored since the start."""

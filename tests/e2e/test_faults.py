@@ -181,8 +181,8 @@ def test_the_daemon_may_be_absent_when_the_engine_starts(stage, daemon, engine):
     text = tokens("absent", length=LENGTH)
     cold = late.generate(text)
     assert cold.cached_tokens == 0
-    lines = [line for line in late.log.read_text().splitlines() if str(daemon.socket) in line and "non-default args" not in line]
-    assert 1 <= len(lines) <= 6, "the engine must say that there is no daemon, and not again and again:\n" + "\n".join(lines)
+    said = late.log.read_text().count("no daemon at")
+    assert 1 <= said <= 2, f"the engine must say once that there is no daemon, not {said} times"
     daemon.start()
     daemon.wait_sessions(4)
     late.forget_kv()
