@@ -51,18 +51,25 @@ class Buffer {
   std::size_t bytes_;
 };
 
-/// Puts rows where a page of the engine would be: K transposed as [dim][block], V as rows.
+/// Transposes a page in the cache and streams it out, as connector/ does.
+void stream_transposed(std::byte* page, const std::byte* rows, std::size_t dim, std::size_t element) {
+  alignas(64) std::byte tile[kBlockTokens * 64 * 4];
+  transpose(tile, kBlockTokens * element, rows, dim * element, kBlockTokens, dim, element);
+  stream_copy_unfenced(page, tile, kBlockTokens * dim * element);
+}
+
+/// Puts rows where a page of the engine would be: V as rows, K too or transposed as [dim][block].
 class PageSink final : public RowSink {
  public:
   PageSink(std::byte* pages, bool transposed) : pages_(pages), transposed_(transposed) {}
   void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
              const std::byte* rows) override {
     const std::size_t row = kShape.row_bytes(part);
-    std::byte* plane = pages_ + kShape.plane_offset(layer, part, head);
-    if (part == Part::kKey && transposed_ && count == kBlockTokens) {
-      transpose(plane + token * row, kBlockTokens * 2, rows, row, kBlockTokens, row / 2, 2);
+    std::byte* page = pages_ + kShape.plane_offset(layer, part, head) + token * row;
+    if (part == Part::kKey && transposed_) {
+      stream_transposed(page, rows, kShape.key_dim, 2);
     } else {
-      stream_copy_unfenced(plane + token * row, rows, count * row);
+      stream_copy_unfenced(page, rows, count * row);
     }
   }
   std::uint32_t preferred_rows() const override { return kBlockTokens; }
@@ -164,9 +171,9 @@ int main(int argc, char** argv) {
   const auto transpose_pages = [&](std::size_t chunk, std::size_t element) {
     const std::size_t page = kBlockTokens * 64 * element;
     for (std::size_t offset = 0; offset + page <= raw_bytes; offset += page) {
-      transpose(chunk_of(output, chunk).data() + offset, kBlockTokens * element, chunk_of(input, chunk).data() + offset,
-                64 * element, kBlockTokens, 64, element);
+      stream_transposed(chunk_of(output, chunk).data() + offset, chunk_of(input, chunk).data() + offset, 64, element);
     }
+    stream_fence();
   };
   std::vector<Step> steps;
   const auto add = [&](const char* name, std::function<void(std::size_t)> run) {
