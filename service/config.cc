@@ -1,0 +1,522 @@
+#include "service/config.h"
+
+#include <fnmatch.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <toml++/toml.h>
+#include <algorithm>
+#include <bit>
+#include <cctype>
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "base/keys.h"
+#include "kernels/codec.h"
+
+namespace kvern {
+namespace {
+
+constexpr std::uint64_t kNoLimit = UINT64_MAX;
+constexpr std::uint64_t kKiB = 1024;
+constexpr std::uint64_t kMiB = kKiB << 10;
+constexpr std::uint64_t kGiB = kMiB << 10;
+constexpr std::uint64_t kTiB = kGiB << 10;
+constexpr std::string_view kAdmissionSuffix = ".fds";
+// A chunk of 256 tokens takes more than this in every model that one would serve; a smaller one only fills the table
+// sooner.
+constexpr std::uint64_t kExpectedChunkBytes = 256 * kKiB;
+constexpr std::uint64_t kMinChunkCapacity = 1U << 14;
+constexpr std::uint64_t kMaxChunkCapacity = 1U << 24;
+// 16 blocks of 16 tokens in a chunk of 256.
+constexpr std::uint64_t kExpectedBlocksPerChunk = 16;
+
+using Config = ServiceConfig;
+#define KVERN_SLOT(member) [](Config& config) -> ConfigKey::Slot { return &config.member; }
+
+constexpr ConfigKey kKeys[] = {
+    {"server.socket", KeyType::kText, "", "", 0, kNoLimit,
+     "Unix socket of the control plane. Descriptors are handed out at the same path with \".fds\".",
+     KVERN_SLOT(server.socket)},
+    {"server.socket_mode", KeyType::kText, "", "", 0, kNoLimit,
+     "Permissions of both socket files, in octal: who may open them may read and write the cache.",
+     KVERN_SLOT(server.socket_mode)},
+    {"server.run_dir", KeyType::kText, "", "", 0, kNoLimit,
+     "Folder in tmpfs for the slab and the index. Made if it is missing, removed at the end.",
+     KVERN_SLOT(server.run_dir)},
+    {"server.tcp_listen", KeyType::kText, "", "", 0, kNoLimit,
+     "Control plane for other hosts, host:port (\"*:7070\" for all addresses); empty: off.",
+     KVERN_SLOT(server.tcp_listen)},
+    {"server.insecure", KeyType::kFlag, "", "", 0, kNoLimit,
+     "Serve TCP without keys: everybody who reaches the port may read and write the cache.",
+     KVERN_SLOT(server.insecure)},
+    {"server.server_key_file", KeyType::kText, "", "", 0, kNoLimit,
+     "CURVE key pair of the daemon, as kvernctl keygen writes it. Needed for TCP.", KVERN_SLOT(server.server_key_file)},
+    {"server.allowed_clients_file", KeyType::kText, "", "", 0, kNoLimit,
+     "Lines \"name key\": public keys that may connect over TCP. The name becomes the tenant.",
+     KVERN_SLOT(server.allowed_clients_file)},
+    {"server.data_plane", KeyType::kText, "", "auto|shm|ucx", 0, kNoLimit,
+     "How bytes travel. auto: shared memory on this host, UCX to others; the other words force one.",
+     KVERN_SLOT(server.data_plane)},
+    {"server.ucx_listen", KeyType::kText, "", "", 0, kNoLimit,
+     "Address on which UCX listens for other hosts; empty: off. UCX over TCP is not encrypted: trusted networks only.",
+     KVERN_SLOT(server.ucx_listen)},
+    {"server.ucx_port", KeyType::kNumber, "", "", 0, 65535, "Port of UCX; 0: chosen by the system.",
+     KVERN_SLOT(server.ucx_port)},
+    {"server.ucx_advertise", KeyType::kText, "", "", 0, kNoLimit,
+     "Address that clients are told to use for UCX; empty: the one of ucx_listen.", KVERN_SLOT(server.ucx_advertise)},
+    {"server.ucx_devices", KeyType::kText, "", "", 0, kNoLimit, "UCX_NET_DEVICES of the daemon; empty: all.",
+     KVERN_SLOT(server.ucx_devices)},
+    {"server.ucx_transports", KeyType::kText, "", "", 0, kNoLimit, "UCX_TLS of the daemon; empty: what UCX finds.",
+     KVERN_SLOT(server.ucx_transports)},
+    {"server.drain_timeout_ms", KeyType::kNumber, "ms", "", 0, 3'600'000,
+     "How long a graceful stop waits for stores that were committed.", KVERN_SLOT(server.drain_timeout_ms)},
+
+    {"store.dram_bytes", KeyType::kBytes, "bytes", "", kMiB, 256 * kTiB,
+     "Size of the DRAM tier. Taken from tmpfs at the start.", KVERN_SLOT(store.dram_bytes)},
+    {"store.eviction", KeyType::kText, "", "lru", 0, kNoLimit, "What leaves first when the tier is full.",
+     KVERN_SLOT(store.eviction)},
+    {"store.incomplete_ttl_seconds", KeyType::kNumber, "s", "", 1, 86'400,
+     "A chunk of which some ranks never stored their part is dropped after this long.",
+     KVERN_SLOT(store.incomplete_ttl_seconds)},
+    {"store.chunk_capacity", KeyType::kNumber, "chunks", "", 0, kMaxChunkCapacity,
+     "Most chunks in the tier; 0: one per 256 KiB of dram_bytes, at least 16384.", KVERN_SLOT(store.chunk_capacity)},
+    {"store.index_slots", KeyType::kNumber, "blocks", "", 0, 1ULL << 31,
+     "Slots of the block index, a power of two of which 3/4 are used; 0: 32 per chunk.", KVERN_SLOT(store.index_slots)},
+
+    {"sessions.max_sessions", KeyType::kNumber, "", "", 1, 65'536, "Most sessions at a time.",
+     KVERN_SLOT(sessions.max_sessions)},
+    {"sessions.staging_bytes_max", KeyType::kBytes, "bytes", "", 4096, kTiB,
+     "Most staging memory of one session; a client that asks for more gets this much.",
+     KVERN_SLOT(sessions.staging_bytes_max)},
+    {"sessions.heartbeat_interval_ms", KeyType::kNumber, "ms", "", 10, 600'000,
+     "How often clients show that they live.", KVERN_SLOT(sessions.heartbeat_interval_ms)},
+    {"sessions.timeout_ms", KeyType::kNumber, "ms", "", 20, 3'600'000,
+     "A session without a sign of life for this long is expired: its leases and claims are void.",
+     KVERN_SLOT(sessions.timeout_ms)},
+
+    {"pipeline.encode_threads", KeyType::kNumber, "threads", "", 0, 1024,
+     "Threads that encode; 0: one per core less one for messages.", KVERN_SLOT(pipeline.encode_threads)},
+    {"pipeline.max_queued", KeyType::kNumber, "chunks", "", 1, 1'000'000,
+     "Most chunks that wait for an encode thread; more are refused as busy.", KVERN_SLOT(pipeline.max_queued)},
+    {"pipeline.ring_spin_us", KeyType::kNumber, "us", "", 0, 100'000,
+     "How long the message thread spins after a message before it sleeps; 0 where a core is dear.",
+     KVERN_SLOT(pipeline.ring_spin_us)},
+
+    {"codec.default", KeyType::kText, "", "", 0, kNoLimit,
+     "Codec of namespaces without a [[namespace]] rule of their own.", KVERN_SLOT(codec.fallback)},
+    {"metrics.listen", KeyType::kText, "", "", 0, kNoLimit,
+     "host:port of /metrics, /healthz and /readyz; port 0: chosen by the system; empty: off.",
+     KVERN_SLOT(metrics.listen)},
+    {"log.level", KeyType::kText, "", "trace|debug|info|warn|error|off", 0, kNoLimit,
+     "What is logged to standard error.", KVERN_SLOT(log.level)},
+};
+#undef KVERN_SLOT
+
+const ConfigKey* find_key(std::string_view name) {
+  const auto* found = std::ranges::find(kKeys, name, &ConfigKey::name);
+  return found == std::end(kKeys) ? nullptr : found;
+}
+
+bool is_one_of(std::string_view text, std::string_view choices) {
+  while (true) {
+    const auto bar = choices.find('|');
+    if (text == choices.substr(0, bar)) return true;
+    if (bar == std::string_view::npos) return false;
+    choices.remove_prefix(bar + 1);
+  }
+}
+
+std::optional<std::uint64_t> parse_number(std::string_view text, int base = 10) {
+  std::uint64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, base);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+std::optional<unsigned> parse_mode(std::string_view text) {
+  const auto mode = parse_number(text, 8);
+  if (!mode || *mode > 0777) return std::nullopt;
+  return static_cast<unsigned>(*mode);
+}
+
+std::string toml_text(std::string_view text) {
+  std::ostringstream out;
+  out << toml::value<std::string>(text);
+  return out.str();
+}
+
+/// Collects "file:line: sentence".
+class FileErrors {
+ public:
+  FileErrors(std::string file, std::vector<std::string>& errors) : file_(std::move(file)), errors_(errors) {}
+  void add(const toml::source_region& where, const std::string& sentence) {
+    errors_.push_back(file_ + ":" + std::to_string(where.begin.line) + ": " + sentence);
+  }
+
+ private:
+  std::string file_;
+  std::vector<std::string>& errors_;
+};
+
+/// The scalar as ConfigKey::set() takes it, or nullopt when its TOML type is not the key's.
+std::optional<std::string> scalar_text(const toml::node& node, KeyType type) {
+  if (type == KeyType::kFlag) {
+    if (const auto* flag = node.as_boolean()) return flag->get() ? "true" : "false";
+    return std::nullopt;
+  }
+  const bool number_fits = type == KeyType::kNumber || type == KeyType::kBytes;
+  if (const auto* number = node.as_integer(); number && number_fits) return std::to_string(number->get());
+  const bool text_fits = type == KeyType::kText || type == KeyType::kBytes;
+  if (const auto* text = node.as_string(); text && text_fits) return text->get();
+  return std::nullopt;
+}
+
+std::string section_names() {
+  std::string names;
+  std::string_view last;
+  for (const ConfigKey& key : kKeys) {
+    const auto section = key.name.substr(0, key.name.find('.'));
+    if (section == last) continue;
+    names += (names.empty() ? "[" : ", [") + std::string(section) + "]";
+    last = section;
+  }
+  return names + " and [[namespace]]";
+}
+
+std::string key_names(std::string_view section) {
+  std::string names;
+  for (const ConfigKey& key : kKeys) {
+    const auto dot = key.name.find('.');
+    if (key.name.substr(0, dot) != section) continue;
+    names += (names.empty() ? "" : ", ") + std::string(key.name.substr(dot + 1));
+  }
+  return names;
+}
+
+void read_rule(const toml::node& node, ServiceConfig& config, FileErrors& errors) {
+  const auto* table = node.as_table();
+  if (table == nullptr) return errors.add(node.source(), "[[namespace]] must be a table with match and codec");
+  CodecRule rule;
+  for (const auto& [key, value] : *table) {
+    if (key == "codec" && value.is_string()) {
+      rule.codec = value.as_string()->get();
+      if (const auto codec = make_codec(rule.codec); !codec) errors.add(value.source(), codec.error().message());
+    } else if (key == "match" && value.is_table()) {
+      for (const auto& [fact, pattern] : *value.as_table()) {
+        if (!pattern.is_string()) {
+          errors.add(pattern.source(), "match." + std::string(fact.str()) + " must be a text");
+          continue;
+        }
+        rule.match[std::string(fact.str())] = pattern.as_string()->get();
+      }
+    } else {
+      errors.add(key.source(), "a [[namespace]] rule has a table match of texts and a text codec, not " +
+                                   std::string(key.str()) + " as it stands here");
+    }
+  }
+  if (rule.codec.empty()) return errors.add(node.source(), "the [[namespace]] rule names no codec");
+  config.codec.rules.push_back(std::move(rule));
+}
+
+void read_section(std::string_view section, const toml::table& table, ServiceConfig& config, FileErrors& errors) {
+  for (const auto& [name, value] : table) {
+    const std::string full = std::string(section) + "." + std::string(name.str());
+    const ConfigKey* key = find_key(full);
+    if (key == nullptr) {
+      errors.add(name.source(),
+                 "there is no key " + full + "; [" + std::string(section) + "] has " + key_names(section));
+      continue;
+    }
+    const auto text = scalar_text(value, key->type);
+    if (!text) {
+      errors.add(value.source(), full + " must be " + key->type_name());
+      continue;
+    }
+    if (const Status set = key->set(config, *text); !set) errors.add(value.source(), set.message());
+  }
+}
+
+void read_file(std::string_view text, const std::string& file_name, LoadedConfig& loaded) {
+  FileErrors errors(file_name, loaded.errors);
+  toml::table root;
+  try {
+    root = toml::parse(text, file_name);
+  } catch (const toml::parse_error& error) {
+    return errors.add(error.source(), std::string(error.description()));
+  }
+  for (const auto& [name, value] : root) {
+    if (name == "namespace" && value.is_array()) {
+      for (const auto& rule : *value.as_array()) read_rule(rule, loaded.config, errors);
+    } else if (value.is_table() && !key_names(name.str()).empty()) {
+      read_section(name.str(), *value.as_table(), loaded.config, errors);
+    } else {
+      errors.add(name.source(), "there is no section " + std::string(name.str()) + "; there are " + section_names());
+    }
+  }
+}
+
+void finish(LoadedConfig& loaded) {
+  auto& server = loaded.config.server;
+  if (server.socket.empty()) server.socket = default_socket_path();
+  if (server.run_dir.empty()) server.run_dir = default_run_dir(server.socket);
+  if (!loaded.errors.empty()) return;
+  if (const Status valid = loaded.config.validate(); !valid) loaded.errors.push_back(valid.message());
+}
+
+}  // namespace
+
+std::string ConfigKey::environment_name() const {
+  std::string result = "KVERN_";
+  for (const char c : name) result += c == '.' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  return result;
+}
+
+std::string ConfigKey::type_name() const {
+  switch (type) {
+    case KeyType::kText:
+      return choices.empty() ? "a text" : "one of \"" + std::string(choices) + "\"";
+    case KeyType::kFlag:
+      return "true or false";
+    case KeyType::kNumber:
+      return "a whole number";
+    case KeyType::kBytes:
+      return "a number of bytes or a text such as \"4GiB\"";
+  }
+  return "";
+}
+
+Status ConfigKey::set(ServiceConfig& config, std::string_view text) const {
+  const std::string key(name);
+  const auto wrong = [&](const std::string& why) { return Status(Code::kInvalid, key + why); };
+  const Slot target = slot(config);
+  if (auto* const* flag = std::get_if<bool*>(&target)) {
+    if (text != "true" && text != "false") return wrong(" must be true or false, not \"" + std::string(text) + "\"");
+    **flag = text == "true";
+    return Status::ok();
+  }
+  if (auto* const* words = std::get_if<std::string*>(&target)) {
+    if (!choices.empty() && !is_one_of(text, choices)) {
+      return wrong(" must be one of " + std::string(choices) + ", not \"" + std::string(text) + "\"");
+    }
+    **words = text;
+    return Status::ok();
+  }
+  std::uint64_t value = 0;
+  if (type == KeyType::kBytes) {
+    const auto bytes = parse_bytes(text);
+    if (!bytes) return wrong(": " + bytes.error().message());
+    value = *bytes;
+  } else {
+    const auto number = parse_number(text);
+    if (!number) return wrong(" must be a whole number, not \"" + std::string(text) + "\"");
+    value = *number;
+  }
+  if (value < min || value > max) {
+    const auto show = [&](std::uint64_t limit) {
+      return type == KeyType::kBytes ? format_bytes(limit) : std::to_string(limit);
+    };
+    return wrong(" must be from " + show(min) + " to " + show(max) + ", not " + show(value));
+  }
+  *std::get<std::uint64_t*>(target) = value;
+  return Status::ok();
+}
+
+std::string ConfigKey::get(const ServiceConfig& config) const {
+  const Slot source = slot(const_cast<ServiceConfig&>(config));  // read only
+  if (const auto* flag = std::get_if<bool*>(&source)) return **flag ? "true" : "false";
+  if (const auto* words = std::get_if<std::string*>(&source)) return **words;
+  const std::uint64_t value = *std::get<std::uint64_t*>(source);
+  return type == KeyType::kBytes ? format_bytes(value) : std::to_string(value);
+}
+
+std::span<const ConfigKey> config_keys() { return kKeys; }
+
+std::string default_socket_path() {
+  const char* runtime = std::getenv("XDG_RUNTIME_DIR");
+  return std::string(runtime != nullptr && *runtime != '\0' ? runtime : "/run") + "/kvern/kvernd.sock";
+}
+
+std::string default_run_dir(const std::string& socket) {
+  std::error_code error;
+  const auto path = std::filesystem::absolute(socket, error).string();
+  char hash[17];
+  std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(checksum64(path.data(), path.size())));
+  return "/dev/shm/kvern-" + std::to_string(getuid()) + "-" + hash;
+}
+
+Status ServiceConfig::validate() const {
+  const auto invalid = [](std::string why) { return Status(Code::kInvalid, std::move(why)); };
+  if (!parse_mode(server.socket_mode)) {
+    return invalid("server.socket_mode must be octal permissions such as \"0660\", not \"" + server.socket_mode + "\"");
+  }
+  if (admission_path().size() >= sizeof(sockaddr_un::sun_path)) {
+    return invalid("server.socket is too long: with \"" + std::string(kAdmissionSuffix) + "\" at most " +
+                   std::to_string(sizeof(sockaddr_un::sun_path) - 1) + " characters fit, it has " +
+                   std::to_string(admission_path().size()));
+  }
+  if (!server.tcp_listen.empty() && !server.insecure && server.server_key_file.empty()) {
+    return invalid("server.tcp_listen needs server.server_key_file (kvernctl keygen) or insecure = true");
+  }
+  if (!server.tcp_listen.empty() && !server.insecure && server.allowed_clients_file.empty()) {
+    return invalid("server.tcp_listen needs server.allowed_clients_file, or nobody could connect");
+  }
+  if (!server.tcp_listen.empty() && server.tcp_listen.rfind(':') == std::string::npos) {
+    return invalid("server.tcp_listen must be host:port, not \"" + server.tcp_listen + "\"");
+  }
+  if (server.data_plane == "ucx" && server.ucx_listen.empty()) {
+    return invalid("server.data_plane = \"ucx\" needs server.ucx_listen");
+  }
+  if (!metrics.listen.empty() && metrics.listen.rfind(':') == std::string::npos) {
+    return invalid("metrics.listen must be host:port, not \"" + metrics.listen + "\"");
+  }
+  if (sessions.timeout_ms < 2 * sessions.heartbeat_interval_ms) {
+    return invalid(
+        "sessions.timeout_ms must be at least twice sessions.heartbeat_interval_ms, or one late heartbeat ends a "
+        "session");
+  }
+  if (store.index_slots != 0 && !std::has_single_bit(store.index_slots)) {
+    return invalid("store.index_slots must be a power of two, not " + std::to_string(store.index_slots));
+  }
+  if (const auto made = make_codec(codec.fallback); !made) return invalid("codec.default: " + made.error().message());
+  for (const CodecRule& rule : codec.rules) {
+    if (const auto made = make_codec(rule.codec); !made)
+      return invalid("[[namespace]] codec: " + made.error().message());
+  }
+  return Status::ok();
+}
+
+const std::string& ServiceConfig::CodecChoice::codec_for(const std::map<std::string, std::string>& facts) const {
+  for (const CodecRule& rule : rules) {
+    const bool fits = std::ranges::all_of(rule.match, [&](const auto& wanted) {
+      const auto fact = facts.find(wanted.first);
+      return fact != facts.end() && ::fnmatch(wanted.second.c_str(), fact->second.c_str(), 0) == 0;
+    });
+    if (fits) return rule.codec;
+  }
+  return fallback;
+}
+
+unsigned ServiceConfig::socket_mode() const { return parse_mode(server.socket_mode).value_or(0600); }
+
+std::string ServiceConfig::admission_path() const { return server.socket + std::string(kAdmissionSuffix); }
+
+std::uint32_t ServiceConfig::chunk_capacity() const {
+  if (store.chunk_capacity != 0) return static_cast<std::uint32_t>(store.chunk_capacity);
+  return static_cast<std::uint32_t>(
+      std::clamp(store.dram_bytes / kExpectedChunkBytes, kMinChunkCapacity, kMaxChunkCapacity));
+}
+
+std::uint32_t ServiceConfig::index_slots() const {
+  if (store.index_slots != 0) return static_cast<std::uint32_t>(store.index_slots);
+  return static_cast<std::uint32_t>(std::bit_ceil(std::uint64_t{chunk_capacity()} * kExpectedBlocksPerChunk * 4 / 3));
+}
+
+std::uint64_t ServiceConfig::encode_threads() const {
+  if (pipeline.encode_threads != 0) return pipeline.encode_threads;
+  return std::max(1U, std::thread::hardware_concurrency() - 1);
+}
+
+LoadedConfig load_config(const ConfigSources& sources) {
+  LoadedConfig loaded;
+  if (sources.file) {
+    std::error_code error;
+    const auto status = std::filesystem::status(*sources.file, error);
+    if (!std::filesystem::is_regular_file(status)) {
+      loaded.errors.push_back(*sources.file +
+                              ": cannot be read: " + (error ? error.message() : "it is no regular file"));
+    } else {
+      std::ostringstream text;
+      std::ifstream file(*sources.file, std::ios::binary);
+      text << file.rdbuf();
+      if (!file) loaded.errors.push_back(*sources.file + ": cannot be read");
+      read_file(text.str(), *sources.file, loaded);
+    }
+  }
+  for (const ConfigKey& key : kKeys) {
+    const auto found = sources.environment.find(key.environment_name());
+    if (found == sources.environment.end()) continue;
+    if (const Status set = key.set(loaded.config, found->second); !set) {
+      loaded.errors.push_back("environment variable " + found->first + ": " + set.message());
+    }
+  }
+  for (const auto& [name, value] : sources.flags) {
+    const ConfigKey* key = find_key(name);
+    const Status set = key == nullptr ? Status(Code::kInvalid, "there is no such key") : key->set(loaded.config, value);
+    if (!set) loaded.errors.push_back("--" + name + ": " + set.message());
+  }
+  finish(loaded);
+  return loaded;
+}
+
+LoadedConfig parse_config(std::string_view toml, const std::string& file_name) {
+  LoadedConfig loaded;
+  read_file(toml, file_name, loaded);
+  finish(loaded);
+  return loaded;
+}
+
+std::string dump_config(const ServiceConfig& config) {
+  std::string out;
+  std::string_view last;
+  const ServiceConfig defaults;
+  for (const ConfigKey& key : kKeys) {
+    const auto dot = key.name.find('.');
+    const auto section = key.name.substr(0, dot);
+    if (section != last) out += (out.empty() ? "[" : "\n[") + std::string(section) + "]\n";
+    last = section;
+    out += "# " + std::string(key.help) + "\n# " + key.type_name();
+    if (!key.unit.empty() && key.type != KeyType::kBytes) out += ", in " + std::string(key.unit);
+    const bool is_text = key.type == KeyType::kText || key.type == KeyType::kBytes;
+    const auto show = [&](const std::string& value) { return is_text ? toml_text(value) : value; };
+    out += "; default " + show(key.get(defaults)) + "; " + key.environment_name() + "\n";
+    out += std::string(key.name.substr(dot + 1)) + " = " + show(key.get(config)) + "\n";
+  }
+  for (const CodecRule& rule : config.codec.rules) {
+    out += "\n[[namespace]]\nmatch = {";
+    for (const auto& [fact, pattern] : rule.match) {
+      out += (out.back() == '{' ? " " : ", ") + toml_text(fact) + " = " + toml_text(pattern);
+    }
+    out += " }\ncodec = " + toml_text(rule.codec) + "\n";
+  }
+  return out;
+}
+
+Result<std::uint64_t> parse_bytes(std::string_view text) {
+  const auto wrong = [&] {
+    return failure(Code::kInvalid,
+                   "\"" + std::string(text) + "\" is no size: write 4096, \"512MiB\", \"4GiB\" or \"100GB\"");
+  };
+  const auto digits = text.find_first_not_of("0123456789");
+  const auto number = parse_number(text.substr(0, digits));
+  if (!number) return wrong();
+  if (digits == std::string_view::npos) return *number;
+  std::string_view unit = text.substr(digits);
+  while (unit.starts_with(' ')) unit.remove_prefix(1);
+  constexpr std::pair<std::string_view, std::uint64_t> kUnits[] = {
+      {"B", 1},     {"KiB", kKiB}, {"MiB", kMiB},     {"GiB", kGiB},         {"TiB", kTiB},
+      {"kB", 1000}, {"KB", 1000},  {"MB", 1'000'000}, {"GB", 1'000'000'000}, {"TB", 1'000'000'000'000},
+  };
+  for (const auto& [name, factor] : kUnits) {
+    if (unit != name) continue;
+    if (*number > UINT64_MAX / factor) return wrong();
+    return *number * factor;
+  }
+  return wrong();
+}
+
+std::string format_bytes(std::uint64_t bytes) {
+  constexpr std::pair<std::string_view, std::uint64_t> kUnits[] = {
+      {"TiB", kTiB}, {"GiB", kGiB}, {"MiB", kMiB}, {"KiB", kKiB}};
+  for (const auto& [name, size] : kUnits) {
+    if (bytes >= size && bytes % size == 0) return std::to_string(bytes / size) + std::string(name);
+  }
+  return std::to_string(bytes);
+}
+
+}  // namespace kvern

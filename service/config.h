@@ -1,0 +1,131 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "base/status.h"
+
+namespace kvern {
+
+/// The daemon's configuration: one TOML file, each key also as environment variable and flag. Later sources win:
+/// default, file, KVERN_<SECTION>_<KEY>, --section.key=value. config_keys() is the one list of keys; parsing, --help,
+/// --dump-config and the reference in docs/ come from it.
+
+/// Stores a namespace with another codec than codec.default. Patterns are those of fnmatch(3) over the facts of the
+/// namespace ("model", "tenant", "lora", …); all of them must hold. The first rule that fits is used.
+struct CodecRule {
+  std::map<std::string, std::string> match;
+  std::string codec;
+};
+
+struct ServiceConfig {
+  struct Server {
+    std::string socket;  ///< set by default_socket_path() when no source names one
+    std::string socket_mode = "0660";
+    std::string run_dir;  ///< set by default_run_dir() when no source names one
+    std::string tcp_listen;
+    bool insecure = false;
+    std::string server_key_file;
+    std::string allowed_clients_file;
+    std::string data_plane = "auto";
+    std::string ucx_listen;
+    std::uint64_t ucx_port = 0;
+    std::string ucx_advertise;
+    std::string ucx_devices;
+    std::string ucx_transports;
+    std::uint64_t drain_timeout_ms = 10'000;
+  } server;
+  struct Store {
+    std::uint64_t dram_bytes = 4ULL << 30;
+    std::string eviction = "lru";
+    std::uint64_t incomplete_ttl_seconds = 60;
+    std::uint64_t chunk_capacity = 0;
+    std::uint64_t index_slots = 0;
+  } store;
+  struct Sessions {
+    std::uint64_t max_sessions = 256;
+    std::uint64_t staging_bytes_max = 1ULL << 30;
+    std::uint64_t heartbeat_interval_ms = 1000;
+    std::uint64_t timeout_ms = 10'000;
+  } sessions;
+  struct Pipeline {
+    std::uint64_t encode_threads = 0;
+    std::uint64_t max_queued = 4096;
+    std::uint64_t ring_spin_us = 50;
+  } pipeline;
+  struct CodecChoice {
+    std::string fallback = "raw";  ///< key codec.default
+    std::vector<CodecRule> rules;  ///< [[namespace]] tables of the file
+    const std::string& codec_for(const std::map<std::string, std::string>& facts) const;
+  } codec;
+  struct Metrics {
+    std::string listen = "127.0.0.1:9464";
+  } metrics;
+  struct Log {
+    std::string level = "info";
+  } log;
+
+  /// What no single key shows: limits that contradict each other, paths that are too long, codecs that do not exist.
+  Status validate() const;
+  unsigned socket_mode() const;          ///< the octal text as a number
+  std::string admission_path() const;    ///< where descriptors are handed out: the socket's path and ".fds"
+  std::uint32_t chunk_capacity() const;  ///< derived from dram_bytes unless set
+  std::uint32_t index_slots() const;     ///< derived from chunk_capacity() unless set; a power of two
+  std::uint64_t encode_threads() const;  ///< one per core but one, unless set
+};
+
+/// $XDG_RUNTIME_DIR/kvern/kvernd.sock, or /run/kvern/kvernd.sock without that variable.
+std::string default_socket_path();
+/// /dev/shm/kvern-<uid>-<hash of the socket's path>: two daemons with different sockets never share one.
+std::string default_run_dir(const std::string& socket);
+
+enum class KeyType { kText, kFlag, kNumber, kBytes };
+
+struct ConfigKey {
+  using Slot = std::variant<std::string*, bool*, std::uint64_t*>;
+
+  std::string_view name;  ///< "section.key"
+  KeyType type;
+  std::string_view unit;     ///< "ms", "bytes", …; empty: none
+  std::string_view choices;  ///< "auto|shm|ucx"; empty: any
+  std::uint64_t min;
+  std::uint64_t max;
+  std::string_view help;
+  Slot (*slot)(ServiceConfig& config);
+
+  std::string environment_name() const;  ///< KVERN_SERVER_SOCKET
+  std::string type_name() const;
+  /// Sets the key from text. kInvalid with a sentence that names the key.
+  Status set(ServiceConfig& config, std::string_view text) const;
+  std::string get(const ServiceConfig& config) const;
+};
+std::span<const ConfigKey> config_keys();
+
+struct ConfigSources {
+  std::optional<std::string> file;
+  std::map<std::string, std::string> environment;  ///< all of it; names that are no key of ours are ignored
+  std::map<std::string, std::string> flags;        ///< by key name
+};
+struct LoadedConfig {
+  ServiceConfig config;
+  std::vector<std::string> errors;  ///< "kvernd.toml:7: …"; empty: the configuration is good
+};
+/// Reads all sources and reports every error that it finds, not just the first.
+LoadedConfig load_config(const ConfigSources& sources);
+/// The same for the text of a file; file_name is for the messages.
+LoadedConfig parse_config(std::string_view toml, const std::string& file_name);
+/// The effective configuration as a TOML file with the documentation of each key.
+std::string dump_config(const ServiceConfig& config);
+
+/// "4GiB", "512 MiB", "100kB", "4096". kInvalid says what is accepted.
+Result<std::uint64_t> parse_bytes(std::string_view text);
+/// The largest binary unit that gives a whole number: "4GiB".
+std::string format_bytes(std::uint64_t bytes);
+
+}  // namespace kvern

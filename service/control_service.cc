@@ -1,0 +1,366 @@
+#include "service/control_service.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/container.h"
+#include "transport/wire.h"
+
+namespace kvern {
+namespace {
+
+constexpr std::string_view kDefaultTenant = "default";
+constexpr std::size_t kMaxAttributes = 16;
+constexpr std::size_t kMaxAttributeBytes = 256;
+constexpr std::size_t kMaxNameBytes = 128;
+// A page of events, well below the size of a message.
+constexpr std::size_t kMaxEventBytes = kMaxMessageBytes / 2;
+constexpr std::uint64_t kMaxSnapshotChunks = 1U << 16;
+
+Status refused(std::string why) { return Status(Code::kRefused, std::move(why)); }
+
+/// Client text for logs and reports: cut, and nothing but printable ASCII, so that nobody writes into a terminal.
+std::string plain(std::string_view text, std::size_t most) {
+  std::string result(text.substr(0, most));
+  std::ranges::replace_if(
+      result, [](char c) { return c < ' ' || c > '~'; }, '?');
+  return result;
+}
+
+std::string join_hashes(std::span<const BlockHash> blocks, std::uint32_t hash_bytes) {
+  std::string joined;
+  joined.reserve(blocks.size() * hash_bytes);
+  for (const BlockHash& block : blocks) {
+    joined.append(reinterpret_cast<const char*>(block.bytes().data()), block.bytes().size());
+  }
+  return joined;
+}
+
+std::uint32_t hash_bytes_of(std::span<const BlockHash> blocks) {
+  return blocks.empty() ? 0 : static_cast<std::uint32_t>(blocks.front().size());
+}
+
+Result<std::optional<NamespaceId>> optional_namespace(const std::string& bytes) {
+  NamespaceId id;
+  if (bytes.empty()) return std::optional<NamespaceId>();
+  if (bytes.size() != id.bytes.size()) return failure(Code::kInvalid, "a namespace id has 16 bytes");
+  std::memcpy(id.bytes.data(), bytes.data(), id.bytes.size());
+  return std::optional<NamespaceId>(id);
+}
+
+std::string version_or_none(const std::string& version) { return version.empty() ? "none" : version; }
+
+}  // namespace
+
+void ControlService::handle(const ControlPeer& peer, wire::ControlRequest request, ControlReplyFunction reply) {
+  parts_.metrics.control_requests.Increment();
+  wire::ControlReply answer;
+  answer.set_sequence(request.sequence());
+  const auto finish = [&](const Status& status) {
+    set_status(status, answer.mutable_status());
+    reply(std::move(answer));
+  };
+  if (request.has_hello()) return finish(hello(peer, request, &answer));
+  const auto session = authenticate(peer, request);
+  if (!session) return finish(session.error());
+
+  // What reads much of the store is done elsewhere: this thread serves everybody's messages.
+  const auto later = [&](auto work) {
+    const bool queued = parts_.administration.submit(
+        [work = std::move(work), answer, reply, session = *session, request = std::move(request)]() mutable {
+          const Status status = work(*session, request, &answer);
+          set_status(status, answer.mutable_status());
+          reply(std::move(answer));
+        });
+    if (!queued) finish(Status(Code::kBusy, "too many questions wait: ask again later"));
+  };
+
+  switch (request.body_case()) {
+    case wire::ControlRequest::kRegisterNamespace:
+      return finish(register_namespace(**session, request.register_namespace(), answer.mutable_namespace_registered()));
+    case wire::ControlRequest::kHeartbeat:
+      return finish(Status::ok());
+    case wire::ControlRequest::kGoodbye:
+      parts_.sessions.end((*session)->id(), SessionEnd::kGoodbye);
+      return finish(Status::ok());
+    case wire::ControlRequest::kHot: {
+      auto* hot = request.mutable_hot();
+      return parts_.hot.handle((*session)->id(), std::move(*hot),
+                               [sequence = request.sequence(), reply = std::move(reply)](wire::HotReply hot_reply) {
+                                 wire::ControlReply wrapped;
+                                 wrapped.set_sequence(sequence);
+                                 *wrapped.mutable_hot() = std::move(hot_reply);
+                                 set_status(Status::ok(), wrapped.mutable_status());
+                                 reply(std::move(wrapped));
+                               });
+    }
+    case wire::ControlRequest::kPollEvents:
+      return finish(poll_events(**session, request.poll_events(), answer.mutable_events()));
+    case wire::ControlRequest::kSnapshot:
+      return later([this](const Session& of, const wire::ControlRequest& asked, wire::ControlReply* to) {
+        return snapshot(of, asked.snapshot(), to->mutable_snapshot());
+      });
+    case wire::ControlRequest::kExplain:
+    case wire::ControlRequest::kFlush:
+    case wire::ControlRequest::kStatus: {
+      const bool tool_with_key = (*session)->identity().role == SessionRole::kTool && !peer.public_key.empty();
+      if (!peer.local && !tool_with_key) {
+        parts_.metrics.protocol_error(ProtocolError::kForbidden);
+        return finish(refused("status, explain and flush are for this host and for tools with a key"));
+      }
+      return later([this](const Session&, const wire::ControlRequest& asked, wire::ControlReply* to) {
+        return administrate(asked, to);
+      });
+    }
+    case wire::ControlRequest::kHello:
+    case wire::ControlRequest::BODY_NOT_SET:
+      break;
+  }
+  parts_.metrics.protocol_error(ProtocolError::kUnknownBody);
+  finish(Status(Code::kInvalid, "the request has no body that this daemon knows"));
+}
+
+void ControlService::malformed(const ControlPeer& peer, const Status& why) {
+  parts_.metrics.protocol_error(ProtocolError::kMalformed);
+  spdlog::warn("a {} peer sent what is no request: {}", peer.local ? "local" : "remote", why.message());
+}
+
+Result<SessionIdentity> ControlService::identify(const ControlPeer& peer, const wire::Hello& hello) const {
+  const auto& versions = hello.versions();
+  if (versions.protocol() != kProtocolVersion) {
+    return failure(Code::kRefused, "the client speaks protocol " + std::to_string(versions.protocol()) +
+                                       ", this daemon " + std::to_string(kProtocolVersion) +
+                                       ": install the same Kvern on both sides");
+  }
+  if (versions.container() > kContainerVersion) {
+    return failure(Code::kRefused, "the client writes containers of version " + std::to_string(versions.container()) +
+                                       ", this daemon reads up to " + std::to_string(kContainerVersion) +
+                                       ": install a newer kvernd");
+  }
+  SessionIdentity identity;
+  switch (hello.role()) {
+    case wire::ROLE_SCHEDULER:
+      identity.role = SessionRole::kScheduler;
+      break;
+    case wire::ROLE_WORKER:
+      identity.role = SessionRole::kWorker;
+      break;
+    case wire::ROLE_TOOL:
+      identity.role = SessionRole::kTool;
+      break;
+    default:
+      return failure(Code::kInvalid, "the client names no role that this daemon knows");
+  }
+  identity.local = peer.local;
+  identity.tenant = kDefaultTenant;
+  if (const auto tenant = parts_.tenants.find(peer.public_key); !peer.local && tenant != parts_.tenants.end()) {
+    identity.tenant = tenant->second;
+  }
+  identity.client_name = plain(hello.client_name(), kMaxNameBytes);
+  identity.staging_bytes = hello.staging_bytes();
+  for (const auto& [name, value] : hello.attributes()) {
+    if (identity.attributes.size() >= kMaxAttributes) break;
+    identity.attributes.emplace(plain(name, kMaxAttributeBytes), plain(value, kMaxAttributeBytes));
+  }
+  if (identity.role == SessionRole::kTool) {
+    identity.staging_bytes = 0;
+    return identity;
+  }
+
+  const std::string& configured = parts_.config.server.data_plane;
+  const bool wants_shm = hello.data_plane() == wire::DATA_PLANE_SHM;
+  const bool wants_ucx = hello.data_plane() == wire::DATA_PLANE_UCX;
+  if ((wants_shm && configured == "ucx") || (wants_ucx && configured == "shm")) {
+    return failure(Code::kRefused, "the client forces data_plane " + std::string(wants_shm ? "shm" : "ucx") +
+                                       ", this daemon [server] data_plane = " + configured);
+  }
+  if (!peer.local && (wants_shm || configured == "shm")) {
+    return failure(Code::kRefused, "shared memory needs the daemon's Unix socket; over TCP data travels by UCX");
+  }
+  const bool ucx = !peer.local || wants_ucx || configured == "ucx";
+  identity.plane = ucx ? SessionPlane::kUcx : SessionPlane::kShm;
+  if (!ucx) return identity;
+  if (parts_.ucx.version.empty()) {
+    return failure(Code::kRefused, "this daemon does not listen for UCX: set [server] ucx_listen");
+  }
+  if (versions.ucx() != parts_.ucx.version) {
+    return failure(Code::kRefused, "the client has UCX " + version_or_none(versions.ucx()) + ", this daemon " +
+                                       parts_.ucx.version + "; different versions do not understand each other");
+  }
+  return identity;
+}
+
+Status ControlService::hello(const ControlPeer& peer, const wire::ControlRequest& request, wire::ControlReply* reply) {
+  if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
+  auto identity = identify(peer, request.hello());
+  if (!identity) {
+    parts_.metrics.protocol_error(ProtocolError::kVersion);
+    spdlog::warn("{} was refused: {}", plain(request.hello().client_name(), kMaxNameBytes), identity.error().message());
+    return identity.error();
+  }
+  const auto opened = parts_.sessions.open(std::move(*identity), request.sequence());
+  if (!opened) {
+    spdlog::warn("{} was refused: {}", plain(request.hello().client_name(), kMaxNameBytes), opened.error().message());
+    return opened.error();
+  }
+  const Session& session = **opened;
+  const bool uses_ucx = session.identity().plane == SessionPlane::kUcx;
+  wire::Welcome* welcome = reply->mutable_welcome();
+  welcome->mutable_versions()->set_protocol(kProtocolVersion);
+  welcome->mutable_versions()->set_container(kContainerVersion);
+  welcome->mutable_versions()->set_ucx(parts_.ucx.version);
+  welcome->mutable_versions()->set_software(KVERN_VERSION);
+  welcome->set_session_id(session.id());
+  welcome->set_session_token(session.token());
+  welcome->set_epoch(parts_.epoch);
+  welcome->set_heartbeat_interval_ms(parts_.config.sessions.heartbeat_interval_ms);
+  welcome->set_session_timeout_ms(parts_.config.sessions.timeout_ms);
+  welcome->set_staging_bytes(session.identity().staging_bytes);
+  if (session.identity().plane == SessionPlane::kShm) welcome->set_admission_path(parts_.config.admission_path());
+  if (uses_ucx) {
+    welcome->set_ucx_host(parts_.ucx.host);
+    welcome->set_ucx_port(parts_.ucx.port);
+  }
+  if (session.identity().role == SessionRole::kTool) return Status::ok();  // kvernctl in a loop would fill the log
+  spdlog::info("session {}: {} {} over {}, data plane {}, tenant {}", session.id(), role_name(session.identity().role),
+               session.identity().client_name, peer.local ? "the Unix socket" : "TCP",
+               plane_name(session.identity().plane), session.identity().tenant);
+  return Status::ok();
+}
+
+Result<std::shared_ptr<Session>> ControlService::authenticate(const ControlPeer& peer,
+                                                              const wire::ControlRequest& request) {
+  auto session = parts_.sessions.authenticate(request.session_token());
+  if (!session) {
+    parts_.metrics.protocol_error(ProtocolError::kBadToken);
+    return session;
+  }
+  if ((*session)->identity().local != peer.local) {
+    parts_.metrics.protocol_error(ProtocolError::kBadToken);
+    return failure(Code::kRefused, "the token belongs to a session that came another way");
+  }
+  if (const Status fresh = (*session)->accept_sequence(request.sequence()); !fresh) {
+    parts_.metrics.protocol_error(ProtocolError::kSequence);
+    return failure(fresh);
+  }
+  return session;
+}
+
+Status ControlService::register_namespace(Session& session, const wire::RegisterNamespace& request,
+                                          wire::NamespaceRegistered* answer) {
+  std::vector<std::pair<std::string, std::string>> fields;
+  fields.reserve(static_cast<std::size_t>(request.fields_size()));
+  for (const auto& field : request.fields()) fields.emplace_back(field.name(), field.value());
+  auto space = parts_.namespaces.add(std::move(fields), session.identity().tenant);
+  if (!space) {
+    spdlog::warn("session {}: {}", session.id(), plain(space.error().message(), 2 * kMaxAttributeBytes));
+    return space.error();
+  }
+  if (const Status added = session.add_namespace(*space); !added) return added;
+  answer->set_namespace_id((*space)->id.bytes.data(), (*space)->id.bytes.size());
+  answer->set_codec_spec((*space)->codec_spec);
+  answer->set_tenant((*space)->tenant);
+  return Status::ok();
+}
+
+Status ControlService::poll_events(const Session& session, const wire::PollEvents& request,
+                                   wire::Events* answer) const {
+  const bool sees_all = session.identity().role == SessionRole::kTool && session.identity().local;
+  std::size_t bytes = 0;
+  const auto page = parts_.events.read(request.cursor(), [&](const EventLog::Removal& removal) {
+    if (!sees_all && !session.find_namespace(removal.key.namespace_id)) return true;
+    bytes += removal.blocks.size() * BlockHash::kMaxBytes;
+    if (bytes > kMaxEventBytes && answer->removed_size() > 0) return false;
+    auto* removed = answer->add_removed();
+    const std::uint32_t hash_bytes = hash_bytes_of(removal.blocks);
+    removed->set_namespace_id(removal.key.namespace_id.bytes.data(), removal.key.namespace_id.bytes.size());
+    removed->set_group(removal.key.group);
+    removed->set_block_hashes(join_hashes(removal.blocks, hash_bytes));
+    removed->set_hash_bytes(hash_bytes);
+    removed->set_reason(removal.reason);
+    return true;
+  });
+  answer->set_next_cursor(page.next_cursor);
+  answer->set_lost(page.lost);
+  return Status::ok();
+}
+
+Status ControlService::snapshot(const Session& session, const wire::SnapshotQuery& request,
+                                wire::Snapshot* answer) const {
+  const auto id = optional_namespace(request.namespace_id());
+  if (!id) return id.error();
+  const bool sees_all = session.identity().role == SessionRole::kTool && session.identity().local;
+  if (!sees_all && (!*id || !session.find_namespace(**id))) {
+    return refused("a session sees the chunks of namespaces that it has registered");
+  }
+  const std::uint64_t limit = std::min(request.limit() == 0 ? kMaxSnapshotChunks : request.limit(), kMaxSnapshotChunks);
+  // The cursor comes first: what leaves in between is named twice rather than never.
+  answer->set_events_cursor(parts_.events.next_cursor());
+  const auto chunks = parts_.store.snapshot(*id, static_cast<std::size_t>(limit) + 1);
+  answer->set_truncated(chunks.size() > limit);
+  for (const auto& chunk : std::span(chunks).first(std::min<std::size_t>(chunks.size(), limit))) {
+    auto* description = answer->add_chunks();
+    const std::uint32_t hash_bytes = hash_bytes_of(chunk.blocks);
+    description->set_namespace_id(chunk.key.namespace_id.bytes.data(), chunk.key.namespace_id.bytes.size());
+    description->set_group(chunk.key.group);
+    description->set_block_hashes(join_hashes(chunk.blocks, hash_bytes));
+    description->set_hash_bytes(hash_bytes);
+    description->set_tokens(chunk.tokens);
+    description->set_encoded_bytes(chunk.encoded_bytes);
+    description->set_raw_bytes(chunk.raw_bytes);
+    description->set_codec_spec(chunk.codec_spec);
+    description->set_shards(chunk.shards);
+  }
+  return Status::ok();
+}
+
+Status ControlService::administrate(const wire::ControlRequest& request, wire::ControlReply* reply) {
+  if (request.has_status()) {
+    reply->mutable_status_report()->set_json(parts_.inspector.status_json(stopping_.load()));
+    return Status::ok();
+  }
+  const auto id =
+      optional_namespace(request.has_flush() ? request.flush().namespace_id() : request.explain().namespace_id());
+  if (!id) return id.error();
+  if (request.has_flush()) {
+    const auto [chunks, bytes] = parts_.store.flush(*id);
+    reply->mutable_flushed()->set_chunks(chunks);
+    reply->mutable_flushed()->set_bytes(bytes);
+    spdlog::info("flushed {} chunks of {} bytes", chunks, bytes);
+    return Status::ok();
+  }
+  const std::string& hash = request.explain().block_hash();
+  const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
+  if (!block) return Status(Code::kInvalid, "a block hash has 1 to 64 bytes");
+  for (auto& line : parts_.inspector.explain(*block, *id)) reply->mutable_explanation()->add_lines(std::move(line));
+  return Status::ok();
+}
+
+void ControlService::admit(std::uint64_t connection, const wire::Admit& request, PeerProcess peer,
+                           wire::Admitted* answer, std::vector<int>* descriptors) {
+  const pid_t pid = peer.pid;
+  const auto session = parts_.sessions.admit(connection, request.session_token(), std::move(peer));
+  if (!session) {
+    if (session.error().code() == Code::kExpired) parts_.metrics.protocol_error(ProtocolError::kBadToken);
+    spdlog::warn("process {} was not admitted: {}", pid, session.error().message());
+    return set_status(session.error(), answer->mutable_status());
+  }
+  const auto* local = (*session)->local();
+  const auto staging = (*session)->staging();
+  answer->set_slab_bytes(parts_.slab_bytes);
+  answer->set_index_bytes(parts_.index_bytes);
+  answer->set_segment_bytes(local->segment_memory.bytes().size());
+  answer->set_staging_bytes(staging->capacity_bytes());
+  set_status(Status::ok(), answer->mutable_status());
+  // The descriptors are sent after this returned; a session that ends meanwhile must not close them, for their numbers
+  // could be another session's by then.
+  last_admitted_ = *session;
+  *descriptors = {parts_.slab_fd, parts_.index_fd, local->segment_memory.fd(), staging->fd(), local->doorbell.get()};
+}
+
+void ControlService::closed(std::uint64_t connection) { parts_.sessions.connection_closed(connection); }
+
+}  // namespace kvern

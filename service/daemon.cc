@@ -1,0 +1,389 @@
+#include "service/daemon.h"
+
+#include <openssl/rand.h>
+#include <prometheus/text_serializer.h>
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <filesystem>
+#include <mutex>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "base/block_index.h"
+#include "base/clock.h"
+#include "base/executor.h"
+#include "service/collector.h"
+#include "service/control_service.h"
+#include "service/event_log.h"
+#include "service/hazards.h"
+#include "service/hot_service.h"
+#include "service/http_server.h"
+#include "service/in_flight.h"
+#include "service/inspector.h"
+#include "service/instance_lock.h"
+#include "service/metrics.h"
+#include "service/namespaces.h"
+#include "service/remote_data.h"
+#include "service/sessions.h"
+#include "service/store_pipeline.h"
+#include "store/chunk_store.h"
+#include "store/eviction_policy.h"
+#include "transport/admission.h"
+#include "transport/channel.h"
+#include "transport/control.h"
+#include "transport/key_files.h"
+#include "transport/shared_memory.h"
+#include "transport/ucx.h"
+
+namespace kvern {
+namespace {
+
+namespace fs = std::filesystem;
+using std::chrono::milliseconds;
+
+constexpr std::size_t kAdministrationQueue = 64;
+// How often time-outs are looked at. Four times a second costs nothing and finds an expiry soon enough.
+constexpr milliseconds kTick{250};
+// Freeing what waits to be freed: chunks without all their shards, drops that a lease delayed.
+constexpr milliseconds kSweepInterval{1000};
+constexpr milliseconds kAbandonCheck{50};
+
+template <typename T>
+T or_throw(Result<T> result) {
+  if (!result) throw std::runtime_error(result.error().message());
+  return std::move(*result);
+}
+
+void make_folder(const fs::path& path, fs::perms permissions) {
+  std::error_code error;
+  if (path.empty() || fs::is_directory(path, error)) return;
+  fs::create_directories(path, error);
+  if (!error) fs::permissions(path, permissions, error);
+  if (error) throw std::runtime_error("cannot make the folder " + path.string() + ": " + error.message());
+}
+
+std::uint64_t random_epoch() {
+  std::uint64_t epoch = 0;
+  while (epoch == 0) {
+    if (RAND_bytes(reinterpret_cast<unsigned char*>(&epoch), sizeof epoch) != 1) {
+      throw std::runtime_error("the system gives no random bytes");
+    }
+  }
+  return epoch;
+}
+
+/// The folders and locks of one daemon. They come before everything else and go after it.
+class Premises {
+ public:
+  explicit Premises(const ServiceConfig& config)
+      : run_dir_(config.server.run_dir),
+        socket_lock_(
+            (make_folder(fs::path(config.server.socket).parent_path(), fs::perms(0755)),
+             or_throw(InstanceLock::take(config.server.socket + ".lock", "the socket " + config.server.socket)))),
+        run_lock_((make_folder(run_dir_, fs::perms(0700)),
+                   or_throw(InstanceLock::take((run_dir_ / "lock").string(), "the folder " + run_dir_.string())))) {}
+  ~Premises() {
+    std::error_code ignored;
+    // Fails when a file is left in it; the lock file goes with run_lock_, so the folder goes after that.
+    fs::remove(run_dir_ / "lock", ignored);
+    fs::remove(run_dir_, ignored);
+  }
+
+ private:
+  const fs::path run_dir_;
+  InstanceLock socket_lock_;
+  InstanceLock run_lock_;
+};
+
+ControlServerConfig control_config(const ServiceConfig& config, const std::vector<AllowedClient>& allowed) {
+  ControlServerConfig result;
+  result.unix_path = config.server.socket;
+  result.unix_mode = config.socket_mode();
+  if (config.server.tcp_listen.empty()) return result;
+  result.tcp_endpoint = "tcp://" + config.server.tcp_listen;
+  result.insecure = config.server.insecure;
+  if (!config.server.insecure) {
+    result.server_keys = or_throw(read_secret_key_file(config.server.server_key_file));
+    for (const AllowedClient& client : allowed) result.allowed_client_keys.push_back(client.public_key);
+  }
+  return result;
+}
+
+std::vector<AllowedClient> allowed_clients(const ServiceConfig& config) {
+  if (config.server.tcp_listen.empty() || config.server.insecure) return {};
+  return or_throw(read_allowed_clients_file(config.server.allowed_clients_file));
+}
+
+bool is_any_address(const std::string& address) { return address == "*" || address == "0.0.0.0" || address == "::"; }
+
+}  // namespace
+
+struct Daemon::State {
+  explicit State(const ServiceConfig& config_in);
+  ~State();
+
+  void start_remote();
+  void start_servers();
+  void watch();
+  void wake();
+  HttpServer::Pages pages();
+  ControlService::UcxEndpoint ucx_endpoint() const;
+
+  const ServiceConfig config;
+  const Clock& clock = Clock::system();
+  const std::int64_t started_ns = clock.now_ns();
+  const std::uint64_t epoch = random_epoch();
+  const std::vector<AllowedClient> allowed = allowed_clients(config);
+  Premises premises{config};
+  SharedMemory slab;
+  SharedMemory index;
+  UniqueFd slab_reader;
+  UniqueFd index_reader;
+
+  Metrics metrics;
+  EventLog events;
+  HazardRegistry hazards;
+  InFlight in_flight;
+  std::unique_ptr<ChunkStore> store;
+  NamespaceRegistry namespaces;
+  Sessions sessions;
+  ThreadPool encoders;
+  ThreadPool administration{"kvern-admin", 1, kAdministrationQueue};
+  StorePipeline pipeline;
+  HotService hot;
+  RemoteData remote;
+  Inspector inspector;
+  std::atomic<bool> ready{false};
+  std::atomic<bool> abandoned{false};
+
+  // Those that call into all of the above. Made last, gone first.
+  std::unique_ptr<UcxServer> ucx;
+  std::unique_ptr<ControlService> control;
+  std::unique_ptr<RingServer> rings;
+  std::unique_ptr<AdmissionServer> admission;
+  std::unique_ptr<ControlServer> control_server;
+  std::unique_ptr<Collector> collector;
+  std::unique_ptr<HttpServer> http;
+
+  std::mutex watch_mutex;
+  std::condition_variable watch_wake;
+  bool woken = false;
+  bool watch_ends = false;
+  std::thread watcher;
+};
+
+Daemon::State::State(const ServiceConfig& config_in)
+    : config(config_in),
+      slab(or_throw(SharedMemory::create_named(config.server.run_dir + "/slab", config.store.dram_bytes))),
+      index(or_throw(SharedMemory::create_named(
+          config.server.run_dir + "/index",
+          block_index_bytes({.chunk_capacity = config.chunk_capacity(), .slot_count = config.index_slots()})))),
+      slab_reader(or_throw(slab.read_only_fd())),
+      index_reader(or_throw(index.read_only_fd())),
+      store(std::make_unique<ChunkStore>(
+          ChunkStoreConfig{
+              .slab_bytes = config.store.dram_bytes,
+              .chunk_capacity = config.chunk_capacity(),
+              .index_slots = config.index_slots(),
+              .generation = epoch,
+              .incomplete_ttl_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000},
+          slab.bytes(), index.bytes(), make_lru_policy(),
+          [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock)),
+      namespaces([this](const std::map<std::string, std::string>& facts) { return config.codec.codec_for(facts); }),
+      sessions({.max_sessions = config.sessions.max_sessions,
+                .staging_bytes_max = config.sessions.staging_bytes_max,
+                .timeout_ns = static_cast<std::int64_t>(config.sessions.timeout_ms) * 1'000'000},
+               epoch, hazards, clock),
+      encoders("kvern-encode", config.encode_threads(), config.pipeline.max_queued),
+      pipeline(*store, encoders, metrics, clock),
+      hot({.sessions = sessions,
+           .store = *store,
+           .pipeline = pipeline,
+           .in_flight = in_flight,
+           .metrics = metrics,
+           .clock = clock,
+           .slab_bytes = config.store.dram_bytes}),
+      remote(sessions, *store),
+      inspector({.config = config,
+                 .sessions = sessions,
+                 .namespaces = namespaces,
+                 .store = *store,
+                 .pipeline = pipeline,
+                 .encoders = &encoders,
+                 .in_flight = in_flight,
+                 .events = events,
+                 .clock = clock,
+                 .epoch = epoch,
+                 .started_ns = started_ns}) {
+  store->set_removal_listener([this](const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason) {
+    metrics.chunk_removed(reason);
+    events.add({.key = key,
+                .blocks = {blocks.begin(), blocks.end()},
+                .reason = std::string(reason),
+                .time_ns = clock.now_ns()});
+  });
+  start_servers();
+}
+
+ControlService::UcxEndpoint Daemon::State::ucx_endpoint() const {
+  if (!ucx) return {};
+  const auto& server = config.server;
+  const std::string host = !server.ucx_advertise.empty()       ? server.ucx_advertise
+                           : is_any_address(server.ucx_listen) ? ""
+                                                               : server.ucx_listen;
+  return {.version = or_throw(ucx_version()), .host = host, .port = ucx->port()};
+}
+
+void Daemon::State::start_servers() {
+  sessions.set_hooks({.admitted =
+                          [this](const Session& session) {
+                            const auto* local = session.local();
+                            rings->add(session.id(), local->segment, local->doorbell.get());
+                          },
+                      .ending = [this](const Session& session) { rings->remove(session.id()); },
+                      .ended =
+                          [this](const Session& session, SessionEnd why) {
+                            metrics.session_ended(end_name(why));
+                            if (session.identity().role == SessionRole::kTool) return;
+                            spdlog::info("session {}: ended, {}", session.id(), end_name(why));
+                          },
+                      .disconnect = [this](std::uint64_t connection) { admission->disconnect(connection); },
+                      .wake = [this] { wake(); }});
+  if (!config.server.ucx_listen.empty()) {
+    ucx = std::make_unique<UcxServer>(
+        UcxServerConfig{.listen_address = config.server.ucx_listen == "*" ? "0.0.0.0" : config.server.ucx_listen,
+                        .port = static_cast<std::uint16_t>(config.server.ucx_port),
+                        .transports = config.server.ucx_transports,
+                        .devices = config.server.ucx_devices},
+        remote);
+    spdlog::info("UCX {} listens on {}:{}", or_throw(ucx_version()), config.server.ucx_listen, ucx->port());
+  }
+  std::map<std::string, std::string> tenants;
+  for (const AllowedClient& client : allowed) tenants.emplace(client.public_key, client.name);
+  control = std::make_unique<ControlService>(ControlService::Parts{.config = config,
+                                                                   .epoch = epoch,
+                                                                   .ucx = ucx_endpoint(),
+                                                                   .tenants = std::move(tenants),
+                                                                   .slab_fd = slab_reader.get(),
+                                                                   .index_fd = index_reader.get(),
+                                                                   .slab_bytes = slab.bytes().size(),
+                                                                   .index_bytes = index.bytes().size(),
+                                                                   .sessions = sessions,
+                                                                   .namespaces = namespaces,
+                                                                   .store = *store,
+                                                                   .events = events,
+                                                                   .inspector = inspector,
+                                                                   .hot = hot,
+                                                                   .administration = administration,
+                                                                   .metrics = metrics});
+  rings = std::make_unique<RingServer>(
+      RingServer::Config{.spin_us = static_cast<std::uint32_t>(config.pipeline.ring_spin_us)}, hot);
+  admission = std::make_unique<AdmissionServer>(config.admission_path(), config.socket_mode(), *control,
+                                                AdmissionLimits{.max_connections = config.sessions.max_sessions});
+  control_server = std::make_unique<ControlServer>(control_config(config, allowed), *control);
+  collector = std::make_unique<Collector>(
+      Collector::Parts{.sessions = sessions,
+                       .store = *store,
+                       .encoders = encoders,
+                       .in_flight = in_flight,
+                       .clock = clock,
+                       .started_ns = started_ns,
+                       .index_slots = config.index_slots(),
+                       .dropped_replies = [this] { return control_server->dropped_replies(); }});
+  watcher = std::thread([this] { watch(); });
+  if (!config.metrics.listen.empty()) http = std::make_unique<HttpServer>(config.metrics.listen, pages());
+  ready.store(true);
+  spdlog::info("kvernd {} is ready after {:.0f} ms: socket {}, {} of DRAM in {}{}", KVERN_VERSION,
+               static_cast<double>(clock.now_ns() - started_ns) * 1e-6, config.server.socket,
+               format_bytes(config.store.dram_bytes), config.server.run_dir,
+               config.server.tcp_listen.empty() ? "" : ", TCP " + control_server->tcp_endpoint());
+}
+
+HttpServer::Pages Daemon::State::pages() {
+  return {{"/metrics",
+           [this] {
+             auto families = metrics.registry().Collect();
+             std::ranges::move(collector->Collect(), std::back_inserter(families));
+             return HttpAnswer{.content_type = "text/plain; version=0.0.4; charset=utf-8",
+                               .body = prometheus::TextSerializer().Serialize(families)};
+           }},
+          {"/healthz", [] { return HttpAnswer{.body = "ok\n"}; }},
+          {"/readyz", [this] {
+             return ready.load() ? HttpAnswer{.body = "ready\n"} : HttpAnswer{.status = 503, .body = "not ready\n"};
+           }}};
+}
+
+void Daemon::State::watch() {
+  std::int64_t next_sweep_ns = 0;
+  std::unique_lock lock(watch_mutex);
+  while (!watch_ends) {
+    watch_wake.wait_for(lock, kTick, [this] { return watch_ends || woken; });
+    woken = false;
+    lock.unlock();
+    sessions.tick();
+    if (const std::int64_t now = clock.now_ns(); now >= next_sweep_ns) {
+      store->sweep();
+      next_sweep_ns = now + std::chrono::nanoseconds(kSweepInterval).count();
+    }
+    lock.lock();
+  }
+}
+
+void Daemon::State::wake() {
+  {
+    std::lock_guard lock(watch_mutex);
+    woken = true;
+  }
+  watch_wake.notify_one();
+}
+
+Daemon::State::~State() {
+  ready.store(false);
+  control_server.reset();
+  administration.drain();
+  pipeline.cancel();
+  sessions.end_all();
+  {
+    std::lock_guard lock(watch_mutex);
+    watch_ends = true;
+  }
+  watch_wake.notify_one();
+  if (watcher.joinable()) watcher.join();
+  encoders.drain();
+}
+
+Daemon::Daemon(const ServiceConfig& config) : state_(std::make_unique<State>(config)) {}
+Daemon::~Daemon() = default;
+
+void Daemon::drain() {
+  State& state = *state_;
+  state.ready.store(false);
+  state.control->begin_stop();
+  state.hot.begin_stop();
+  state.sessions.begin_stop();
+  spdlog::info("stopping: finishing what was committed");
+  const std::int64_t deadline =
+      state.clock.now_ns() + static_cast<std::int64_t>(state.config.server.drain_timeout_ms) * 1'000'000;
+  while (!state.pipeline.wait_idle(kAbandonCheck)) {
+    if (state.abandoned.load() || state.clock.now_ns() >= deadline) {
+      spdlog::warn("stopping although {} chunks are not stored yet", state.in_flight.size());
+      break;
+    }
+  }
+}
+
+void Daemon::abandon() {
+  state_->abandoned.store(true);
+  state_->pipeline.cancel();
+}
+
+std::uint16_t Daemon::http_port() const { return state_->http ? state_->http->port() : 0; }
+std::string Daemon::tcp_endpoint() const { return state_->control_server->tcp_endpoint(); }
+
+}  // namespace kvern

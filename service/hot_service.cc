@@ -1,0 +1,447 @@
+#include "service/hot_service.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "kernels/codec.h"
+#include "kernels/container.h"
+#include "transport/wire.h"
+
+namespace kvern {
+namespace {
+
+// Positions beyond this are a mistake.
+constexpr std::uint64_t kMaxPosition = 1ULL << 40;
+// Durations that one Report may carry.
+constexpr int kMaxDurations = 4096;
+// What a Fetch may pin in one answer, so that the answer is never larger than a message: a location takes at most 48
+// bytes.
+constexpr std::size_t kMaxLocations = kMaxMessageBytes / 64;
+
+double seconds_since(const Clock& clock, std::int64_t started_ns) {
+  return static_cast<double>(clock.now_ns() - started_ns) * 1e-9;
+}
+
+Status invalid(std::string why) { return Status(Code::kInvalid, std::move(why)); }
+
+std::span<const std::uint8_t> as_bytes(std::string_view text) {
+  return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
+}
+
+Result<NamespaceId> parse_namespace_id(const std::string& bytes) {
+  NamespaceId id;
+  if (bytes.size() != id.bytes.size()) return failure(Code::kInvalid, "a namespace id has 16 bytes");
+  std::memcpy(id.bytes.data(), bytes.data(), id.bytes.size());
+  return id;
+}
+
+/// Hashes that lie behind one another, hash_bytes each.
+Result<std::vector<BlockHash>> split_hashes(std::string_view joined, std::uint32_t hash_bytes, std::size_t most) {
+  if (hash_bytes == 0 || hash_bytes > BlockHash::kMaxBytes) {
+    return failure(Code::kInvalid, "hash_bytes must be 1 to " + std::to_string(BlockHash::kMaxBytes));
+  }
+  if (joined.empty() || joined.size() % hash_bytes != 0) {
+    return failure(Code::kInvalid, "the block hashes are not a whole number of hashes");
+  }
+  if (joined.size() / hash_bytes > most) {
+    return failure(Code::kInvalid, "more than " + std::to_string(most) + " block hashes: ask in pieces");
+  }
+  std::vector<BlockHash> hashes;
+  hashes.reserve(joined.size() / hash_bytes);
+  for (std::size_t at = 0; at < joined.size(); at += hash_bytes)
+    hashes.emplace_back(as_bytes(joined.substr(at, hash_bytes)));
+  return hashes;
+}
+
+Result<std::shared_ptr<const Namespace>> named_namespace(const Session& session, const std::string& id_bytes,
+                                                         std::uint32_t group) {
+  const auto id = parse_namespace_id(id_bytes);
+  if (!id) return failure(id.error());
+  auto space = session.find_namespace(*id);
+  if (!space) return failure(Code::kInvalid, "this session has not registered the namespace " + id->to_hex());
+  if (group > UINT16_MAX) return failure(Code::kInvalid, "there is no group " + std::to_string(group));
+  return space;
+}
+
+Status check_item_count(int items) {
+  if (items > 0 && items <= kMaxItems) return Status::ok();
+  return invalid("a request has 1 to " + std::to_string(kMaxItems) + " items, not " + std::to_string(items));
+}
+
+std::vector<std::uint64_t> parse_checksums(const std::string& bytes) {
+  std::vector<std::uint64_t> checksums(bytes.size() / sizeof(std::uint64_t));
+  if (!checksums.empty()) std::memcpy(checksums.data(), bytes.data(), checksums.size() * sizeof(std::uint64_t));
+  return checksums;
+}
+
+/// One Commit whose items end on different threads: the last one answers.
+class PendingCommit {
+ public:
+  PendingCommit(std::size_t items, HotReplyFunction reply, Metrics& metrics, const Clock& clock)
+      : statuses_(items),
+        left_(items),
+        reply_(std::move(reply)),
+        metrics_(metrics),
+        clock_(clock),
+        started_(clock.now_ns()) {}
+
+  void finish(std::size_t item, Status status) {
+    statuses_[item] = std::move(status);
+    if (left_.fetch_sub(1) != 1) return;
+    metrics_.commit_seconds.Observe(seconds_since(clock_, started_));
+    wire::HotReply reply;
+    for (const Status& each : statuses_) set_status(each, reply.mutable_committed()->add_items());
+    reply_(std::move(reply));
+  }
+
+ private:
+  std::vector<Status> statuses_;
+  std::atomic<std::size_t> left_;
+  const HotReplyFunction reply_;
+  Metrics& metrics_;
+  const Clock& clock_;
+  const std::int64_t started_;
+};
+
+}  // namespace
+
+void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotReplyFunction reply) {
+  wire::HotReply answer;
+  answer.set_id(request.id());
+  const auto finish = [&](const Status& status) {
+    set_status(status, answer.mutable_status());
+    reply(std::move(answer));
+  };
+  const auto session = parts_.sessions.find(session_id);
+  if (!session) return finish(Status(Code::kExpired, "the session has ended: say hello again"));
+  const std::int64_t started = parts_.clock.now_ns();
+  session->touch(started);
+  switch (request.body_case()) {
+    case wire::HotRequest::kMatch:
+      parts_.metrics.request(RequestType::kMatch);
+      return finish(match(*session, request.match(), answer.mutable_matched()));
+    case wire::HotRequest::kReserve: {
+      parts_.metrics.request(RequestType::kReserve);
+      const Status status = reserve(*session, request.reserve(), answer.mutable_reserved());
+      parts_.metrics.reserve_seconds.Observe(seconds_since(parts_.clock, started));
+      return finish(status);
+    }
+    case wire::HotRequest::kCommit:
+      parts_.metrics.request(RequestType::kCommit);
+      return commit(session, request, std::move(reply));
+    case wire::HotRequest::kAbandon:
+      parts_.metrics.request(RequestType::kAbandon);
+      return finish(abandon(*session, request.abandon()));
+    case wire::HotRequest::kFetch: {
+      parts_.metrics.request(RequestType::kFetch);
+      const Status status = fetch(*session, request.fetch(), answer.mutable_fetched());
+      parts_.metrics.fetch_seconds.Observe(seconds_since(parts_.clock, started));
+      return finish(status);
+    }
+    case wire::HotRequest::kRelease:
+      parts_.metrics.request(RequestType::kRelease);
+      return finish(release(*session, request.release()));
+    case wire::HotRequest::kReleaseMatch:
+      parts_.metrics.request(RequestType::kReleaseMatch);
+      session->drop_match(request.release_match().lease_id());
+      return finish(Status::ok());
+    case wire::HotRequest::kReport:
+      parts_.metrics.request(RequestType::kReport);
+      report(request.report());
+      return finish(Status::ok());
+    case wire::HotRequest::BODY_NOT_SET:
+      break;
+  }
+  parts_.metrics.protocol_error(ProtocolError::kUnknownBody);
+  finish(invalid("the request has no body that this daemon knows"));
+}
+
+void HotService::protocol_error(std::uint64_t session_id, const Status& why) {
+  parts_.metrics.protocol_error(ProtocolError::kBadRing);
+  spdlog::warn("session {}: its ring is broken: {}", session_id, why.message());
+  parts_.sessions.end_soon(session_id, SessionEnd::kProtocolError);
+}
+
+Status HotService::match(Session& session, const wire::Match& request, wire::Matched* answer) {
+  const auto space = named_namespace(session, request.namespace_id(), request.group());
+  if (!space) return space.error();
+  const auto hashes = split_hashes(request.block_hashes(), request.hash_bytes(), kMaxMatchBlocks);
+  if (!hashes) return hashes.error();
+  const auto group = static_cast<std::uint16_t>(request.group());
+  std::string present((hashes->size() + 7) / 8, '\0');
+  std::vector<std::shared_ptr<Lease>> leases;
+  std::shared_ptr<Lease> last;
+  for (std::size_t i = 0; i < hashes->size(); ++i) {
+    auto pinned = parts_.store.pin((*space)->id, group, (*hashes)[i]);
+    if (!pinned) continue;
+    present[i / 8] = static_cast<char>(present[i / 8] | 1 << (i % 8));
+    // While a lease holds the chunk its number means that chunk: one pin for all blocks of it.
+    const bool held = last && last->chunk().chunk == pinned->chunk;
+    auto lease = std::make_shared<Lease>(parts_.store, std::move(*pinned), (*space)->id, group, (*hashes)[i]);
+    if (held || i < request.first_block()) continue;
+    last = lease;
+    leases.push_back(std::move(lease));
+  }
+  if (!leases.empty()) {
+    if (const Status added = session.add_match(request.lease_id(), std::move(leases)); !added) return added;
+  }
+  answer->set_present(std::move(present));
+  return Status::ok();
+}
+
+/// What all items of a Reserve have in common.
+struct HotService::ReserveTerms {
+  std::shared_ptr<const Namespace> space;
+  std::shared_ptr<const Codec> codec;
+  std::shared_ptr<Staging> staging;
+  ContainerInfo info;  ///< without key, hashes, position and tokens
+  std::uint32_t hash_bytes = 0;
+};
+
+Result<HotService::ReserveTerms> HotService::reserve_terms(Session& session, const wire::Reserve& request) {
+  if (stopping_.load(std::memory_order_relaxed)) {
+    parts_.metrics.refused(Refusal::kStopping);
+    return failure(Code::kUnavailable, "the daemon is stopping");
+  }
+  if (const Status count = check_item_count(request.items_size()); !count) return failure(count);
+  auto space = named_namespace(session, request.namespace_id(), request.group());
+  if (!space) return failure(space.error());
+  ReserveTerms terms;
+  terms.space = *space;
+  terms.staging = session.staging();
+  if (!terms.staging) return failure(Code::kRefused, "the session asked for no staging memory");
+  terms.hash_bytes = request.hash_bytes();
+  const wire::ShardMessage& shard = request.shard();
+  if (shard.dtype() > static_cast<std::uint32_t>(DType::kOpaqueBytes))
+    return failure(Code::kInvalid, "there is no such dtype");
+  if (request.block_tokens() != terms.space->shape.block_tokens) {
+    return failure(Code::kInvalid, "blocks have " + std::to_string(terms.space->shape.block_tokens) +
+                                       " tokens in this namespace, not " + std::to_string(request.block_tokens()));
+  }
+  terms.info.key.namespace_id = terms.space->id;
+  terms.info.key.group = static_cast<std::uint16_t>(request.group());
+  terms.info.shape = {.dtype = static_cast<DType>(shard.dtype()),
+                      .layer_begin = shard.layer_begin(),
+                      .layers = shard.layers(),
+                      .head_begin = shard.head_begin(),
+                      .heads = shard.heads(),
+                      .tokens = terms.space->shape.block_tokens,
+                      .key_dim = shard.key_dim(),
+                      .value_dim = shard.value_dim()};
+  terms.info.block_tokens = request.block_tokens();
+  terms.info.group_layers = request.group_layers();
+  terms.info.model_heads = request.model_heads();
+  const Status fits = terms.space->shape.accepts(terms.info.shape, request.group_layers(), request.model_heads());
+  if (!fits) return failure(fits);
+
+  // Bytes of unknown layout can only be kept as they are, whatever the namespace prefers for the others.
+  const bool opaque = terms.info.shape.dtype == DType::kOpaqueBytes;
+  const std::string spec = !request.codec_spec().empty() ? request.codec_spec()
+                           : opaque                      ? "raw"
+                                                         : terms.space->codec_spec;
+  auto codec = make_codec(spec);
+  if (!codec) return failure(Code::kRefused, codec.error().message());
+  terms.codec = std::move(*codec);
+  terms.info.codec_spec = terms.codec->spec();
+  terms.info.lossy_generations = terms.codec->lossless() ? 0 : 1;
+  return terms;
+}
+
+Status HotService::reserve(Session& session, const wire::Reserve& request, wire::Reserved* answer) {
+  const auto terms = reserve_terms(session, request);
+  if (!terms) {
+    if (terms.error().code() == Code::kInvalid) parts_.metrics.refused(Refusal::kInvalid);
+    if (terms.error().code() == Code::kRefused) parts_.metrics.refused(Refusal::kCodec);
+    return terms.error();
+  }
+  for (const auto& item : request.items()) reserve_item(session, *terms, item, answer->add_items());
+  return Status::ok();
+}
+
+void HotService::reserve_item(Session& session, const ReserveTerms& terms, const wire::ReserveItem& item,
+                              wire::ReservedItem* answer) {
+  const auto refuse = [&](wire::Reservation outcome, Refusal why, std::string reason) {
+    parts_.metrics.refused(why);
+    answer->set_outcome(outcome);
+    answer->set_reason(std::move(reason));
+  };
+  auto hashes = split_hashes(item.block_hashes(), terms.hash_bytes, terms.space->shape.chunk_tokens);
+  if (!hashes) return refuse(wire::REFUSED, Refusal::kInvalid, hashes.error().message());
+  if (item.position() > kMaxPosition || item.position() % terms.info.block_tokens != 0) {
+    return refuse(wire::REFUSED, Refusal::kInvalid, "the position is not the start of a block");
+  }
+  auto reservation = std::make_shared<Reservation>();
+  reservation->codec = terms.codec;
+  ContainerInfo& info = reservation->info;
+  info = terms.info;
+  info.shape.tokens = static_cast<std::uint32_t>(hashes->size()) * info.block_tokens;
+  info.position = item.position();
+  info.key.last_block = hashes->back();
+  info.block_hashes = std::move(*hashes);
+  if (const Status fits = terms.space->shape.accepts(info.shape, info.group_layers, info.model_heads); !fits) {
+    return refuse(wire::REFUSED, Refusal::kInvalid, fits.message());
+  }
+  if (const Status accepts = terms.codec->accepts(info.shape); !accepts) {
+    return refuse(wire::REFUSED, Refusal::kCodec, accepts.message());
+  }
+  const std::size_t raw_bytes = info.shape.raw_bytes();
+  if (raw_bytes > terms.staging->capacity_bytes()) {
+    return refuse(wire::REFUSED, Refusal::kTooLarge,
+                  "a chunk of " + std::to_string(raw_bytes) + " bytes does not fit into the session's staging of " +
+                      std::to_string(terms.staging->capacity_bytes()) + " ([sessions] staging_bytes_max)");
+  }
+  if (container_max_bytes(*terms.codec, info) > parts_.slab_bytes) {
+    return refuse(wire::REFUSED, Refusal::kTooLarge, "the chunk is larger than the DRAM tier ([store] dram_bytes)");
+  }
+  // Claimed before the store is asked: whoever held the claim before has published by now, and is seen there.
+  reservation->claim = parts_.in_flight.claim(info.key, info.shape);
+  const Presence presence = reservation->claim ? parts_.store.presence(info.key, info.shape) : Presence::kInFlight;
+  if (presence == Presence::kStored) return answer->set_outcome(wire::ALREADY_STORED);
+  if (presence == Presence::kInFlight)
+    return refuse(wire::IN_FLIGHT, Refusal::kInFlight, "somebody else is storing it");
+  auto block = terms.staging->allocate(raw_bytes);
+  if (!block) return refuse(wire::NO_ROOM, Refusal::kStagingFull, "the session's staging is full at the moment");
+  reservation->block = std::move(*block);
+  if (const Status added = session.add_reservation(reservation); !added) {
+    return refuse(wire::NO_ROOM, Refusal::kSession, added.message());
+  }
+  answer->set_outcome(wire::RESERVED);
+  answer->set_reservation_id(reservation->id);
+  answer->mutable_extent()->set_offset(reservation->block.extent().offset);
+  answer->mutable_extent()->set_bytes(raw_bytes);
+}
+
+void HotService::commit(const std::shared_ptr<Session>& session, const wire::HotRequest& request,
+                        HotReplyFunction reply) {
+  const auto& items = request.commit().items();
+  if (const Status count = check_item_count(items.size()); !count) {
+    wire::HotReply answer;
+    answer.set_id(request.id());
+    set_status(count, answer.mutable_status());
+    return reply(std::move(answer));
+  }
+  const auto with_id = [id = request.id(), reply = std::move(reply)](wire::HotReply answer) {
+    answer.set_id(id);
+    reply(std::move(answer));
+  };
+  const auto pending =
+      std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), with_id, parts_.metrics, parts_.clock);
+  std::size_t index = 0;
+  for (const auto& item : items) {
+    const std::size_t mine = index++;
+    const auto reservation = session->take_reservation(item.reservation_id());
+    if (!reservation) {
+      pending->finish(mine, invalid("there is no reservation " + std::to_string(item.reservation_id())));
+      continue;
+    }
+    if (reservation->running_pushes.load() > 0) {
+      pending->finish(mine, invalid("its bytes are still on their way"));
+      continue;
+    }
+    if (item.plane_checksums().size() != plane_count(reservation->info.shape) * sizeof(std::uint64_t)) {
+      parts_.metrics.refused(Refusal::kInvalid);
+      pending->finish(mine, invalid("there must be one checksum per layer, part and head"));
+      continue;
+    }
+    const Status queued =
+        parts_.pipeline.submit(reservation, parse_checksums(item.plane_checksums()),
+                               [pending, mine](Status status) { pending->finish(mine, std::move(status)); });
+    if (!queued) {
+      parts_.metrics.refused(Refusal::kQueueFull);
+      pending->finish(mine, queued);
+    }
+  }
+}
+
+Status HotService::abandon(Session& session, const wire::Abandon& request) {
+  if (const Status count = check_item_count(request.reservation_ids_size()); !count) return count;
+  for (const auto id : request.reservation_ids()) session.take_reservation(id);
+  return Status::ok();
+}
+
+Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer) {
+  if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
+  if (const Status count = check_item_count(request.items_size()); !count) return count;
+  const auto space = named_namespace(session, request.namespace_id(), request.group());
+  if (!space) return space.error();
+  std::size_t locations = 0;
+  for (const auto& item : request.items()) {
+    auto* fetched = answer->add_items();
+    if (locations >= kMaxLocations) {
+      set_status(Status(Code::kBusy, "the answer would be too large: ask for fewer items"), fetched->mutable_status());
+      continue;
+    }
+    fetch_item(session, **space, static_cast<std::uint16_t>(request.group()), item, fetched);
+    locations += 1 + static_cast<std::size_t>(fetched->shards_size());
+  }
+  return Status::ok();
+}
+
+void HotService::fetch_item(Session& session, const Namespace& space, std::uint16_t group, const wire::FetchItem& item,
+                            wire::FetchedItem* answer) {
+  const auto block = BlockHash::from_bytes(as_bytes(item.block_hash()));
+  if (!block) return set_status(invalid("a block hash has 1 to 64 bytes"), answer->mutable_status());
+  auto pinned = parts_.store.pin(space.id, group, *block);
+  if (!pinned) {
+    parts_.metrics.missed(Miss::kEvictedBeforeLoad, space.shape.block_tokens);
+    return set_status(pinned.error(), answer->mutable_status());
+  }
+  auto lease = std::make_shared<Lease>(parts_.store, std::move(*pinned), space.id, group, *block);
+  const PinnedChunk& chunk = lease->chunk();
+  const auto id = session.add_lease(lease);
+  if (!id) return set_status(id.error(), answer->mutable_status());
+  answer->set_lease_id(*id);
+  answer->set_tokens(chunk.tokens);
+  for (const StoredShard& shard : chunk.shards) {
+    auto* location = answer->add_shards();
+    location->set_offset(shard.extent.offset);
+    location->set_bytes(shard.extent.bytes);
+    location->set_layer_begin(shard.layer_begin);
+    location->set_layers(shard.layers);
+    location->set_head_begin(shard.head_begin);
+    location->set_heads(shard.heads);
+  }
+  set_status(Status::ok(), answer->mutable_status());
+}
+
+Status HotService::release(Session& session, const wire::Release& request) {
+  const int items = request.lease_ids_size() + request.corrupt_lease_ids_size();
+  if (const Status count = check_item_count(items); !count) return count;
+  for (const auto id : request.corrupt_lease_ids()) {
+    if (auto lease = session.take_lease(id)) parts_.pipeline.verify(std::move(lease));
+  }
+  for (const auto id : request.lease_ids()) session.take_lease(id);
+  return Status::ok();
+}
+
+void HotService::report(const wire::Report& request) {
+  Metrics& metrics = parts_.metrics;
+  const auto count = [](std::uint64_t value) { return static_cast<double>(value); };
+  metrics.requested_tokens.Increment(count(request.requested_tokens()));
+  metrics.hit_tokens.Increment(count(request.hit_tokens()));
+  if (request.requested_tokens() > request.hit_tokens()) {
+    metrics.missed(Miss::kNotStored, count(request.requested_tokens() - request.hit_tokens()));
+  }
+  metrics.loaded_tokens.Increment(count(request.loaded_tokens()));
+  metrics.failed_loads.Increment(count(request.failed_loads()));
+  const auto observe_all = [](const auto& durations, prometheus::Histogram& histogram) {
+    for (int i = 0; i < std::min(durations.size(), kMaxDurations); ++i) {
+      if (std::isfinite(durations[i]) && durations[i] >= 0) histogram.Observe(durations[i]);
+    }
+  };
+  observe_all(request.match_seconds(), metrics.match_seconds);
+  if (request.load_seconds_size() == 0 && request.loaded_raw_bytes() == 0) return;
+  // The text is the client's: only names of codecs that exist become labels.
+  const auto codec = make_codec(request.codec_spec());
+  Metrics::OfCodec& figures = metrics.codec(codec ? (*codec)->spec() : "unspecified");
+  observe_all(request.load_seconds(), figures.decode_seconds);
+  figures.loaded_raw_bytes.Increment(count(request.loaded_raw_bytes()));
+  figures.loaded_encoded_bytes.Increment(count(request.loaded_encoded_bytes()));
+}
+
+}  // namespace kvern

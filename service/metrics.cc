@@ -1,0 +1,131 @@
+#include "service/metrics.h"
+
+#include <utility>
+
+#include "service/sessions.h"
+
+namespace kvern {
+namespace {
+
+using prometheus::Registry;
+
+// From 1 us, what a look-up in memory takes, to 10 s, what no request should; four buckets a decade.
+prometheus::Histogram::BucketBoundaries seconds_buckets() {
+  prometheus::Histogram::BucketBoundaries buckets;
+  for (double decade = 1e-6; decade < 5; decade *= 10) {
+    for (const double step : {1.0, 2.0, 4.0, 7.0}) buckets.push_back(decade * step);
+  }
+  buckets.push_back(10);
+  return buckets;
+}
+
+prometheus::Family<prometheus::Counter>& counters(Registry& registry, const char* name, const char* help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
+}
+
+prometheus::Counter& counter(Registry& registry, const char* name, const char* help) {
+  return counters(registry, name, help).Add({});
+}
+
+prometheus::Family<prometheus::Histogram>& histograms(Registry& registry, const char* name, const char* help) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(registry);
+}
+
+prometheus::Histogram& histogram(Registry& registry, const char* name, const char* help) {
+  return histograms(registry, name, help).Add({}, seconds_buckets());
+}
+
+template <typename Array>
+void label_all(Array& array, prometheus::Family<prometheus::Counter>& family, const char* label,
+               const std::array<const char*, std::tuple_size_v<Array>>& values) {
+  for (std::size_t i = 0; i < array.size(); ++i) array[i] = &family.Add({{label, values[i]}});
+}
+
+// Chains that an operator or an engine asks for are few; beyond this number the label says "other".
+constexpr std::size_t kMaxCodecLabels = 32;
+constexpr const char* kOtherCodec = "other";
+
+}  // namespace
+
+std::string codec_label(std::string_view spec) {
+  std::string label;
+  int depth = 0;
+  for (const char c : spec) {
+    if (c == '(') ++depth;
+    if (depth == 0) label += c;
+    if (c == ')') --depth;
+  }
+  return label;
+}
+
+Metrics::Metrics()
+    : registry_(std::make_unique<Registry>()),
+      requested_tokens(counter(*registry_, "kvern_requested_tokens_total", "Prompt tokens that engines asked for")),
+      hit_tokens(counter(*registry_, "kvern_hit_tokens_total", "Prompt tokens that were found")),
+      loaded_tokens(counter(*registry_, "kvern_loaded_tokens_total", "Tokens whose blocks reached an engine's pages")),
+      failed_loads(counter(*registry_, "kvern_failed_loads_total", "Loads that ended without the blocks")),
+      control_requests(counter(*registry_, "kvern_control_requests_total", "Messages on the control plane")),
+      match_seconds(histogram(*registry_, "kvern_match_seconds", "Time of a prefix look-up, as the asker sees it")),
+      reserve_seconds(histogram(*registry_, "kvern_reserve_seconds", "Time of a Reserve in the daemon")),
+      commit_seconds(histogram(*registry_, "kvern_commit_seconds", "Time from Commit to its answer")),
+      fetch_seconds(histogram(*registry_, "kvern_fetch_seconds", "Time of a Fetch in the daemon")) {
+  label_all(requests_, counters(*registry_, "kvern_requests_total", "Hot requests by type"), "type",
+            {"match", "reserve", "commit", "abandon", "fetch", "release", "release_match", "report"});
+  label_all(refused_, counters(*registry_, "kvern_refused_total", "Chunks that were not taken, by reason"), "reason",
+            {"invalid", "codec", "too_large", "staging_full", "store_full", "queue_full", "in_flight", "corrupt",
+             "stopping", "session"});
+  label_all(protocol_errors_,
+            counters(*registry_, "kvern_protocol_errors_total", "Messages that no correct client sends"), "kind",
+            {"malformed", "sequence", "unknown_body", "bad_token", "bad_ring", "version", "forbidden"});
+  label_all(missed_, counters(*registry_, "kvern_miss_tokens_total", "Prompt tokens that were not served, by reason"),
+            "reason", {"not_stored", "evicted_before_load", "failed_load"});
+  auto& ended = counters(*registry_, "kvern_sessions_ended_total", "Sessions that ended, by reason");
+  for (const auto why : {SessionEnd::kGoodbye, SessionEnd::kDisconnected, SessionEnd::kExpired,
+                         SessionEnd::kProtocolError, SessionEnd::kStopping}) {
+    const std::string name(end_name(why));
+    sessions_ended_.emplace(name, &ended.Add({{"reason", name}}));
+  }
+  auto& removed = counters(*registry_, "kvern_removed_chunks_total", "Chunks that left the store, by reason");
+  for (const char* reason : {"evicted", "superseded", "quarantined", "flushed"}) {
+    removed_.emplace(reason, &removed.Add({{"reason", reason}, {"tier", "dram"}}));
+  }
+}
+
+void Metrics::session_ended(std::string_view why) {
+  if (const auto found = sessions_ended_.find(why); found != sessions_ended_.end()) found->second->Increment();
+}
+
+void Metrics::chunk_removed(std::string_view reason) {
+  if (const auto found = removed_.find(reason); found != removed_.end()) found->second->Increment();
+}
+
+Metrics::OfCodec& Metrics::codec(std::string_view spec) {
+  std::string label = codec_label(spec);
+  std::lock_guard lock(codecs_mutex_);
+  auto found = codecs_.find(label);
+  if (found != codecs_.end()) return *found->second;
+  if (codecs_.size() >= kMaxCodecLabels) {
+    label = kOtherCodec;
+    found = codecs_.find(label);
+    if (found != codecs_.end()) return *found->second;
+  }
+  const prometheus::Labels labels = {{"codec", label}, {"tier", "dram"}};
+  const auto add = [&](const char* name, const char* help) -> prometheus::Counter& {
+    return counters(*registry_, name, help).Add(labels);
+  };
+  const auto add_histogram = [&](const char* name, const char* help) -> prometheus::Histogram& {
+    return histograms(*registry_, name, help).Add({{"codec", label}}, seconds_buckets());
+  };
+  auto made = std::make_unique<OfCodec>(
+      OfCodec{.stored_chunks = add("kvern_stored_chunks_total", "Shards of chunks that were encoded and stored"),
+              .stored_raw_bytes = add("kvern_stored_raw_bytes_total", "Bytes of stored chunks before encoding"),
+              .stored_encoded_bytes = add("kvern_stored_encoded_bytes_total", "Bytes of stored chunks after encoding"),
+              .loaded_raw_bytes = add("kvern_loaded_raw_bytes_total", "Bytes of loaded chunks after decoding"),
+              .loaded_encoded_bytes = add("kvern_loaded_encoded_bytes_total", "Bytes of loaded chunks before decoding"),
+              .encode_seconds = add_histogram("kvern_encode_seconds", "Time to encode one shard of a chunk"),
+              .decode_seconds =
+                  add_histogram("kvern_decode_seconds", "Time of one load at the engine: fetch, verify, decode")});
+  return *codecs_.emplace(std::move(label), std::move(made)).first->second;
+}
+
+}  // namespace kvern

@@ -1,0 +1,103 @@
+#pragma once
+
+#include <prometheus/counter.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+
+#include "base/status.h"
+
+namespace kvern {
+
+/// Kinds of hot requests; labels of kvern_requests_total.
+enum class RequestType { kMatch, kReserve, kCommit, kAbandon, kFetch, kRelease, kReleaseMatch, kReport, kCount };
+/// Why a reservation or commit came to nothing; labels of kvern_refused_total.
+enum class Refusal {
+  kInvalid,
+  kCodec,
+  kTooLarge,
+  kStagingFull,
+  kStoreFull,
+  kQueueFull,
+  kInFlight,
+  kCorrupt,
+  kStopping,
+  kSession,
+  kCount
+};
+/// Kinds of messages that no correct client sends; labels of kvern_protocol_errors_total.
+enum class ProtocolError { kMalformed, kSequence, kUnknownBody, kBadToken, kBadRing, kVersion, kForbidden, kCount };
+/// Why tokens of a prompt were not served; labels of kvern_miss_tokens_total.
+enum class Miss { kNotStored, kEvictedBeforeLoad, kFailedLoad, kCount };
+
+/// Counters and histograms of the daemon, registered once; hot paths only add. Figures that somebody else keeps
+/// (occupancy, sessions, queues) are collected when they are asked for. Thread-safe.
+class Metrics {
+ public:
+  Metrics();
+
+  void request(RequestType type) { at(requests_, type).Increment(); }
+  void refused(Refusal why) { at(refused_, why).Increment(); }
+  void protocol_error(ProtocolError kind) { at(protocol_errors_, kind).Increment(); }
+  void missed(Miss why, double tokens) { at(missed_, why).Increment(tokens); }
+  void session_ended(std::string_view why);
+  void chunk_removed(std::string_view reason);
+
+  /// What depends on the codec. The label is the names of the chain's steps without their parameters, which clients
+  /// choose.
+  struct OfCodec {
+    prometheus::Counter& stored_chunks;
+    prometheus::Counter& stored_raw_bytes;
+    prometheus::Counter& stored_encoded_bytes;
+    prometheus::Counter& loaded_raw_bytes;
+    prometheus::Counter& loaded_encoded_bytes;
+    prometheus::Histogram& encode_seconds;
+    prometheus::Histogram& decode_seconds;
+  };
+  OfCodec& codec(std::string_view spec);
+
+  prometheus::Registry& registry() const { return *registry_; }
+
+ private:
+  template <typename Enum>
+  using Counters = std::array<prometheus::Counter*, static_cast<std::size_t>(Enum::kCount)>;
+  template <typename Enum>
+  static prometheus::Counter& at(const Counters<Enum>& counters, Enum which) {
+    return *counters[static_cast<std::size_t>(which)];
+  }
+
+  const std::unique_ptr<prometheus::Registry> registry_;
+  Counters<RequestType> requests_{};
+  Counters<Refusal> refused_{};
+  Counters<ProtocolError> protocol_errors_{};
+  Counters<Miss> missed_{};
+  std::map<std::string, prometheus::Counter*, std::less<>> sessions_ended_;
+  std::map<std::string, prometheus::Counter*, std::less<>> removed_;
+
+ public:  // after registry_, in which they live
+  prometheus::Counter& requested_tokens;
+  prometheus::Counter& hit_tokens;
+  prometheus::Counter& loaded_tokens;
+  prometheus::Counter& failed_loads;
+  prometheus::Counter& control_requests;
+  prometheus::Histogram& match_seconds;
+  prometheus::Histogram& reserve_seconds;
+  prometheus::Histogram& commit_seconds;
+  prometheus::Histogram& fetch_seconds;
+
+ private:
+  std::mutex codecs_mutex_;
+  std::map<std::string, std::unique_ptr<OfCodec>, std::less<>> codecs_;
+};
+
+/// "int8 | zstd" of "int8(group=64) | zstd(level=3)".
+std::string codec_label(std::string_view spec);
+
+}  // namespace kvern

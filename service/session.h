@@ -1,0 +1,169 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "base/keys.h"
+#include "base/status.h"
+#include "kernels/container.h"
+#include "service/in_flight.h"
+#include "service/namespaces.h"
+#include "service/staging.h"
+#include "store/chunk_store.h"
+#include "transport/admission.h"
+#include "transport/session_segment.h"
+#include "transport/shared_memory.h"
+
+namespace kvern {
+
+enum class SessionRole { kScheduler, kWorker, kTool };
+enum class SessionPlane { kNone, kShm, kUcx };  ///< how its bytes travel; kNone: it moves none
+
+constexpr std::string_view role_name(SessionRole role) {
+  return role == SessionRole::kScheduler ? "scheduler" : role == SessionRole::kWorker ? "worker" : "tool";
+}
+constexpr std::string_view plane_name(SessionPlane plane) {
+  return plane == SessionPlane::kShm ? "shm" : plane == SessionPlane::kUcx ? "ucx" : "none";
+}
+
+/// What a session is from its first message on.
+struct SessionIdentity {
+  SessionRole role = SessionRole::kTool;
+  SessionPlane plane = SessionPlane::kNone;
+  bool local = false;  ///< came over the Unix socket
+  std::string tenant;
+  std::string client_name;
+  std::map<std::string, std::string> attributes;  ///< for people only
+  std::uint64_t staging_bytes = 0;                ///< 0: none
+};
+
+/// Staging that waits for a shard. Whoever holds it last gives the extent back and ends the claim on the key.
+struct Reservation {
+  std::uint64_t id = 0;
+  ContainerInfo info;
+  std::shared_ptr<const Codec> codec;
+  Staging::Block block;
+  InFlight::Claim claim;
+  std::atomic<int> running_pushes{0};  ///< of the remote data plane, which still write to the block
+};
+
+/// A chunk that stays where it is. Whoever holds it last unpins the chunk.
+class Lease {
+ public:
+  Lease(ChunkStore& store, PinnedChunk chunk, NamespaceId namespace_id, std::uint16_t group, BlockHash block)
+      : store_(store), chunk_(std::move(chunk)), namespace_id_(namespace_id), group_(group), block_(block) {}
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  ~Lease() { store_.unpin(chunk_.pin); }
+  const PinnedChunk& chunk() const { return chunk_; }
+  const NamespaceId& namespace_id() const { return namespace_id_; }
+  std::uint16_t group() const { return group_; }
+  const BlockHash& block() const { return block_; }
+
+ private:
+  ChunkStore& store_;
+  PinnedChunk chunk_;
+  NamespaceId namespace_id_;
+  std::uint16_t group_;
+  BlockHash block_;
+};
+
+/// One connected client and all that it holds. Thread-safe. Once closed it takes nothing any more (kExpired), and what
+/// it held is given back, except its memory: that lives as long as this object, since the process may still write to
+/// it.
+class Session {
+ public:
+  static constexpr std::size_t kMaxNamespaces = 256;
+  static constexpr std::size_t kMaxReservations = 1U << 16;
+  static constexpr std::size_t kMaxLeases = 1U << 16;  ///< those under matches included
+
+  Session(std::uint64_t id, std::string token, SessionIdentity identity, std::int64_t now_ns);
+
+  std::uint64_t id() const { return id_; }
+  const std::string& token() const { return token_; }
+  const SessionIdentity& identity() const { return identity_; }
+  std::int64_t created_ns() const { return created_ns_; }
+
+  /// kInvalid unless the number is larger than all before.
+  Status accept_sequence(std::uint64_t sequence);
+
+  /// A sign of life at this time.
+  void touch(std::int64_t now_ns) { last_seen_ns_.store(now_ns, std::memory_order_relaxed); }
+  /// The time of the last sign of life; looks at the heartbeat word of the segment, where any change counts and the
+  /// value, which the client writes, does not.
+  std::int64_t last_seen_ns(std::int64_t now_ns);
+
+  Status add_namespace(std::shared_ptr<const Namespace> space);
+  std::shared_ptr<const Namespace> find_namespace(const NamespaceId& id) const;
+  std::vector<std::shared_ptr<const Namespace>> namespaces() const;
+
+  /// kExpired when closed, kBusy at the limit. Numbers the reservation.
+  Status add_reservation(const std::shared_ptr<Reservation>& reservation);
+  std::shared_ptr<Reservation> find_reservation(std::uint64_t id) const;
+  /// Takes it out; nullptr when there is none of that number.
+  std::shared_ptr<Reservation> take_reservation(std::uint64_t id);
+
+  /// kExpired when closed, kBusy at the limit.
+  Result<std::uint64_t> add_lease(std::shared_ptr<Lease> lease);
+  std::shared_ptr<Lease> find_lease(std::uint64_t id) const;
+  std::shared_ptr<Lease> take_lease(std::uint64_t id);
+  /// Leases of a remote look-up, under the client's number.
+  Status add_match(std::uint64_t match_id, std::vector<std::shared_ptr<Lease>> leases);
+  void drop_match(std::uint64_t match_id);
+
+  /// Set once when the session is admitted.
+  struct LocalResources {
+    std::uint64_t connection = 0;  ///< on the admission socket
+    pid_t pid = 0;
+    uid_t uid = 0;
+    UniqueFd pidfd;
+    SharedMemory segment_memory;
+    SegmentView segment;
+    UniqueFd doorbell;
+  };
+  Status admit(LocalResources resources);
+  void set_staging(std::shared_ptr<Staging> staging);
+  std::shared_ptr<Staging> staging() const;
+  /// nullptr before admit(). The resources stay until the session is destroyed.
+  const LocalResources* local() const;
+
+  /// Gives back everything but memory. Idempotent.
+  void close();
+  bool closed() const;
+
+  struct Holdings {
+    std::size_t namespaces = 0, reservations = 0, leases = 0;
+    std::uint64_t staging_bytes = 0, staging_used_bytes = 0;
+  };
+  Holdings holdings() const;
+
+ private:
+  const std::uint64_t id_;
+  const std::string token_;
+  const SessionIdentity identity_;
+  const std::int64_t created_ns_;
+  std::atomic<std::int64_t> last_seen_ns_;
+
+  mutable std::mutex mutex_;
+  bool closed_ = false;
+  std::uint64_t last_sequence_ = 0;
+  std::int64_t last_heartbeat_ = 0;
+  std::unordered_map<NamespaceId, std::shared_ptr<const Namespace>> namespaces_;
+  std::uint64_t next_id_ = 1;
+  std::unordered_map<std::uint64_t, std::shared_ptr<Reservation>> reservations_;
+  std::unordered_map<std::uint64_t, std::shared_ptr<Lease>> leases_;
+  std::unordered_map<std::uint64_t, std::vector<std::shared_ptr<Lease>>> matches_;
+  std::size_t matched_ = 0;  ///< leases in matches_
+  std::shared_ptr<Staging> staging_;
+  std::optional<LocalResources> local_;
+};
+
+}  // namespace kvern

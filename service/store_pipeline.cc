@@ -1,0 +1,109 @@
+#include "service/store_pipeline.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/container.h"
+
+namespace kvern {
+namespace {
+
+/// Whether the container is what the index says it is.
+Status check_container(std::span<const std::byte> bytes, const Lease& lease) {
+  auto reader = ContainerReader::parse(bytes);
+  if (!reader) return reader.error();
+  const ContainerInfo& info = reader->info();
+  if (info.key.namespace_id != lease.namespace_id() || info.key.group != lease.group() ||
+      std::ranges::find(info.block_hashes, lease.block()) == info.block_hashes.end()) {
+    return Status(Code::kCorrupt, "the container belongs to another chunk");
+  }
+  return reader->verify();
+}
+
+}  // namespace
+
+Status StorePipeline::submit(std::shared_ptr<Reservation> reservation, std::vector<std::uint64_t> plane_checksums,
+                             Done done) {
+  const bool queued = submit_counted([this, reservation = std::move(reservation),
+                                      checksums = std::move(plane_checksums), done = std::move(done)]() mutable {
+    const Status status = store(*reservation, checksums);
+    (status ? stored_ : failed_).fetch_add(1, std::memory_order_relaxed);
+    reservation.reset();
+    done(status);
+  });
+  if (!queued) return Status(Code::kBusy, "too many chunks wait to be encoded: reserve again later");
+  return Status::ok();
+}
+
+bool StorePipeline::submit_counted(std::function<void()> task) {
+  {
+    std::lock_guard lock(mutex_);
+    ++unfinished_;
+  }
+  const auto finished = [this] {
+    std::lock_guard lock(mutex_);
+    if (--unfinished_ == 0) idle_.notify_all();
+  };
+  const bool queued = executor_.submit([task = std::move(task), finished]() mutable {
+    task();
+    task = nullptr;  // what it holds is given back before it counts as finished
+    finished();
+  });
+  if (!queued) finished();
+  return queued;
+}
+
+bool StorePipeline::wait_idle(std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  return idle_.wait_for(lock, timeout, [this] { return unfinished_ == 0; });
+}
+
+Status StorePipeline::store(const Reservation& reservation, const std::vector<std::uint64_t>& plane_checksums) {
+  if (cancelled_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
+  const Codec& codec = *reservation.codec;
+  const ContainerInfo& info = reservation.info;
+  const auto ticket = store_.begin_write(info, container_max_bytes(codec, info));
+  if (!ticket) {
+    metrics_.refused(ticket.error().code() == Code::kRefused ? Refusal::kTooLarge : Refusal::kStoreFull);
+    return ticket.error();
+  }
+  const std::int64_t started = clock_.now_ns();
+  const auto canonical = reservation.block.bytes().first(info.shape.raw_bytes());
+  const auto encoded = encode_container(codec, info, canonical, plane_checksums, store_.bytes(*ticket));
+  if (!encoded) {
+    store_.abort(*ticket);
+    metrics_.refused(encoded.error().code() == Code::kCorrupt ? Refusal::kCorrupt : Refusal::kCodec);
+    return encoded.error();
+  }
+  const double seconds = static_cast<double>(clock_.now_ns() - started) * 1e-9;
+  // The raw bytes are read before publication: afterwards the chunk may be gone at once.
+  if (const auto published = store_.publish(*ticket, info, *encoded); !published) {
+    metrics_.refused(Refusal::kStoreFull);
+    return published.error();
+  }
+  Metrics::OfCodec& figures = metrics_.codec(info.codec_spec);
+  figures.stored_chunks.Increment();
+  figures.stored_raw_bytes.Increment(static_cast<double>(canonical.size()));
+  figures.stored_encoded_bytes.Increment(static_cast<double>(*encoded));
+  figures.encode_seconds.Observe(seconds);
+  return Status::ok();
+}
+
+void StorePipeline::verify(std::shared_ptr<Lease> lease) {
+  const bool queued = submit_counted([this, lease = std::move(lease)] {
+    const std::string key = ChunkKey{lease->namespace_id(), lease->group(), lease->block()}.to_string();
+    for (const StoredShard& shard : lease->chunk().shards) {
+      const Status status = check_container(store_.bytes(shard), *lease);
+      if (status) continue;
+      store_.quarantine(lease->namespace_id(), lease->group(), lease->block());
+      spdlog::error("chunk {} is corrupt and was quarantined: {}", key, status.message());
+      return;
+    }
+    spdlog::warn("a client called chunk {} corrupt; its bytes are good here", key);
+  });
+  if (!queued) spdlog::warn("a chunk was called corrupt and could not be looked at: the encode queue is full");
+}
+
+}  // namespace kvern

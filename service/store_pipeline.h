@@ -1,0 +1,60 @@
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/executor.h"
+#include "base/status.h"
+#include "service/metrics.h"
+#include "service/session.h"
+#include "store/chunk_store.h"
+
+namespace kvern {
+
+/// From staging into the store: room in the slab, encoding and verifying in one pass, publication. Each chunk is a task
+/// of its own on the executor; the failure of one affects no other.
+class StorePipeline {
+ public:
+  using Done = std::function<void(Status status)>;
+
+  StorePipeline(ChunkStore& store, Executor& executor, Metrics& metrics, const Clock& clock)
+      : store_(store), executor_(executor), metrics_(metrics), clock_(clock) {}
+
+  /// Takes the reservation; its staging is free again before done is called, on the executor's thread. plane_checksums:
+  /// one per plane. kBusy, and nothing is called, when the queue is full.
+  Status submit(std::shared_ptr<Reservation> reservation, std::vector<std::uint64_t> plane_checksums, Done done);
+  /// A reader says that this chunk is corrupt: look, and quarantine it if it is. Dropped when the queue is full.
+  void verify(std::shared_ptr<Lease> lease);
+
+  /// Waits until nothing that was submitted is unfinished. False after the time-out.
+  bool wait_idle(std::chrono::milliseconds timeout);
+  /// Everything that has not begun ends with kUnavailable from here on.
+  void cancel() { cancelled_.store(true); }
+
+  std::uint64_t stored() const { return stored_.load(std::memory_order_relaxed); }
+  std::uint64_t failed() const { return failed_.load(std::memory_order_relaxed); }
+
+ private:
+  bool submit_counted(std::function<void()> task);
+  Status store(const Reservation& reservation, const std::vector<std::uint64_t>& plane_checksums);
+
+  ChunkStore& store_;
+  Executor& executor_;
+  Metrics& metrics_;
+  const Clock& clock_;
+  std::atomic<bool> cancelled_{false};
+  std::mutex mutex_;
+  std::condition_variable idle_;
+  std::size_t unfinished_ = 0;
+  std::atomic<std::uint64_t> stored_{0};
+  std::atomic<std::uint64_t> failed_{0};
+};
+
+}  // namespace kvern
