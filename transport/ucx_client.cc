@@ -1,6 +1,6 @@
 #include "transport/ucx_client.h"
 
-#include <atomic>
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -331,12 +331,13 @@ class UcxDataPlane final : public DataPlane {
     parameters.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
     parameters.flags = UCP_EP_CLOSE_FLAG_FORCE;
     const ucs_status_ptr_t request = ucp_ep_close_nbx(endpoint_, &parameters);
-    if (!UCS_PTR_IS_PTR(request)) return;
+    const auto closed = [&] { return !UCS_PTR_IS_PTR(request) || ucp_request_check_status(request) != UCS_INPROGRESS; };
+    const auto in_hands_of_ucx = [](const auto& entry) { return entry.second->sending || entry.second->receiving; };
     const auto deadline = Clock::now() + kShutdownPatience;
-    while (ucp_request_check_status(request) == UCS_INPROGRESS && Clock::now() < deadline) {
+    while ((!closed() || std::any_of(active_.begin(), active_.end(), in_hands_of_ucx)) && Clock::now() < deadline) {
       worker_->step(wake_, std::chrono::milliseconds(1));
     }
-    ucp_request_free(request);
+    if (UCS_PTR_IS_PTR(request)) ucp_request_free(request);
   }
 
   const UcxClientConfig config_;

@@ -30,6 +30,7 @@ class Worker {
   ~Worker();
 
   ucp_worker_h get() const { return worker_; }
+  /// Messages without a handler are dropped.
   void set_handler(unsigned message_id, ucp_am_recv_callback_t handler, void* argument);
   /// Makes progress. When there was nothing to do for a short while it sleeps before that, until UCX has news, wake is
   /// signalled (it drains it) or the time is over; negative: without end.

@@ -17,6 +17,7 @@ enum MessageId : unsigned {
   kPull = 3,    ///< client: RequestHeader
   kAnswer = 4,  ///< server: AnswerHeader, payload = the status' message
   kData = 5,    ///< server: AnswerHeader, payload = the bytes that a pull asked for
+  kLastMessage = kData,
 };
 
 constexpr std::uint32_t kDataPlaneVersion = 1;
