@@ -21,9 +21,9 @@ using testing::ChunkSpec;
 using testing::namespace_of;
 using testing::StoreFixture;
 
-constexpr std::uint64_t kPrompts = 4;
+constexpr std::uint64_t kPrompts = 3;
 constexpr std::uint32_t kMaxBlocks = 3;
-constexpr std::uint64_t kSlabPages = 8;
+constexpr std::uint64_t kSlabPages = 6;
 
 struct ModelTicket {
   WriteTicket ticket;
@@ -48,6 +48,7 @@ struct IncompleteChunk {
   std::vector<std::uint8_t> stamps;
   bool has_left = false;
   bool has_right = false;
+  std::int64_t last_shard_ns = 0;
 };
 
 // (action, prompt and length, shard and index)
@@ -91,9 +92,12 @@ class Harness {
         break;
       case 10:
         f_.claimed.clear();
+        claims_.clear();
         break;
       case 11:
-        (which % 4 == 0) ? expire() : (which % 4 == 1) ? quarantine(whole) : f_.store.sweep();
+        if (which % 4 == 0) f_.clock.advance(std::chrono::seconds(61));
+        if (which % 4 == 1) quarantine(whole);
+        drop_expired();
         break;
     }
     learn_evictions();
@@ -144,6 +148,7 @@ class Harness {
   }
 
   void begin(const ChunkSpec& spec, std::size_t pages) {
+    drop_expired();
     const auto info = spec.info();
     const Presence presence = f_.store.presence(info.key, info.shape);
     const bool there = is_stored(spec) || is_shard_there(spec);
@@ -187,6 +192,7 @@ class Harness {
     }
     auto& chunk = incomplete_[key];
     chunk.stamps.push_back(ticket.stamp);
+    chunk.last_shard_ns = f_.clock.now_ns();
     chunk.has_left |= is_left(spec);
     chunk.has_right |= is_right(spec);
     const bool complete = chunk.has_left && chunk.has_right;
@@ -212,7 +218,7 @@ class Harness {
       if (!pinned) return;
       // A superseded chunk that somebody holds can still be had.
       const bool is_held = std::ranges::any_of(pins_, [&](const auto& p) { return p.pinned.chunk == pinned->chunk; }) ||
-                           f_.claimed.contains(pinned->chunk) || superseded_.contains(pinned->chunk);
+                           f_.claimed.contains(pinned->chunk) || ever_held_.contains(pinned->chunk);
       RC_ASSERT(is_held);
       f_.store.unpin(pinned->pin);
       return;
@@ -227,15 +233,18 @@ class Harness {
     if (pins_.empty()) return;
     const auto it = pins_.begin() + static_cast<std::ptrdiff_t>(which % pins_.size());
     f_.store.unpin(it->pinned.pin);
-    superseded_.insert(it->pinned.chunk);
+    ever_held_.insert(it->pinned.chunk);
     pins_.erase(it);
   }
 
   void claim(const ChunkSpec& spec) {
-    if (is_stored(spec)) {
-      f_.claimed.insert(f_.number_of(spec));
-      superseded_.insert(f_.number_of(spec));
-    }
+    if (!is_stored(spec)) return;
+    const auto pinned = f_.pin(spec);
+    RC_ASSERT(pinned.has_value());
+    f_.store.unpin(pinned->pin);
+    f_.claimed.insert(pinned->chunk);
+    ever_held_.insert(pinned->chunk);
+    claims_.push_back({*pinned, stored_.at(spec.prompt).stamps});
   }
 
   void quarantine(const ChunkSpec& spec) {
@@ -247,13 +256,14 @@ class Harness {
     stored_.erase(spec.prompt);
   }
 
-  void expire() {
-    f_.clock.advance(std::chrono::seconds(61));
+  void drop_expired() {
     f_.store.sweep();
     std::erase_if(incomplete_, [&](const auto& item) {
-      return std::ranges::none_of(tickets_, [&](const ModelTicket& ticket) {
-        return ticket.spec.prompt == item.first.first && ticket.spec.blocks == item.first.second;
-      });
+      const auto& [key, chunk] = item;
+      return chunk.last_shard_ns + f_.config.incomplete_ttl_ns <= f_.clock.now_ns() &&
+             std::ranges::none_of(tickets_, [&](const ModelTicket& ticket) {
+               return ticket.spec.prompt == key.first && ticket.spec.blocks == key.second;
+             });
     });
   }
 
@@ -279,6 +289,7 @@ class Harness {
 
   void check() {
     for (const auto& pin : pins_) check_bytes(pin.pinned, pin.stamps);
+    for (const auto& claim : claims_) check_bytes(claim.pinned, claim.stamps);
     for (const auto& ticket : tickets_) {
       const auto bytes = f_.store.bytes(ticket.ticket);
       const bool intact = std::ranges::all_of(bytes, [&](std::byte byte) { return byte == std::byte{ticket.stamp}; });
@@ -320,16 +331,17 @@ class Harness {
   StoreFixture f_;
   std::vector<ModelTicket> tickets_;
   std::vector<ModelPin> pins_;
+  std::vector<ModelPin> claims_;
   std::map<Cell, ModelChunk> stored_;
   std::map<IncompleteKey, IncompleteChunk> incomplete_;
-  std::set<std::uint32_t> superseded_;  // numbers that were held at some time
+  std::set<std::uint32_t> ever_held_;  // chunk numbers that were pinned or claimed
   std::vector<std::tuple<Cell, std::uint32_t, std::string>> removals_;
   std::uint8_t next_stamp_ = 1;
 };
 
 RC_GTEST_PROP(ChunkStore, AgreesWithANaiveModel, ()) {
   const auto operations =
-      *rc::gen::scale(4.0, rc::gen::container<std::vector<Operation>>(rc::gen::arbitrary<Operation>()));
+      *rc::gen::scale(8.0, rc::gen::container<std::vector<Operation>>(rc::gen::arbitrary<Operation>()));
   Harness harness;
   for (const auto& operation : operations) harness.step(operation);
   harness.finish();
