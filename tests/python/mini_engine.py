@@ -156,7 +156,8 @@ class MiniEngine:
         )
         self.connector = self.scheduler.connector
         self.aggregator = KVOutputAggregator.from_connector(self.connector, ranks)
-        self.events: list = []
+        self.events: list = []  # as vLLM publishes them: its own and the connector's
+        self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
         self.steps = 0
         self.numbers = 0
         self.forwarded: dict[str, int] = {}  # request -> tokens that were computed rather than loaded
@@ -229,8 +230,6 @@ class MiniEngine:
             for one in batch.outputs:
                 if one.finish_reason is not None:
                     self.finish_params[one.request_id] = one.kv_transfer_params
-        events = self.connector.take_events()
-        self.events.extend(events or ())
 
     def _rank_step(self, rank, worker, metadata, output, sampled) -> ModelRunnerOutput:
         worker.handle_preemptions(metadata)
