@@ -34,9 +34,9 @@ class RingChannel final : public Channel {
   RingChannel(const SegmentView& segment, UniqueFd doorbell, const RingChannelConfig& config)
       : segment_(segment),
         doorbell_(std::move(doorbell)),
-        config_(config),
         requests_(segment.request_ring(), segment.header().request_head, segment.header().request_tail),
-        replies_(segment.reply_ring(), segment.header().reply_head, segment.header().reply_tail) {}
+        replies_(segment.reply_ring(), segment.header().reply_head, segment.header().reply_tail),
+        spin_(config.spin_us) {}
 
   bool alive() const override { return !closed_ && !session_expired(); }
 
@@ -121,13 +121,13 @@ class RingChannel final : public Channel {
 
   /// The reader. Returns when the waiter has its answer, at the deadline, or when there is nothing to wait for.
   void read_until_answered(const Waiter& waiter, std::int64_t deadline_ns) {
-    SpinWait spin(config_.spin_us);
+    spin_.begin();
     while (alive()) {
       if (drain()) {
         if (waiter.answered) return;
-        spin.restart();
+        spin_.begin();
       }
-      if (spin.once()) continue;
+      if (spin_.once()) continue;
       const std::int64_t left_ns = deadline_ns - now_ns();
       if (left_ns <= 0) return;
       sleep_until_reply(std::chrono::nanoseconds(left_ns));
@@ -192,7 +192,6 @@ class RingChannel final : public Channel {
 
   const SegmentView segment_;
   const UniqueFd doorbell_;
-  const RingChannelConfig config_;
   std::atomic<bool> closed_ = false;
 
   std::mutex push_mutex_;
@@ -200,6 +199,7 @@ class RingChannel final : public Channel {
 
   RingConsumer replies_;  // the reader's
   std::string frame_;     // the reader's
+  SpinWait spin_;         // the reader's
 
   std::mutex mutex_;
   std::map<std::uint64_t, Waiter*> waiters_;  // by mutex_, as all that follows

@@ -247,9 +247,10 @@ struct RingServer::State {
 
   void run() {
     SpinWait spin(config.spin_us);
+    spin.begin();
     while (!stopping) {
       if (serve_all()) {
-        spin.restart();
+        spin.begin();
       } else if (!spin.once()) {
         sleep();
       }

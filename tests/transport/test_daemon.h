@@ -1,5 +1,6 @@
 #pragma once
 
+#include <fcntl.h>
 #include <sys/eventfd.h>
 
 #include <chrono>
@@ -147,6 +148,11 @@ class TestDaemon final : public AdmissionHandler, public HotHandler {
     const std::lock_guard lock(mutex_);
     return sessions_.empty() ? 0 : sessions_.rbegin()->first;
   }
+  /// Waits for another one.
+  std::uint64_t last_session_after(std::uint64_t session_id) {
+    wait_until([this, session_id] { return !sessions_.empty() && sessions_.rbegin()->first > session_id; });
+    return last_session();
+  }
   void disconnect(std::uint64_t connection) { admission_->disconnect(connection); }
 
   /// A request whose namespace_id is the checksum of its block_hashes.
@@ -205,7 +211,8 @@ struct TestClient {
     auto view = SegmentView::attach(client.segment.bytes());
     if (!view) return failure(view.error());
     client.view = *view;
-    client.channel = make_ring_channel(client.view, std::move(client.session.doorbell), config);
+    client.channel =
+        make_ring_channel(client.view, UniqueFd(::fcntl(client.session.doorbell.get(), F_DUPFD_CLOEXEC, 0)), config);
     return client;
   }
 
