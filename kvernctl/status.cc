@@ -48,18 +48,22 @@ void print_sessions(const json& sessions, std::ostream& out) {
   out << "sessions   " << sessions.size() << "\n";
   for (const auto& session : sessions) {
     out << "  " << std::left << std::setw(10) << text(session, "role") << std::setw(9) << text(session, "data_plane")
-        << std::setw(8) << text(session, "state") << text(session, "client_name") << ", tenant "
-        << text(session, "tenant") << ", staging " << bytes_text(session, "staging_used_bytes") << " of "
-        << bytes_text(session, "staging_bytes") << ", " << text(session, "leases") << " leases, "
-        << text(session, "claims") << " claims\n";
+        << text(session, "client_name") << ", tenant " << text(session, "tenant") << ", staging "
+        << bytes_text(session, "staging_used_bytes") << " of " << bytes_text(session, "staging_bytes") << ", "
+        << text(session, "leases") << " leases, heard of " << static_cast<int>(session.value("silent_seconds", 0.0))
+        << " s ago\n";
+    for (const auto& [name, value] : session.value("attributes", json::object()).items()) {
+      out << "             " << name << " " << (value.is_string() ? value.get<std::string>() : value.dump()) << "\n";
+    }
   }
 }
 
 void print_namespaces(const json& namespaces, std::ostream& out) {
   out << "namespaces " << namespaces.size() << "\n";
   for (const auto& one : namespaces) {
-    out << "  " << text(one, "namespace_id") << "  " << text(one, "model") << ", tenant " << text(one, "tenant")
-        << ", codec " << text(one, "codec") << ", " << text(one, "chunks") << " chunks\n";
+    out << "  " << text(one, "id") << "  " << text(one, "model") << ", tenant " << text(one, "tenant") << ", codec "
+        << text(one, "codec") << ", blocks of " << text(one, "block_tokens") << " tokens in chunks of "
+        << text(one, "chunk_tokens") << "\n";
   }
 }
 
@@ -87,12 +91,11 @@ int run_status(const DaemonAddress& address, bool as_json, std::ostream& out) {
     out << status.dump(1) << "\n";
     return 0;
   }
-  out << "kvernd     " << text(status, "software") << " at " << address.address << ", up "
-      << static_cast<std::uint64_t>(status.value("uptime_seconds", 0.0)) << " s\n";
-  const auto counters = status.value("counters", json::object());
-  out << "tokens     " << text(counters, "hit_tokens") << " found of " << text(counters, "requested_tokens")
-      << " asked for (" << share(counters, "hit_tokens", "requested_tokens") << "); " << text(counters, "stored_chunks")
-      << " chunks stored, " << text(counters, "loaded_chunks") << " loaded\n";
+  out << "kvernd     " << text(status, "version") << " at " << address.address << ", " << text(status, "state")
+      << ", up " << static_cast<std::uint64_t>(status.value("uptime_seconds", 0.0)) << " s\n";
+  const auto pipeline = status.value("pipeline", json::object());
+  out << "pipeline   " << text(pipeline, "stored") << " chunks stored, " << text(pipeline, "failed") << " failed, "
+      << text(pipeline, "queued") << " queued for " << text(pipeline, "threads") << " threads\n";
   print_store(status.value("store", json::object()), out);
   print_sessions(status.value("sessions", json::array()), out);
   print_namespaces(status.value("namespaces", json::array()), out);
