@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -88,7 +89,7 @@ class AlignedBytes {
  public:
   explicit AlignedBytes(std::size_t bytes) : storage_(bytes + 64), size_(bytes) {}
   explicit AlignedBytes(std::span<const std::byte> bytes) : AlignedBytes(bytes.size()) {
-    if (!bytes.empty()) std::memcpy(span().data(), bytes.data(), bytes.size());
+    std::ranges::copy(bytes, span().begin());
   }
   std::span<std::byte> span() {
     const std::size_t offset = (64 - reinterpret_cast<std::uintptr_t>(storage_.data()) % 64) % 64;

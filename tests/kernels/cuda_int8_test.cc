@@ -1,0 +1,140 @@
+#include "kernels/cuda/int8.h"
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include "kernels/cpu/int8.h"
+#include "kernels/cuda/device.h"
+#include "tests/kernels/samples.h"
+
+namespace kvern {
+namespace {
+
+using int8::Form;
+
+/// Device memory with bytes in it.
+class DeviceBytes {
+ public:
+  explicit DeviceBytes(std::size_t bytes) {
+    if (cudaMalloc(&data_, bytes) != cudaSuccess || cudaMemset(data_, 0xee, bytes) != cudaSuccess) {
+      throw std::runtime_error("no device memory");
+    }
+  }
+  ~DeviceBytes() { cudaFree(data_); }
+  DeviceBytes(const DeviceBytes&) = delete;
+  DeviceBytes& operator=(const DeviceBytes&) = delete;
+  void put(std::size_t at, const void* from, std::size_t bytes) {
+    if (cudaMemcpy(data() + at, from, bytes, cudaMemcpyHostToDevice) != cudaSuccess) throw std::runtime_error("copy");
+  }
+  Bytes get(std::size_t at, std::size_t bytes) const {
+    Bytes out(bytes);
+    if (cudaMemcpy(out.data(), data() + at, bytes, cudaMemcpyDeviceToHost) != cudaSuccess) {
+      throw std::runtime_error("copy");
+    }
+    return out;
+  }
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+struct Flag {
+  Flag() : memory(sizeof(std::uint32_t)) {
+    const std::uint32_t zero = 0;
+    memory.put(0, &zero, sizeof zero);
+  }
+  std::uint32_t* pointer() const { return reinterpret_cast<std::uint32_t*>(memory.data()); }
+  std::uint32_t value() const {
+    std::uint32_t seen = 0;
+    std::memcpy(&seen, memory.get(0, sizeof seen).data(), sizeof seen);
+    return seen;
+  }
+  DeviceBytes memory;
+};
+
+class CudaInt8 : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
+  }
+};
+
+TEST_F(CudaInt8, MakesTheBytesOfTheCpuAndDecodesThemAlike) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const std::uint32_t tokens : {1U, 33U, 64U, 200U, 256U}) {
+      for (const std::uint32_t dim : {64U, 80U, 96U, 112U, 128U, 192U, 256U, 35U}) {
+        for (const bool key : {true, false}) {
+          constexpr std::uint32_t kPlanes = 3;
+          const Form form{dtype, key, tokens, dim, key ? 64 : Form::channel_group(dim)};
+          const ShardShape shape = sample_shape(dtype, tokens, dim, 0, 1, kPlanes);
+          const Bytes canonical = sample_canonical(shape, tokens + dim);
+          const std::size_t plane = shape.plane_bytes(Part::kKey);
+          const std::size_t plane_stride = (plane + 15) / 16 * 16;
+          const std::size_t section_stride = (form.section_bytes() + 63) / 64 * 64;
+          DeviceBytes planes(kPlanes * plane_stride);
+          DeviceBytes sections(kPlanes * section_stride);
+          DeviceBytes rows(kPlanes * plane_stride);
+          for (std::uint32_t i = 0; i < kPlanes; ++i) planes.put(i * plane_stride, &canonical[i * plane], plane);
+          const Flag not_finite;
+          const Flag bad_scale;
+          ASSERT_TRUE(int8::cuda_encode_planes(form, planes.data(), plane_stride, kPlanes, sections.data(),
+                                               section_stride, not_finite.pointer(), nullptr));
+          const std::uint32_t begin = tokens / 3;
+          ASSERT_TRUE(int8::cuda_decode_rows(form, sections.data(), section_stride, kPlanes, begin, tokens, rows.data(),
+                                             plane_stride, bad_scale.pointer(), nullptr));
+          ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+          EXPECT_EQ(not_finite.value(), 0U);
+          EXPECT_EQ(bad_scale.value(), 0U);
+          for (std::uint32_t i = 0; i < kPlanes; ++i) {
+            Bytes section(form.section_bytes());
+            auto* scales = reinterpret_cast<std::uint16_t*>(section.data());
+            auto* codes = reinterpret_cast<std::int8_t*>(section.data() + form.codes_offset());
+            ASSERT_TRUE(int8::encode_plane(form, &canonical[i * plane], scales, codes));
+            ASSERT_EQ(sections.get(i * section_stride, section.size()), section)
+                << dtype_name(dtype) << " " << tokens << " x " << dim << (key ? " K" : " V");
+            Bytes decoded((tokens - begin) * shape.row_bytes(Part::kKey));
+            ASSERT_TRUE(int8::decode_rows(form, scales, codes, begin, tokens, decoded.data()));
+            ASSERT_EQ(rows.get(i * plane_stride, decoded.size()), decoded)
+                << dtype_name(dtype) << " " << tokens << " x " << dim << (key ? " K" : " V");
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaInt8, FlagsWhatIsNotFinite) {
+  const Form form{DType::kBFloat16, true, 64, 64, 64};
+  Bytes plane(64 * 64 * 2);
+  const std::uint16_t nan = 0x7FC0;
+  std::memcpy(plane.data() + 1000, &nan, sizeof nan);
+  DeviceBytes planes(plane.size());
+  planes.put(0, plane.data(), plane.size());
+  DeviceBytes sections(form.section_bytes());
+  const Flag flag;
+  ASSERT_TRUE(int8::cuda_encode_planes(form, planes.data(), plane.size(), 1, sections.data(), form.section_bytes(),
+                                       flag.pointer(), nullptr));
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(flag.value(), 1U);
+}
+
+TEST(CudaInt8Arguments, AreCheckedBeforeTheLaunch) {
+  const Form opaque{DType::kOpaqueBytes, true, 64, 64, 64};
+  EXPECT_EQ(int8::cuda_encode_planes(opaque, nullptr, 0, 1, nullptr, 0, nullptr, nullptr).code(), Code::kInvalid);
+  const Form form{DType::kBFloat16, true, 64, 64, 64};
+  EXPECT_EQ(int8::cuda_encode_planes(form, nullptr, 0, 0, nullptr, 0, nullptr, nullptr).code(), Code::kInvalid);
+  EXPECT_EQ(int8::cuda_decode_rows(form, nullptr, 0, 1, 0, 65, nullptr, 0, nullptr, nullptr).code(), Code::kInvalid);
+  EXPECT_EQ(int8::cuda_decode_rows(form, nullptr, 0, 1, 8, 8, nullptr, 0, nullptr, nullptr).code(), Code::kInvalid);
+}
+
+TEST(CudaInt8Arguments, WithoutADeviceTheLaunchFailsInASentence) {
+  if (cuda_available()) GTEST_SKIP() << "there is a CUDA device";
+  const Form form{DType::kBFloat16, true, 64, 64, 64};
+  const Status status = int8::cuda_encode_planes(form, nullptr, 0, 1, nullptr, 0, nullptr, nullptr);
+  EXPECT_EQ(status.code(), Code::kInternal);
+  EXPECT_FALSE(status.message().empty());
+}
+
+}  // namespace
+}  // namespace kvern
