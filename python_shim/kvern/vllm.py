@@ -39,6 +39,8 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         geometry, refusal = None, ""
         try:
             geometry = groups.analyse(vllm_config, kv_cache_config)
+            if len(geometry.groups) > 1 and not compat.HAS_TRANSFER_RESULTS:
+                raise Refused("this vLLM cannot be told of failed loads of a model with several KV-cache groups")
             if role == KVConnectorRole.SCHEDULER:
                 self._scheduler = self._make_scheduler_side(vllm_config, kv_cache_config, geometry, options)
             else:

@@ -23,7 +23,7 @@ from vllm.config import (
 )
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -159,6 +159,7 @@ class MiniEngine:
         self.events: list = []  # as vLLM publishes them: its own and the connector's
         self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
         self.steps = 0
+        self.tells_failures_by_block = False  # as vLLM 0.29 does it
         self.numbers = 0
         self.forwarded: dict[str, int] = {}  # request -> tokens that were computed rather than loaded
         self.finish_params: dict[str, dict | None] = {}
@@ -241,7 +242,11 @@ class MiniEngine:
             next_tokens.append([self._next_token(request, end)] if done else [])
         worker.start_load_kv(None)
         worker.wait_for_save()
-        transfers = worker.get_transfer_results(output.finished_req_ids)
+        if self.tells_failures_by_block:
+            sent, received = worker.get_finished(output.finished_req_ids)
+            transfers = KVConnectorTransferResults(finished_sending=sent or set(), finished_recving=received or set())
+        else:
+            transfers = worker.get_transfer_results(output.finished_req_ids)
         connector_output = KVConnectorOutput(
             finished_sending=transfers.finished_sending or None,
             finished_recving=transfers.finished_recving or None,

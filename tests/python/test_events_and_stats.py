@@ -63,7 +63,7 @@ def test_after_a_reconnect_the_daemons_snapshot_decides(engine, store):
     kept = {full: store.chunks[full]}
     store.chunks = kept
     store.session_count += 1
-    one.generate(prompt_of(40, seed=7))
+    one.generate(prompt_of(20, seed=7))
     again, gone = stored(one.events, "CPU"), [e for e in one.events if isinstance(e, BlockRemoved) and e.medium == "CPU"]
     assert len(hashes(again)) == 8 and len(hashes(gone)) == 500 // BLOCK - 8
 

@@ -364,6 +364,23 @@ def test_a_failed_load_is_recomputed_and_not_tried_again(engine, store, windows)
     assert computed(one, one.generate(prompt)) == 20
 
 
+def test_a_failed_load_is_recomputed_where_failures_are_told_by_block(engine, store, monkeypatch):
+    from kvern import compat
+
+    monkeypatch.setattr(compat, "HAS_TRANSFER_RESULTS", False)
+    one = engine()
+    one.tells_failures_by_block = True
+    prompt = prompt_of(500)
+    cold = one.generate(prompt)
+    one.forget()
+    store.fail_loads = True
+    warm = one.generate(prompt)
+    assert tokens_of(warm) == tokens_of(cold) and computed(one, warm) == 500
+    assert_at_rest(one)
+    two = engine(windows=(128, 0), blocks=160)
+    assert two.connector._scheduler is None
+
+
 def test_a_failed_load_fails_its_request_alone_under_the_policy_fail(engine, store):
     one = engine(policy="fail")
     prompt = prompt_of(500)
