@@ -300,7 +300,8 @@ bool ChunkStore::State::evict_until(std::uint64_t bytes, Enough enough) {
   free_unheld();
   drop_incomplete(std::nullopt, clock.now_ns() - config.incomplete_ttl_ns);
   std::vector<std::uint32_t> candidates;
-  for (std::uint64_t left = counters.chunks; !enough();) {
+  std::uint64_t left = counters.chunks;
+  while (!enough()) {
     candidates.clear();
     std::uint64_t candidate_bytes = 0;
     const std::uint64_t left_before = left;

@@ -71,10 +71,10 @@ enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
 class ChunkStore {
  public:
   /// Fills the set with the numbers of chunks that sessions claim at this moment (hazard slots). Called with the
-  /// store's lock held, after begin_retire() of the candidates; must not call back.
+  /// store's lock held, after begin_retire() of the candidates; must not call back. Reads the slots with seq_cst loads.
   using HazardProbe = std::function<void(std::unordered_set<std::uint32_t>& claimed)>;
-  /// Called, without the lock, for every chunk that left the index (for KV events). reason: "evicted", "superseded",
-  /// "quarantined", "flushed".
+  /// Called, without the lock, for every chunk that left the index (for KV events); must not throw. reason: "evicted",
+  /// "superseded" (its blocks are found in a longer chunk now), "quarantined", "flushed".
   using RemovalListener =
       std::function<void(const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason)>;
 
