@@ -4,6 +4,7 @@
 #include <rapidcheck/gtest.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <map>
 #include <set>
 #include <thread>
@@ -38,6 +39,21 @@ TEST_F(SessionSegment, ClientSeesWhatTheDaemonCreated) {
   for (const auto& hazard : client->hazards()) EXPECT_EQ(hazard.load(), 0u);
   EXPECT_EQ(client->request_ring().size(), 1024u);
   EXPECT_EQ(client->reply_ring().size(), 2048u);
+}
+
+// docs/protocol.md says where the words are.
+TEST(SessionHeaderLayout, IsTheDocumentedOne) {
+  EXPECT_EQ(offsetof(SessionHeader, session_id), 24u);
+  EXPECT_EQ(offsetof(SessionHeader, state), 64u);
+  EXPECT_EQ(offsetof(SessionHeader, daemon_sleeping), 128u);
+  EXPECT_EQ(offsetof(SessionHeader, reply_sequence), 192u);
+  EXPECT_EQ(offsetof(SessionHeader, client_waiting), 256u);
+  EXPECT_EQ(offsetof(SessionHeader, client_heartbeat_ns), 320u);
+  EXPECT_EQ(offsetof(SessionHeader, hazard_high_water), 384u);
+  EXPECT_EQ(offsetof(SessionHeader, request_head), 448u);
+  EXPECT_EQ(offsetof(SessionHeader, request_tail), 512u);
+  EXPECT_EQ(offsetof(SessionHeader, reply_head), 576u);
+  EXPECT_EQ(offsetof(SessionHeader, reply_tail), 640u);
 }
 
 TEST_F(SessionSegment, PartsLieInTheMemoryAndDoNotOverlap) {
