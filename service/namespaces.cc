@@ -179,8 +179,8 @@ Result<NamespaceShape> check_facts(const std::map<std::string, std::string>& fac
                            "\"; other caches can be stored as opaque bytes"));
   }
   shape.kv_dtype = *kv_dtype;
-  if (!from_hex(*value_of("weights"))) {
-    return failure(refused("weights must be a fingerprint in hexadecimal, not \"" + *value_of("weights") + "\""));
+  if (value_of("weights")->find_first_of(" \t") != std::string::npos) {
+    return failure(refused("weights must be a fingerprint, one word, not \"" + *value_of("weights") + "\""));
   }
   return shape;
 }

@@ -22,7 +22,7 @@ namespace kvern {
 ///
 /// Required, none of them empty:
 ///   model            name, for people and for [[namespace]] rules
-///   weights          fingerprint of the weights in hexadecimal: a retrained model at the same path must miss
+///   weights          fingerprint of the weights, one word: a retrained model at the same path must miss
 ///   dtype            of the model: float32 | float16 | bfloat16
 ///   kv_dtype         of the cache: float32 | float16 | bfloat16 | opaque
 ///   block_tokens     tokens per block of the engine
