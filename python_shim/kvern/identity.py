@@ -75,7 +75,7 @@ def fingerprint_files(paths: list[pathlib.Path], full_hash_bytes: int = FULL_HAS
     paths = sorted(paths, key=lambda path: path.name)
     sizes = [path.stat().st_size for path in paths]
     full = sum(sizes) <= full_hash_bytes
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"full" if full else b"sampled")
     for path, size in zip(paths, sizes):
         digest.update(f"{path.name}\0{size}\0".encode())
         with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def fingerprint_files(paths: list[pathlib.Path], full_hash_bytes: int = FULL_HAS
             _hash_range(digest, file, 0, min(begin for begin, _ in ranges) if ranges else size, 1 << 30)
             for begin, end in sorted(ranges):
                 _hash_range(digest, file, begin, end, _SAMPLES_PER_TENSOR)
-    return f"{'full' if full else 'sampled'}-{digest.hexdigest()[:40]}"
+    return digest.hexdigest()[:40]
 
 
 def _model_folder(model_config, load_config) -> pathlib.Path | None:
@@ -121,16 +121,17 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def weights_fingerprint(vllm_config, given: str) -> str:
-    """Throws Refused where the weights cannot be told apart from others."""
+    """In hexadecimal. Throws Refused where the weights cannot be told apart from others."""
     if given:
-        return f"named-{given}"
+        return _digest(f"named {given}")
     model_config, load_config = vllm_config.model_config, vllm_config.load_config
     if str(getattr(load_config.load_format, "value", load_config.load_format)) == "dummy":
         import torch
 
         parallel = vllm_config.parallel_config
-        return "dummy-" + _digest(
-            f"{model_config.seed} {parallel.tensor_parallel_size} {parallel.pipeline_parallel_size} {torch.__version__}"
+        return _digest(
+            f"dummy {model_config.seed} {parallel.tensor_parallel_size} {parallel.pipeline_parallel_size} "
+            f"{torch.__version__}"
         )
     folder = _model_folder(model_config, load_config)
     files = weight_files(folder) if folder is not None else []

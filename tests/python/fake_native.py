@@ -63,6 +63,7 @@ class Client:
 
     def add_namespace(self, fields):
         assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in fields.items()), fields
+        assert bytes.fromhex(fields["weights"]), "kvernd takes nothing but hexadecimal digits"
         self.namespaces.append(dict(fields))
         return len(self.namespaces) - 1
 
