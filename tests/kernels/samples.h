@@ -123,6 +123,12 @@ class CollectingSink final : public RowSink {
   const Bytes& bytes() const { return bytes_; }
   /// How often each byte was written.
   const std::vector<std::uint8_t>& written() const { return written_; }
+  bool every_byte_written_once() const {
+    return std::ranges::all_of(written_, [](std::uint8_t times) { return times == 1; });
+  }
+  bool nothing_written() const {
+    return std::ranges::all_of(written_, [](std::uint8_t times) { return times == 0; });
+  }
   /// A row outside the shard, or rows across a border that the sink asked to cut at.
   bool misplaced() const { return misplaced_; }
 
