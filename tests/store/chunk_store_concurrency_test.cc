@@ -126,7 +126,7 @@ void write_until(SharedStore& shared, std::uint64_t seed, const std::atomic<int>
 }
 
 TEST(ChunkStoreConcurrency, AClaimedHitKeepsItsBytesBesideAnEvictor) {
-  constexpr std::uint64_t kClaims = 3'000;
+  constexpr std::uint64_t kClaims = 1'500;
   SharedStore shared;
   std::array<Outcome, kReaders> outcomes;
   std::atomic<int> readers_left{kReaders};
