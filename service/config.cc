@@ -78,7 +78,7 @@ constexpr ConfigKey kKeys[] = {
      "How long a graceful stop waits for stores that were committed.", KVERN_SLOT(server.drain_timeout_ms)},
 
     {"store.dram_bytes", KeyType::kBytes, "bytes", "", kMiB, 256 * kTiB,
-     "Size of the DRAM tier. Taken from tmpfs at the start.", KVERN_SLOT(store.dram_bytes)},
+     "Size of the DRAM tier. Reserved in tmpfs in the first seconds.", KVERN_SLOT(store.dram_bytes)},
     {"store.eviction", KeyType::kText, "", "lru", 0, kNoLimit, "What leaves first when the tier is full.",
      KVERN_SLOT(store.eviction)},
     {"store.incomplete_ttl_seconds", KeyType::kNumber, "s", "", 1, 86'400,
@@ -147,21 +147,25 @@ std::optional<unsigned> parse_mode(std::string_view text) {
 
 std::string toml_text(std::string_view text) {
   std::ostringstream out;
-  out << toml::value<std::string>(text);
+  const toml::value<std::string> value(text);
+  out << toml::toml_formatter(value, toml::format_flags::none);
   return out.str();
 }
 
-/// Collects "file:line: sentence".
+/// Collects "file:line: sentence" and gives them out in the order of the lines.
 class FileErrors {
  public:
-  FileErrors(std::string file, std::vector<std::string>& errors) : file_(std::move(file)), errors_(errors) {}
+  explicit FileErrors(std::string file) : file_(std::move(file)) {}
   void add(const toml::source_region& where, const std::string& sentence) {
-    errors_.push_back(file_ + ":" + std::to_string(where.begin.line) + ": " + sentence);
+    sentences_.emplace(where.begin.line, file_ + ":" + std::to_string(where.begin.line) + ": " + sentence);
+  }
+  void move_to(std::vector<std::string>& errors) {
+    for (auto& [line, sentence] : sentences_) errors.push_back(std::move(sentence));
   }
 
  private:
-  std::string file_;
-  std::vector<std::string>& errors_;
+  const std::string file_;
+  std::multimap<toml::source_index, std::string> sentences_;
 };
 
 /// The scalar as ConfigKey::set() takes it, or nullopt when its TOML type is not the key's.
@@ -242,23 +246,27 @@ void read_section(std::string_view section, const toml::table& table, ServiceCon
   }
 }
 
-void read_file(std::string_view text, const std::string& file_name, LoadedConfig& loaded) {
-  FileErrors errors(file_name, loaded.errors);
-  toml::table root;
-  try {
-    root = toml::parse(text, file_name);
-  } catch (const toml::parse_error& error) {
-    return errors.add(error.source(), std::string(error.description()));
-  }
+void read_sections(const toml::table& root, ServiceConfig& config, FileErrors& errors) {
   for (const auto& [name, value] : root) {
     if (name == "namespace" && value.is_array()) {
-      for (const auto& rule : *value.as_array()) read_rule(rule, loaded.config, errors);
+      for (const auto& rule : *value.as_array()) read_rule(rule, config, errors);
     } else if (value.is_table() && !key_names(name.str()).empty()) {
-      read_section(name.str(), *value.as_table(), loaded.config, errors);
+      read_section(name.str(), *value.as_table(), config, errors);
     } else {
       errors.add(name.source(), "there is no section " + std::string(name.str()) + "; there are " + section_names());
     }
   }
+}
+
+void read_file(std::string_view text, const std::string& file_name, LoadedConfig& loaded) {
+  FileErrors errors(file_name);
+  try {
+    const toml::table root = toml::parse(text, file_name);
+    read_sections(root, loaded.config, errors);
+  } catch (const toml::parse_error& error) {
+    errors.add(error.source(), std::string(error.description()));
+  }
+  errors.move_to(loaded.errors);
 }
 
 void finish(LoadedConfig& loaded) {

@@ -31,6 +31,7 @@
 #include "service/namespaces.h"
 #include "service/remote_data.h"
 #include "service/sessions.h"
+#include "service/slab_file.h"
 #include "service/store_pipeline.h"
 #include "store/chunk_store.h"
 #include "store/eviction_policy.h"
@@ -126,10 +127,10 @@ bool is_any_address(const std::string& address) { return address == "*" || addre
 
 struct Daemon::State {
   explicit State(const ServiceConfig& config_in);
-  ~State();
+  ~State() { shut_down(); }
 
-  void start_remote();
   void start_servers();
+  void shut_down();
   void watch();
   void wake();
   HttpServer::Pages pages();
@@ -141,7 +142,7 @@ struct Daemon::State {
   const std::uint64_t epoch = random_epoch();
   const std::vector<AllowedClient> allowed = allowed_clients(config);
   Premises premises{config};
-  SharedMemory slab;
+  SlabFile slab;
   SharedMemory index;
   UniqueFd slab_reader;
   UniqueFd index_reader;
@@ -180,7 +181,7 @@ struct Daemon::State {
 
 Daemon::State::State(const ServiceConfig& config_in)
     : config(config_in),
-      slab(or_throw(SharedMemory::create_named(config.server.run_dir + "/slab", config.store.dram_bytes))),
+      slab(config.server.run_dir + "/slab", config.store.dram_bytes),
       index(or_throw(SharedMemory::create_named(
           config.server.run_dir + "/index",
           block_index_bytes({.chunk_capacity = config.chunk_capacity(), .slot_count = config.index_slots()})))),
@@ -201,7 +202,7 @@ Daemon::State::State(const ServiceConfig& config_in)
                 .timeout_ns = static_cast<std::int64_t>(config.sessions.timeout_ms) * 1'000'000},
                epoch, hazards, clock),
       encoders("kvern-encode", config.encode_threads(), config.pipeline.max_queued),
-      pipeline(*store, encoders, metrics, clock),
+      pipeline(*store, encoders, metrics, clock, [this] { return slab.usable_bytes(); }),
       hot({.sessions = sessions,
            .store = *store,
            .pipeline = pipeline,
@@ -228,7 +229,12 @@ Daemon::State::State(const ServiceConfig& config_in)
                 .reason = std::string(reason),
                 .time_ns = clock.now_ns()});
   });
-  start_servers();
+  try {
+    start_servers();
+  } catch (...) {
+    shut_down();  // some of them may run already
+    throw;
+  }
 }
 
 ControlService::UcxEndpoint Daemon::State::ucx_endpoint() const {
@@ -249,8 +255,10 @@ void Daemon::State::start_servers() {
                       .ending = [this](const Session& session) { rings->remove(session.id()); },
                       .ended =
                           [this](const Session& session, SessionEnd why) {
-                            metrics.session_ended(end_name(why));
-                            if (session.identity().role == SessionRole::kTool) return;
+                            // A tool asks and goes away; that it says nothing more is no fault.
+                            const bool tool = session.identity().role == SessionRole::kTool;
+                            metrics.session_ended(end_name(tool ? SessionEnd::kGoodbye : why));
+                            if (tool) return;
                             spdlog::info("session {}: ended, {}", session.id(), end_name(why));
                           },
                       .disconnect = [this](std::uint64_t connection) { admission->disconnect(connection); },
@@ -343,8 +351,9 @@ void Daemon::State::wake() {
   watch_wake.notify_one();
 }
 
-Daemon::State::~State() {
+void Daemon::State::shut_down() {
   ready.store(false);
+  http.reset();
   control_server.reset();
   administration.drain();
   pipeline.cancel();

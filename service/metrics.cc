@@ -23,8 +23,9 @@ prometheus::Family<prometheus::Counter>& counters(Registry& registry, const char
   return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
 }
 
-prometheus::Counter& counter(Registry& registry, const char* name, const char* help) {
-  return counters(registry, name, help).Add({});
+prometheus::Counter& counter(Registry& registry, const char* name, const char* help,
+                             const prometheus::Labels& labels = {}) {
+  return counters(registry, name, help).Add(labels);
 }
 
 prometheus::Family<prometheus::Histogram>& histograms(Registry& registry, const char* name, const char* help) {
@@ -61,7 +62,7 @@ std::string codec_label(std::string_view spec) {
 Metrics::Metrics()
     : registry_(std::make_unique<Registry>()),
       requested_tokens(counter(*registry_, "kvern_requested_tokens_total", "Prompt tokens that engines asked for")),
-      hit_tokens(counter(*registry_, "kvern_hit_tokens_total", "Prompt tokens that were found")),
+      hit_tokens(counter(*registry_, "kvern_hit_tokens_total", "Prompt tokens that were found", {{"tier", "dram"}})),
       loaded_tokens(counter(*registry_, "kvern_loaded_tokens_total", "Tokens whose blocks reached an engine's pages")),
       failed_loads(counter(*registry_, "kvern_failed_loads_total", "Loads that ended without the blocks")),
       control_requests(counter(*registry_, "kvern_control_requests_total", "Messages on the control plane")),

@@ -58,14 +58,14 @@ Result<std::shared_ptr<Session>> Sessions::open(SessionIdentity identity, std::u
     by_id_.emplace(session->id(), session);
   }
   if (const Status status = session->accept_sequence(first_sequence); !status) {
-    end(session->id(), SessionEnd::kProtocolError);
+    remove(session->id(), SessionEnd::kProtocolError);  // nobody has heard of it yet
     return failure(status);
   }
   // A remote client pushes into staging that only we map; a local one gets its own when it is admitted.
   if (!local_memory && session->identity().staging_bytes > 0 && session->identity().plane == SessionPlane::kUcx) {
     auto staging = Staging::create("kvern-staging", session->identity().staging_bytes);
     if (!staging) {
-      end(session->id(), SessionEnd::kStopping);
+      remove(session->id(), SessionEnd::kProtocolError);
       return failure(staging.error());
     }
     session->set_staging(std::move(*staging));

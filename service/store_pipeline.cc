@@ -69,6 +69,11 @@ Status StorePipeline::store(const Reservation& reservation, const std::vector<st
     metrics_.refused(ticket.error().code() == Code::kRefused ? Refusal::kTooLarge : Refusal::kStoreFull);
     return ticket.error();
   }
+  if (ticket->extent.offset + ticket->extent.bytes > usable_bytes_()) {
+    store_.abort(*ticket);
+    metrics_.refused(Refusal::kStoreFull);
+    return Status(Code::kBusy, "the DRAM tier is still being reserved");
+  }
   const std::int64_t started = clock_.now_ns();
   const auto canonical = reservation.block.bytes().first(info.shape.raw_bytes());
   const auto encoded = encode_container(codec, info, canonical, plane_checksums, store_.bytes(*ticket));

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -24,8 +25,10 @@ class StorePipeline {
  public:
   using Done = std::function<void(Status status)>;
 
-  StorePipeline(ChunkStore& store, Executor& executor, Metrics& metrics, const Clock& clock)
-      : store_(store), executor_(executor), metrics_(metrics), clock_(clock) {}
+  /// usable_bytes: how much of the slab may be written at this moment (SlabFile).
+  StorePipeline(ChunkStore& store, Executor& executor, Metrics& metrics, const Clock& clock,
+                std::function<std::uint64_t()> usable_bytes)
+      : store_(store), executor_(executor), metrics_(metrics), clock_(clock), usable_bytes_(std::move(usable_bytes)) {}
 
   /// Takes the reservation; its staging is free again before done is called, on the executor's thread. plane_checksums:
   /// one per plane. kBusy, and nothing is called, when the queue is full.
@@ -49,6 +52,7 @@ class StorePipeline {
   Executor& executor_;
   Metrics& metrics_;
   const Clock& clock_;
+  const std::function<std::uint64_t()> usable_bytes_;
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
   std::condition_variable idle_;

@@ -1,0 +1,89 @@
+#include "service/slab_file.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <spdlog/spdlog.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <stdexcept>
+#include <utility>
+
+namespace kvern {
+namespace {
+
+// Some 20 ms of work: a stop waits no longer.
+constexpr std::uint64_t kPieceBytes = 64U << 20;
+
+[[noreturn]] void fail(const std::string& path, const std::string& what) {
+  throw std::runtime_error("cannot make the slab " + path + ": " + what);
+}
+
+void check_room(const std::string& path, std::uint64_t bytes) {
+  const std::string folder = std::filesystem::path(path).parent_path().string();
+  struct statvfs about {};
+  if (::statvfs(folder.c_str(), &about) != 0) fail(path, std::strerror(errno));
+  const std::uint64_t free_bytes = std::uint64_t{about.f_bavail} * about.f_frsize;
+  if (free_bytes >= bytes) return;
+  fail(path, folder + " has " + std::to_string(free_bytes >> 20) + " MiB free, " + std::to_string(bytes >> 20) +
+                 " MiB are needed: lower [store] dram_bytes, or enlarge it (mount -o remount,size=…; docker run "
+                 "--shm-size; in Kubernetes the sizeLimit of an emptyDir of medium Memory mounted there)");
+}
+
+SharedMemory make_file(const std::string& path, std::uint64_t bytes) {
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail(path, std::strerror(errno));
+  check_room(path, bytes);
+  UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (!fd) fail(path, std::strerror(errno));
+  auto memory = ::ftruncate(fd.get(), static_cast<off_t>(bytes)) == 0 ? SharedMemory::map(std::move(fd), bytes, true)
+                                                                      : failure(Code::kInternal, std::strerror(errno));
+  if (!memory) {
+    ::unlink(path.c_str());
+    fail(path, memory.error().message());
+  }
+  return std::move(*memory);
+}
+
+}  // namespace
+
+SlabFile::SlabFile(const std::string& path, std::uint64_t bytes) : path_(path), memory_(make_file(path, bytes)) {
+  // The first piece now, so that the first stores find room.
+  if (const Status first = reserve_piece(); !first) {
+    ::unlink(path_.c_str());
+    fail(path, first.message());
+  }
+  reserver_ = std::thread([this] { reserve_rest(); });
+}
+
+SlabFile::~SlabFile() {
+  stopping_.store(true);
+  reserver_.join();
+  ::unlink(path_.c_str());
+}
+
+Status SlabFile::reserve_piece() {
+  const std::uint64_t done = usable_bytes();
+  const std::uint64_t piece = std::min<std::uint64_t>(kPieceBytes, memory_.bytes().size() - done);
+  while (::fallocate(memory_.fd(), 0, static_cast<off_t>(done), static_cast<off_t>(piece)) != 0) {
+    if (errno != EINTR) return Status(Code::kInternal, std::strerror(errno));
+  }
+  usable_bytes_.store(done + piece, std::memory_order_release);
+  return Status::ok();
+}
+
+void SlabFile::reserve_rest() {
+  ::pthread_setname_np(::pthread_self(), "kvern-reserve");
+  while (usable_bytes() < memory_.bytes().size() && !stopping_.load()) {
+    const Status reserved = reserve_piece();
+    if (reserved) continue;
+    spdlog::error("the DRAM tier stays at {} MiB, {} cannot be reserved further: {}", usable_bytes() >> 20, path_,
+                  reserved.message());
+    return;
+  }
+}
+
+}  // namespace kvern

@@ -1,0 +1,348 @@
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "tests/integration/child_process.h"
+#include "tests/integration/local_client.h"
+
+namespace kvern {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::ChildProcess;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using testing::kBlocksPerChunk;
+using testing::kPatience;
+using testing::LocalClient;
+
+bool eventually(const std::function<bool()>& holds) {
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  while (!holds()) {
+    if (std::chrono::steady_clock::now() >= deadline) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  return true;
+}
+
+/// The body of a page, and its first line.
+std::string http_get(std::uint16_t port, const std::string& path) {
+  const UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(port);
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) return "";
+  const std::string request = "GET " + path + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+  if (::send(fd.get(), request.data(), request.size(), 0) < 0) return "";
+  std::string text;
+  char buffer[4096];
+  for (ssize_t bytes = 0; (bytes = ::recv(fd.get(), buffer, sizeof buffer, 0)) > 0;) {
+    text.append(buffer, static_cast<std::size_t>(bytes));
+  }
+  return text;
+}
+
+std::uint16_t free_port() {
+  const UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof address;
+  ::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
+  ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &length);
+  return ntohs(address.sin_port);
+}
+
+class LocalDaemonTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = (fs::temp_directory_path() / "kvern-it-XXXXXX").string();
+    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
+    folder_ = pattern;
+    run_dir_ = "/dev/shm/" + folder_.filename().string();
+  }
+  void TearDown() override {
+    daemon_.reset();
+    fs::remove_all(folder_);
+    fs::remove_all(run_dir_);
+  }
+
+  std::string socket() const { return (folder_ / "k.sock").string(); }
+
+  std::vector<std::string> command(std::vector<std::string> more = {}) const {
+    std::vector<std::string> words = {KVERND_PATH,
+                                      "--server.socket=" + socket(),
+                                      "--server.run_dir=" + run_dir_.string(),
+                                      "--store.dram_bytes=64MiB",
+                                      "--pipeline.ring_spin_us=0",
+                                      "--metrics.listen="};
+    for (auto& word : more) words.push_back(std::move(word));
+    return words;
+  }
+  void start(std::vector<std::string> more = {}) {
+    const auto started = std::chrono::steady_clock::now();
+    daemon_.emplace(command(std::move(more)));
+    ASSERT_TRUE(daemon_->says("is ready")) << daemon_->text();
+    const auto took = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - started);
+    std::cout << "kvernd was ready after " << took.count() << " ms\n";
+  }
+  std::unique_ptr<LocalClient> connect(const std::string& name = "test") {
+    auto client = LocalClient::connect(socket(), name);
+    if (!client) ADD_FAILURE() << client.error().to_string() << "\n" << daemon_->text();
+    return client ? std::move(*client) : nullptr;
+  }
+  nlohmann::json status(LocalClient& client) {
+    wire::ControlRequest request;
+    request.mutable_status();
+    wire::ControlReply reply;
+    const Status asked = client.control(request, &reply);
+    EXPECT_TRUE(asked) << asked.to_string();
+    return nlohmann::json::parse(reply.status_report().json());
+  }
+  /// What the daemon says of the session with that name; null when there is none.
+  nlohmann::json session_of(LocalClient& client, const std::string& name) {
+    for (const auto& session : status(client).at("sessions")) {
+      if (session.at("client_name") == name) return session;
+    }
+    return nullptr;
+  }
+
+  fs::path folder_;
+  fs::path run_dir_;
+  std::optional<ChildProcess> daemon_;
+};
+
+TEST_F(LocalDaemonTest, WhatOneClientStoresAnotherFindsAndLoads) {
+  start();
+  const auto writer = connect("writer");
+  ASSERT_TRUE(writer->store(1, 8));
+  ASSERT_TRUE(writer->store(2, 2, "int8"));
+  const auto reader = connect("reader");
+  for (std::uint64_t chunk = 0; chunk < 8; ++chunk) {
+    const auto hit = reader->index().find(reader->fingerprint(1, chunk * kBlocksPerChunk + 3));
+    ASSERT_TRUE(hit);
+    EXPECT_EQ(hit->block_in_chunk, 3);
+    const auto slot = reader->hazards().publish(hit->chunk);
+    EXPECT_TRUE(reader->index().still_valid(*hit));
+    const Status loaded = reader->load_and_compare(1, chunk);
+    EXPECT_TRUE(loaded) << loaded.to_string();
+    reader->hazards().clear(*slot);
+  }
+  EXPECT_TRUE(reader->load(2, 0)) << "the lossy one";
+  EXPECT_EQ(reader->load_and_compare(2, 0).code(), Code::kCorrupt) << "int8 that loses nothing would be a surprise";
+  EXPECT_FALSE(reader->index().find(reader->fingerprint(3, 0)));
+  EXPECT_EQ(reader->load(3, 0).error().code(), Code::kNotFound);
+}
+
+TEST_F(LocalDaemonTest, AClientThatIsKilledLeavesNothingBehind) {
+  start();
+  const auto client = connect();
+  ASSERT_TRUE(client->store(1, 2));
+  ChildProcess victim({VICTIM_PATH, socket()});
+  ASSERT_TRUE(victim.says("ready")) << victim.text();
+  auto held = session_of(*client, "victim");
+  ASSERT_FALSE(held.is_null());
+  EXPECT_EQ(held.at("leases"), 1);
+  EXPECT_EQ(held.at("reservations"), 4);
+  EXPECT_EQ(client->reserve(77, 1)->items(0).outcome(), wire::IN_FLIGHT);
+  victim.kill();
+  EXPECT_TRUE(eventually([&] { return session_of(*client, "victim").is_null(); }));
+  const auto report = status(*client);
+  EXPECT_EQ(report.at("store").at("pinned_chunks"), 0);
+  EXPECT_EQ(report.at("pipeline").at("in_flight"), 0);
+  EXPECT_EQ(report.at("lingering_sessions"), 0);
+  EXPECT_TRUE(client->store(77, 1));
+}
+
+TEST_F(LocalDaemonTest, AClientThatIsStoppedAndContinuedHurtsNobody) {
+  start({"--sessions.heartbeat_interval_ms=50", "--sessions.timeout_ms=400"});
+  auto client = connect();
+  ASSERT_TRUE(client->store(1, 2));
+  ChildProcess victim({VICTIM_PATH, socket()});
+  ASSERT_TRUE(victim.says("ready")) << victim.text();
+  victim.signal(SIGSTOP);
+  EXPECT_TRUE(eventually([&] {
+    if (!client->heartbeat()) client = connect();  // a busy machine may be late with ours, too
+    return status(*client).at("lingering_sessions") == 1;
+  }));
+  const auto report = status(*client);
+  EXPECT_EQ(report.at("store").at("pinned_chunks"), 0);
+  EXPECT_EQ(report.at("pipeline").at("in_flight"), 0);
+  if (!client->heartbeat()) client = connect();
+  ASSERT_TRUE(client->store(77, 4)) << "what the stopped one had reserved";
+  victim.signal(SIGCONT);
+  EXPECT_TRUE(victim.says("expired")) << victim.text();
+  EXPECT_TRUE(victim.says("stored")) << victim.text();
+  EXPECT_EQ(victim.wait(), 0);
+  client = connect();
+  for (std::uint64_t chunk = 0; chunk < 4; ++chunk) EXPECT_TRUE(client->load_and_compare(77, chunk));
+  EXPECT_TRUE(client->load_and_compare(78, 0));
+  EXPECT_TRUE(eventually([&] {
+    if (!client->heartbeat()) client = connect();
+    return status(*client).at("lingering_sessions") == 0;
+  }));
+}
+
+TEST_F(LocalDaemonTest, AKilledDaemonFailsItsClientsAndStartsAgain) {
+  start();
+  auto client = connect();
+  ASSERT_TRUE(client->store(1, 1));
+  const std::uint64_t epoch = client->welcome().epoch();
+  const auto lease = client->fetch(1, 0);
+  ASSERT_TRUE(lease);
+  daemon_->kill();
+  wire::HotRequest request;
+  request.mutable_report();
+  wire::HotReply reply;
+  EXPECT_EQ(client->channel().call(request, &reply, std::chrono::milliseconds(200)).code(), Code::kUnavailable);
+  EXPECT_TRUE(fs::exists(run_dir_ / "slab")) << "kill -9 cleans nothing up";
+
+  start();
+  const auto again = connect();
+  EXPECT_NE(again->welcome().epoch(), epoch);
+  EXPECT_NE(again->index().generation(), client->index().generation());
+  EXPECT_EQ(again->load(1, 0).error().code(), Code::kNotFound);
+  EXPECT_TRUE(again->store(1, 1));
+  EXPECT_TRUE(again->load_and_compare(1, 0));
+  wire::ControlRequest stale;
+  stale.mutable_heartbeat();
+  wire::ControlReply answer;
+  EXPECT_FALSE(client->control(stale, &answer)) << "a token of the dead daemon";
+}
+
+TEST_F(LocalDaemonTest, AFullTierEvictsAndGoesOn) {
+  start({"--store.dram_bytes=4MiB"});
+  const auto client = connect();
+  constexpr std::uint64_t kPrompts = 40;  // some 5 MiB of chunks of 128 KiB
+  for (std::uint64_t prompt = 0; prompt < kPrompts; ++prompt) {
+    const Status stored = client->store(prompt, 1);
+    ASSERT_TRUE(stored) << stored.to_string();
+  }
+  const auto store = status(*client).at("store");
+  EXPECT_GT(store.at("evicted_chunks"), 0);
+  EXPECT_LE(store.at("used_bytes"), store.at("capacity_bytes"));
+  EXPECT_TRUE(client->load_and_compare(kPrompts - 1, 0));
+  EXPECT_EQ(client->load(0, 0).error().code(), Code::kNotFound);
+}
+
+TEST_F(LocalDaemonTest, AClaimedChunkIsNotEvicted) {
+  start({"--store.dram_bytes=4MiB"});
+  const auto client = connect();
+  ASSERT_TRUE(client->store(1000, 1));
+  const auto hit = client->index().find(client->fingerprint(1000, 0));
+  ASSERT_TRUE(hit);
+  const auto slot = client->hazards().publish(hit->chunk);
+  ASSERT_TRUE(client->index().still_valid(*hit));
+  for (std::uint64_t prompt = 0; prompt < 100; ++prompt) ASSERT_TRUE(client->store(prompt, 1));
+  EXPECT_TRUE(client->load_and_compare(1000, 0));
+  client->hazards().clear(*slot);
+  for (std::uint64_t prompt = 100; prompt < 200; ++prompt) ASSERT_TRUE(client->store(prompt, 1));
+  EXPECT_EQ(client->load(1000, 0).error().code(), Code::kNotFound);
+}
+
+TEST_F(LocalDaemonTest, ASecondDaemonOnTheSameSocketIsRefused) {
+  start();
+  ChildProcess second(command());
+  EXPECT_EQ(second.wait(), 1);
+  EXPECT_THAT(second.text(), HasSubstr("another kvernd has the socket " + socket()));
+  EXPECT_TRUE(connect()->store(1, 1));
+}
+
+TEST_F(LocalDaemonTest, AGracefulStopFinishesAndCleansUp) {
+  start();
+  const auto client = connect();
+  const auto reserved = client->reserve(1, 16);
+  ASSERT_TRUE(reserved);
+  wire::HotRequest commit;
+  for (int i = 0; i < reserved->items_size(); ++i) {
+    *commit.mutable_commit()->add_items() = client->write(reserved->items(i), 1, static_cast<std::uint64_t>(i));
+  }
+  std::optional<Status> committed;
+  std::thread committing([&] {
+    wire::HotReply reply;
+    committed = client->hot(commit, &reply);
+    for (const auto& item : reply.committed().items()) {
+      if (committed->is_ok()) committed = to_status(item);
+    }
+  });
+  // The daemon has taken the commit once the first of its chunks can be found.
+  EXPECT_TRUE(eventually([&] { return client->index().find(client->fingerprint(1, 0)).has_value(); }));
+  daemon_->signal(SIGTERM);
+  EXPECT_EQ(daemon_->wait(), 0) << daemon_->text();
+  committing.join();
+  ASSERT_TRUE(committed);
+  EXPECT_TRUE(*committed) << committed->to_string();
+  EXPECT_NE(client->state(), SessionState::kLive);
+  EXPECT_FALSE(fs::exists(run_dir_));
+  EXPECT_TRUE(fs::is_empty(folder_)) << "sockets and locks are left";
+}
+
+TEST_F(LocalDaemonTest, MetricsAndHealthAreServed) {
+  const std::uint16_t port = free_port();
+  start({"--metrics.listen=127.0.0.1:" + std::to_string(port)});
+  const auto client = connect();
+  ASSERT_TRUE(client->store(1, 2));
+  ASSERT_TRUE(client->load_and_compare(1, 0));
+  EXPECT_THAT(http_get(port, "/healthz"), HasSubstr("200 OK"));
+  EXPECT_THAT(http_get(port, "/readyz"), HasSubstr("200 OK"));
+  EXPECT_THAT(http_get(port, "/etc/passwd"), HasSubstr("404"));
+  const std::string metrics = http_get(port, "/metrics");
+  for (const char* line :
+       {"kvern_tier_chunks{tier=\"dram\"} 2", "kvern_stored_chunks_total{codec=\"raw\",tier=\"dram\"} 2",
+        "kvern_requests_total{type=\"fetch\"} 1", "kvern_sessions{role=\"worker\",data_plane=\"shm\"} 1",
+        "kvern_leases 0", "kvern_build_info{version=\"0.1.0\",protocol=\"1\"} 1", "kvern_fetch_seconds_count 1"}) {
+    EXPECT_THAT(metrics, HasSubstr(line));
+  }
+}
+
+TEST_F(LocalDaemonTest, ABrokenRingEndsTheSessionAndNobodyElses) {
+  start();
+  const auto good = connect("good");
+  const auto bad = connect("bad");
+  ASSERT_TRUE(bad->store(1, 1));
+  auto& header = bad->segment().header();
+  header.request_head.store(header.request_head.load() + (1ULL << 40));
+  header.daemon_sleeping.store(1);
+  wire::HotRequest request;
+  request.mutable_report();
+  wire::HotReply reply;
+  bad->channel().call(request, &reply, std::chrono::milliseconds(100)).is_ok();
+  EXPECT_TRUE(eventually([&] { return session_of(*good, "bad").is_null(); }));
+  EXPECT_TRUE(good->store(2, 1));
+}
+
+TEST_F(LocalDaemonTest, CheckConfigExplainsErrorsWithFileAndLine) {
+  const std::string path = (folder_ / "k.toml").string();
+  std::ofstream(path) << "[store]\ndram_bytes = \"1GiB\"\ncolour = 3\n";
+  ChildProcess check({KVERND_PATH, "--check-config", path});
+  EXPECT_EQ(check.wait(), 1);
+  EXPECT_THAT(check.text(), HasSubstr(path + ":3: there is no key store.colour"));
+  std::ofstream(path) << "[store]\ndram_bytes = \"1GiB\"\n";
+  ChildProcess good({KVERND_PATH, "--check-config", path});
+  EXPECT_EQ(good.wait(), 0) << good.text();
+}
+
+TEST_F(LocalDaemonTest, WhatCannotStartSaysWhy) {
+  ChildProcess huge(command({"--store.dram_bytes=200TiB"}));
+  EXPECT_EQ(huge.wait(), 1);
+  EXPECT_THAT(huge.text(), HasSubstr("are needed"));
+  EXPECT_FALSE(fs::exists(run_dir_)) << "a failed start leaves nothing";
+  const std::uint16_t port = free_port();
+  start({"--metrics.listen=127.0.0.1:" + std::to_string(port)});
+  ChildProcess taken({KVERND_PATH, "--server.socket=" + (folder_ / "other.sock").string(), "--store.dram_bytes=1MiB",
+                      "--metrics.listen=127.0.0.1:" + std::to_string(port)});
+  EXPECT_EQ(taken.wait(), 1);
+  EXPECT_THAT(taken.text(), HasSubstr("cannot listen on 127.0.0.1:" + std::to_string(port)));
+}
+
+}  // namespace
+}  // namespace kvern

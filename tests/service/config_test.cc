@@ -1,0 +1,188 @@
+#include "service/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+namespace kvern {
+namespace {
+
+using ::testing::Contains;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::StartsWith;
+
+class TemporaryFile {
+ public:
+  explicit TemporaryFile(const std::string& text) {
+    path_ = (std::filesystem::temp_directory_path() / "kvern-config-XXXXXX").string();
+    const int fd = ::mkstemp(path_.data());
+    EXPECT_GE(fd, 0);
+    ::close(fd);
+    std::ofstream(path_) << text;
+  }
+  ~TemporaryFile() { std::filesystem::remove(path_); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+TEST(Config, AnEmptyFileIsTheDefaults) {
+  const auto loaded = parse_config("", "f");
+  EXPECT_THAT(loaded.errors, IsEmpty());
+  EXPECT_EQ(loaded.config.store.dram_bytes, 4ULL << 30);
+  EXPECT_EQ(loaded.config.codec.fallback, "raw");
+  EXPECT_FALSE(loaded.config.server.socket.empty());
+  EXPECT_THAT(loaded.config.server.run_dir, StartsWith("/dev/shm/kvern-"));
+}
+
+TEST(Config, KeysAreReadFromTheirSections) {
+  const auto loaded = parse_config(
+      "[server]\nsocket = \"/tmp/a.sock\"\ninsecure = true\n[store]\ndram_bytes = \"512 MiB\"\n"
+      "[sessions]\nstaging_bytes_max = 65536\ntimeout_ms = 5000\n",
+      "f");
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  EXPECT_EQ(loaded.config.server.socket, "/tmp/a.sock");
+  EXPECT_TRUE(loaded.config.server.insecure);
+  EXPECT_EQ(loaded.config.store.dram_bytes, 512ULL << 20);
+  EXPECT_EQ(loaded.config.sessions.staging_bytes_max, 65536U);
+  EXPECT_EQ(loaded.config.sessions.timeout_ms, 5000U);
+  EXPECT_EQ(loaded.config.admission_path(), "/tmp/a.sock.fds");
+}
+
+TEST(Config, EveryErrorIsToldWithFileAndLine) {
+  const auto loaded = parse_config(
+      "[store]\n"                // 1
+      "dram_bytes = \"lots\"\n"  // 2
+      "eviction = \"magic\"\n"   // 3
+      "dram = 3\n"               // 4
+      "[server]\n"               // 5
+      "insecure = \"yes\"\n"     // 6
+      "ucx_port = 70000\n"       // 7
+      "[kitchen]\n"              // 8
+      "[[namespace]]\n"          // 9
+      "codec = \"zip\"\n",       // 10
+      "k.toml");
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:2: store.dram_bytes")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:3: store.eviction must be one of lru")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:4: there is no key store.dram;")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:6: server.insecure must be true or false")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:7: server.ucx_port must be from 0 to 65535")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:8: there is no section kitchen")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:10: ")));
+  EXPECT_EQ(loaded.errors.size(), 7U) << ::testing::PrintToString(loaded.errors);
+}
+
+TEST(Config, WhatIsNoTomlIsToldWithItsLine) {
+  EXPECT_THAT(parse_config("[store]\n\ndram_bytes = = 3\n", "k.toml").errors, ElementsAre(StartsWith("k.toml:3: ")));
+}
+
+TEST(Config, FlagsWinOverEnvironmentOverFileOverDefault) {
+  const TemporaryFile file("[pipeline]\nmax_queued = 1\nencode_threads = 1\n[log]\nlevel = \"warn\"\n");
+  const auto loaded = load_config({.file = file.path(),
+                                   .environment = {{"KVERN_PIPELINE_MAX_QUEUED", "2"},
+                                                   {"KVERN_PIPELINE_ENCODE_THREADS", "2"},
+                                                   {"KVERN_GOLDEN", "no key of ours"}},
+                                   .flags = {{"pipeline.max_queued", "3"}}});
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  EXPECT_EQ(loaded.config.pipeline.max_queued, 3U);
+  EXPECT_EQ(loaded.config.pipeline.encode_threads, 2U);
+  EXPECT_EQ(loaded.config.log.level, "warn");
+  EXPECT_EQ(loaded.config.pipeline.ring_spin_us, ServiceConfig().pipeline.ring_spin_us);
+}
+
+TEST(Config, ErrorsOfEnvironmentAndFlagsNameTheirSource) {
+  const auto loaded = load_config(
+      {.file = std::nullopt, .environment = {{"KVERN_LOG_LEVEL", "loud"}}, .flags = {{"pipeline.max_queued", "many"}}});
+  EXPECT_THAT(loaded.errors, ElementsAre(StartsWith("environment variable KVERN_LOG_LEVEL: log.level"),
+                                         StartsWith("--pipeline.max_queued: ")));
+}
+
+TEST(Config, AFileThatIsNotThereIsAnError) {
+  const auto loaded = load_config({.file = "/nowhere/kvernd.toml", .environment = {}, .flags = {}});
+  EXPECT_THAT(loaded.errors, ElementsAre(StartsWith("/nowhere/kvernd.toml: cannot be read")));
+}
+
+TEST(Config, ContradictionsAreRefused) {
+  const std::pair<const char*, const char*> wrong[] = {
+      {"[server]\ntcp_listen = \"*:7070\"\n", "server_key_file"},
+      {"[server]\ntcp_listen = \"*:7070\"\nserver_key_file = \"k\"\n", "allowed_clients_file"},
+      {"[server]\ndata_plane = \"ucx\"\n", "ucx_listen"},
+      {"[server]\nsocket_mode = \"rw\"\n", "socket_mode"},
+      {"[sessions]\ntimeout_ms = 1000\nheartbeat_interval_ms = 900\n", "timeout_ms"},
+      {"[store]\nindex_slots = 1000\n", "power of two"},
+      {"[codec]\ndefault = \"zip\"\n", "codec.default"},
+      {"[metrics]\nlisten = \"9464\"\n", "host:port"}};
+  for (const auto& [text, said] : wrong) {
+    EXPECT_THAT(parse_config(text, "f").errors, ElementsAre(HasSubstr(said))) << text;
+  }
+  const std::string long_path = "[server]\nsocket = \"/" + std::string(104, 'x') + "\"\n";
+  EXPECT_THAT(parse_config(long_path, "f").errors, ElementsAre(HasSubstr("too long")));
+  EXPECT_THAT(parse_config("[server]\ntcp_listen = \"*:7070\"\ninsecure = true\n", "f").errors, IsEmpty());
+}
+
+TEST(Config, TheDumpSaysTheSameAgain) {
+  auto loaded = parse_config(
+      "[server]\nsocket = \"/tmp/x.sock\"\n[store]\ndram_bytes = \"3GiB\"\n"
+      "[[namespace]]\nmatch = { model = \"llama*\", tenant = \"default\" }\ncodec = \"int8\"\n",
+      "f");
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  const std::string dump = dump_config(loaded.config);
+  const auto again = parse_config(dump, "dump");
+  EXPECT_THAT(again.errors, IsEmpty());
+  for (const ConfigKey& key : config_keys()) EXPECT_EQ(key.get(again.config), key.get(loaded.config)) << key.name;
+  EXPECT_EQ(dump_config(again.config), dump);
+}
+
+TEST(Config, TheFirstRuleThatFitsChoosesTheCodec) {
+  const auto loaded = parse_config(
+      "[codec]\ndefault = \"raw\"\n"
+      "[[namespace]]\nmatch = { model = \"*-exact\" }\ncodec = \"raw\"\n"
+      "[[namespace]]\nmatch = { model = \"llama*\" }\ncodec = \"int8\"\n",
+      "f");
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  const auto& codec = loaded.config.codec;
+  EXPECT_EQ(codec.codec_for({{"model", "llama-exact"}}), "raw");
+  EXPECT_EQ(codec.codec_for({{"model", "llama-8b"}}), "int8");
+  EXPECT_EQ(codec.codec_for({{"model", "qwen"}}), "raw");
+}
+
+TEST(Config, SizesAreReadWithTheirUnits) {
+  EXPECT_EQ(parse_bytes("4096").value(), 4096U);
+  EXPECT_EQ(parse_bytes("4GiB").value(), 4ULL << 30);
+  EXPECT_EQ(parse_bytes("4 KiB").value(), 4096U);
+  EXPECT_EQ(parse_bytes("1kB").value(), 1000U);
+  for (const char* wrong : {"", "GiB", "-1", "4 gigs", "4.5GiB", "99999999999TiB", " 4"})
+    EXPECT_FALSE(parse_bytes(wrong)) << wrong;
+  EXPECT_EQ(format_bytes(4ULL << 30), "4GiB");
+  EXPECT_EQ(format_bytes(1000), "1000");
+}
+
+TEST(Config, DerivedSizesFollowTheTier) {
+  ServiceConfig config;
+  config.store.dram_bytes = 16ULL << 30;
+  EXPECT_EQ(config.chunk_capacity(), 65536U);
+  EXPECT_GE(config.index_slots(), 65536U * 16);
+  config.store.dram_bytes = 1 << 20;
+  EXPECT_EQ(config.chunk_capacity(), 16384U);
+}
+
+// The file that people copy must be one that the daemon takes, and must name every key.
+TEST(Config, TheExampleIsGoodAndComplete) {
+  const std::string path = std::string(KVERN_SOURCE_DIR) + "/deploy/kvernd.toml";
+  const auto loaded = load_config({.file = path, .environment = {}, .flags = {}});
+  EXPECT_THAT(loaded.errors, IsEmpty());
+  std::ifstream file(path);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  for (const ConfigKey& key : config_keys()) {
+    EXPECT_THAT(text, HasSubstr(std::string(key.name.substr(key.name.find('.') + 1)) + " = ")) << key.name;
+  }
+}
+
+}  // namespace
+}  // namespace kvern
