@@ -31,15 +31,22 @@ void set_ucx_defaults() {
 
 std::vector<std::filesystem::path> candidates() {
   if (const char* named = std::getenv(kModuleVariable); named != nullptr && *named != '\0') return {named};
-  Dl_info self{};
-  if (::dladdr(reinterpret_cast<const void*>(&candidates), &self) == 0 || self.dli_fname == nullptr) return {};
+  std::vector<std::filesystem::path> folders;
   std::error_code ignored;
-  // For a program dli_fname is what it was started as.
-  auto file = std::filesystem::path(self.dli_fname);
-  if (!file.has_parent_path()) file = std::filesystem::read_symlink("/proc/self/exe", ignored);
-  const auto folder = std::filesystem::absolute(file, ignored).parent_path();
-  return {folder / kModuleFile, folder / ".." / "lib" / "kvern" / kModuleFile,
-          folder / ".." / "transport" / kModuleFile};
+  // For an extension this is its file; for a program what it was started as, which may be no path at all.
+  Dl_info self{};
+  if (::dladdr(reinterpret_cast<const void*>(&candidates), &self) != 0 && self.dli_fname != nullptr) {
+    const std::filesystem::path file(self.dli_fname);
+    if (file.has_parent_path()) folders.push_back(std::filesystem::absolute(file.parent_path(), ignored));
+  }
+  folders.push_back(std::filesystem::read_symlink("/proc/self/exe", ignored).parent_path());
+  std::vector<std::filesystem::path> files;
+  for (const auto& folder : folders) {
+    for (const char* place : {".", "../lib/kvern", "../transport"}) {
+      files.push_back((folder / place / kModuleFile).lexically_normal());
+    }
+  }
+  return files;
 }
 
 Result<const UcxModule*> load() {

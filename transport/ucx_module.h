@@ -9,8 +9,8 @@
 namespace kvern {
 
 /// All of Kvern that touches UCX is libkvern_ucx.so, opened by the functions of ucx.h (ucx_loader.cc) when the first of
-/// them is called, and never closed. It is looked for at KVERN_UCX_MODULE, else beside the program or extension that
-/// contains the loader, in ../lib/kvern from there, and in ../transport (build tree).
+/// them is called, and never closed. It is looked for at KVERN_UCX_MODULE, else beside the extension or program that
+/// contains the loader, in ../lib/kvern from there, and in ../transport (build tree); the same beside the executable.
 
 /// Changes with every change of the types that cross the boundary.
 constexpr std::uint64_t kUcxModuleAbi = 0x4b56'5543'5800'0001;
