@@ -291,6 +291,22 @@ RC_GTEST_PROP(ContainerReader, RefusesRandomBytes, (std::vector<std::uint8_t> no
   RC_ASSERT(!parse(bytes));
 }
 
+TEST(Codec, DecodesNothingOfHeadsThatWereNotAskedFor) {
+  const ShardShape shape = sample_shape(DType::kBFloat16, 16, 64, 64);
+  for (const std::string& name : codec_names()) {
+    AlignedBytes bytes(encode_sample(*codec_of(name), sample_info(shape, 16), sample_canonical(shape, 15)));
+    const auto reader = parse(bytes);
+    const SectionInfo& section = reader->sections()[1];
+    ASSERT_EQ(section.extent.head, 1U);
+    const auto payload = bytes.span().subspan(section.offset, section.bytes);
+    for (const auto& [first, last] : {std::pair{0U, 1U}, std::pair{2U, 9U}}) {
+      CollectingSink sink(shape);
+      EXPECT_TRUE(reader->codec().decode(shape, section.extent, payload, {0, 16}, first, last, sink));
+      EXPECT_TRUE(sink.nothing_written());
+    }
+  }
+}
+
 TEST(ContainerReader, NamesTheSectionThatFails) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 16, 64, 64);
   AlignedBytes bytes(encode_sample(*codec_of("raw"), sample_info(shape, 16), sample_canonical(shape, 14)));
