@@ -30,7 +30,7 @@ struct LoadedBytes {
   std::uint64_t encoded_bytes = 0;
 };
 
-/// Leases that loading took. Give them back with release(), also after a failure.
+/// Leases that loading took: none, and no page was written. Give them back with release(), also after a failure.
 struct TakenLeases {
   std::vector<std::uint64_t> good;
   std::vector<std::uint64_t> corrupt;

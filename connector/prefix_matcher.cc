@@ -326,7 +326,14 @@ PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int names
     release(request);
     return {true, 0, "nothing to restore"};
   }
-  if (session->local) return state.match_local(*session, request, question, hashes, limit);
+  if (session->local) {
+    const auto start = SteadyClock::now();
+    Answer answer = state.match_local(*session, request, question, hashes, limit);
+    UsageReport usage;
+    usage.match_seconds.push_back(std::chrono::duration<double>(SteadyClock::now() - start).count());
+    state.client->report(usage);
+    return answer;
+  }
   question.hashes = hashes;
   return state.match_remote(session, request, std::move(question));
 }

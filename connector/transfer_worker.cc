@@ -244,7 +244,9 @@ void TransferWorker::State::end_load(const std::shared_ptr<Load>& load) {
   if (load->status && !load->session->alive()) {
     load->status = {Code::kExpired, "the session ended during the load"};
   }
-  if (!load->status) {
+  // Without a lease nothing was decoded.
+  const bool touched = !load->leases.good.empty() || !load->leases.corrupt.empty();
+  if (!load->status && touched) {
     for (const LoadPiece& piece : load->job.pieces) zero_blocks(*pages(piece.group), piece.block_ids);
   }
   JobResult event;
