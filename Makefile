@@ -9,6 +9,9 @@ PYTHON := $(VENV)/bin/python
 RELEASE := build/release
 LAUNCHER := $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 CMAKE_ARGS ?=
+# Another clone of the same sources finds what this one compiled.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
 # Each fuzzer runs so long in `make test` and `make fuzz`.
 FUZZ_SECONDS ?= 30
 PYTEST := PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(abspath $(PYTHON)) -m pytest
