@@ -180,6 +180,6 @@ class RequestOptions:
             elif key == "codec" and is_codec_spec(value):
                 values[key] = value
             else:
-                problems.append(str(key)[:40])
+                problems.append(repr(key)[:40])
         problem = f"ignored in kv_transfer_params['kvern']: {', '.join(problems)}" if problems else ""
         return cls(**values, asked=True, problem=problem)

@@ -6,12 +6,13 @@ import logging
 logger = logging.getLogger("vllm.kvern")
 
 _said: set[tuple] = set()
+_MAX_SAID = 1000  # messages may hold text from outside
 
 
 def log_once(level: int, message: str, *args) -> None:
     """Logs a message the first time that it is met, told apart by its text before formatting and its arguments."""
     key = (message, args)
-    if key not in _said:
+    if key not in _said and len(_said) < _MAX_SAID:
         _said.add(key)
         logger.log(level, message, *args)
 

@@ -19,9 +19,9 @@ _SAMPLES_PER_FILE = 4096  # of files whose tensors cannot be told apart
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # Of these, config.json says everything that matters to the values; the rest is names, labels and bookkeeping.
 _IRRELEVANT_CONFIG = frozenset(
-    "_name_or_path transformers_version torch_dtype dtype architectures id2label label2id auto_map use_cache "
+    "transformers_version torch_dtype dtype architectures id2label label2id auto_map use_cache "
     "return_dict output_attentions output_hidden_states torchscript problem_type finetuning_task task_specific_params "
-    "bos_token_id eos_token_id pad_token_id sep_token_id _attn_implementation attn_implementation".split()
+    "bos_token_id eos_token_id pad_token_id sep_token_id attn_implementation".split()
 )
 # RoPE whose frequencies depend on how long the model is allowed to be.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -234,7 +234,7 @@ def namespace_facts(vllm_config, geometry: Geometry, weights: str, hash_seed: st
         "rope": _canonical(rope),
         "max_position": str(getattr(text_config, "max_position_embeddings", 0)),
         "extra.architecture": "+".join(getattr(model_config, "architectures", None) or []),
-        "extra.config": _digest(_canonical({k: v for k, v in config.items() if k not in _IRRELEVANT_CONFIG})),
+        "extra.config": _digest(_canonical({k: v for k, v in config.items() if k not in _IRRELEVANT_CONFIG and not k.startswith("_")})),
     }
     if any(kind in facts["rope"] for kind in _LENGTH_DEPENDENT_ROPE):
         facts["extra.max_model_len"] = str(model_config.max_model_len)

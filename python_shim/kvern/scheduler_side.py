@@ -67,8 +67,9 @@ class _RequestState:
 class _Store:
     """A store job until every rank has told its end."""
 
-    def __init__(self, state: _RequestState, namespace: _Namespace, chunk_tokens: list[int], notes):
+    def __init__(self, state: _RequestState, namespace: _Namespace, group: int, chunk_tokens: list[int], notes):
         self.state = state
+        self.group = group
         self.namespace = namespace
         self.chunk_tokens = chunk_tokens
         self.notes: list[ChunkNote] | None = notes
@@ -511,7 +512,7 @@ class SchedulerSide:
         codec = state.options.codec or self._options.codec
         order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks)
         self._holds.take(job, [block for chunk in chunks for block in chunk[1]])
-        self._stores[job] = _Store(state, namespace, tokens, notes)
+        self._stores[job] = _Store(state, namespace, group.index, tokens, notes)
         metadata.stores.append(order)
 
     # ---------------------------------------------------------------- results
@@ -547,7 +548,8 @@ class SchedulerSide:
             return
         del self._stores[job]
         stored = set.intersection(*store.ranks.values())
-        store.state.stored_tokens += sum(store.chunk_tokens[chunk] for chunk in stored)
+        if store.group == 0:  # the tokens are the same in every group
+            store.state.stored_tokens += sum(store.chunk_tokens[chunk] for chunk in stored)
         if self._events is not None:
             namespace_id = self._client.namespace_id(store.namespace.handle)
             if namespace_id is not None:
@@ -601,16 +603,15 @@ class SchedulerSide:
             self._events.removed(namespace_id, group, hashes)
         if lost or self._client.session_count != self._sessions:
             if self._sessions or lost:
-                self._snapshots_due.extend(self._namespaces.values())
-            self._sessions = self._client.session_count
-            if self._snapshots_due:
+                self._snapshots_due = collections.deque(self._namespaces.values())
                 self._client.request_snapshot(self._snapshots_due[0].handle)
+            self._sessions = self._client.session_count
         if self._snapshots_due and (answer := self._client.take_snapshot()) is not None:
             handle, chunks = answer
-            namespace = self._snapshots_due.popleft()
             namespace_id = self._client.namespace_id(handle)
-            if namespace.handle == handle and namespace_id is not None:
+            if handle == self._snapshots_due[0].handle and namespace_id is not None:
                 self._events.snapshot(namespace_id, [(group, hashes) for group, hashes, _ in chunks])
+                self._snapshots_due.popleft()
             if self._snapshots_due:
                 self._client.request_snapshot(self._snapshots_due[0].handle)
         return self._events.take()

@@ -188,7 +188,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict) -> None:
         if self._worker is not None:
-            layers = self._vllm_config.compilation_config.static_forward_context
+            layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
             self._worker.register_kv_caches(kv_caches, layers)
 
     def bind_connector_metadata(self, connector_metadata) -> None:

@@ -194,6 +194,31 @@ def test_other_rope_settings_miss(engine, model):
     assert computed(changed, changed.generate(prompt)) == 500
 
 
+def write_adapter(folder, seed: int):
+    import mini_engine
+
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(mini_engine.safetensors(seed))
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def test_adapters_share_by_content(engine, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    write_adapter(tmp_path / "lora", seed=1)
+    one, prompt = engine(), prompt_of(500)
+
+    def generate(number: int) -> int:
+        one.forget()
+        return computed(one, one.generate(prompt, lora_request=LoRARequest("a", number, str(tmp_path / "lora"))))
+
+    assert generate(1) == 500 and generate(1) == 20 and generate(2) == 20
+    write_adapter(tmp_path / "lora", seed=2)
+    assert generate(1) == 500, "nobody can tell which version the engine has loaded"
+    assert generate(3) == 500 and generate(3) == 20, "loaded anew, it is another adapter"
+    assert_at_rest(one)
+
+
 # ---------------------------------------------------------------- sliding windows
 
 WINDOWS = [(128, 0), (0, 128), (128, 128, 0), (300, 0), (65, 0)]
