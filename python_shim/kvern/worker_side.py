@@ -13,7 +13,7 @@ from kvern.metadata import KvernMetadata, KvernWorkerMetadata, LoadOrder, RankRe
 from kvern.stats import Recorder
 
 # Orders wait this long for their namespace to be registered with the daemon.
-NAMESPACE_SECONDS = 2.0
+NAMESPACE_SECONDS = 10.0
 SHUTDOWN_DRAIN_MS = 2000
 
 
