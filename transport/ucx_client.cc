@@ -179,7 +179,9 @@ class UcxDataPlane final : public DataPlane {
 
   void break_off(ucs_status_t status) {
     if (!broken_) return;
-    broken_ = {Code::kUnavailable, "the connection to kvernd at " + where_ + " broke: " + ucs_status_string(status)};
+    broken_ = {Code::kUnavailable, (name_.empty() ? "cannot reach kvernd's UCX listener at " + where_ + ": "
+                                                  : "the connection to kvernd at " + where_ + " broke: ") +
+                                       ucs_status_string(status)};
   }
 
   bool stalled() const {
