@@ -17,6 +17,12 @@ namespace {
 using std::chrono::milliseconds;
 using testing::ServiceFixture;
 
+SessionIdentity tool() {
+  SessionIdentity identity;
+  identity.role = SessionRole::kTool;
+  return identity;
+}
+
 struct SessionsTest : ::testing::Test {
   ServiceFixture service;
   std::vector<std::pair<std::uint64_t, SessionEnd>> ends;
@@ -101,10 +107,9 @@ TEST_F(SessionsTest, LingeringSessionsCountAgainstTheLimit) {
   two.clock.advance(milliseconds(1100));
   two.sessions.tick();
   two.open_local(2);
-  const SessionIdentity identity{.role = SessionRole::kTool};
-  EXPECT_EQ(two.sessions.open(identity, 1).error().code(), Code::kBusy);
+  EXPECT_EQ(two.sessions.open(tool(), 1).error().code(), Code::kBusy);
   two.sessions.connection_closed(1);
-  EXPECT_TRUE(two.sessions.open(identity, 1));
+  EXPECT_TRUE(two.sessions.open(tool(), 1));
 }
 
 TEST_F(SessionsTest, ADeadProcessIsReapedByItsPidfd) {
@@ -189,7 +194,7 @@ TEST_F(SessionsTest, AStoppingDaemonSaysSoAndTakesNobody) {
   const auto session = service.open_local(1);
   service.sessions.begin_stop();
   EXPECT_EQ(session->local()->segment.header().state.load(), static_cast<std::uint32_t>(SessionState::kStopping));
-  EXPECT_EQ(service.sessions.open({.role = SessionRole::kTool}, 1).error().code(), Code::kUnavailable);
+  EXPECT_EQ(service.sessions.open(tool(), 1).error().code(), Code::kUnavailable);
   service.sessions.end_all();
   EXPECT_EQ(session->local()->segment.header().state.load(), static_cast<std::uint32_t>(SessionState::kExpired));
   EXPECT_TRUE(service.sessions.list().empty());
