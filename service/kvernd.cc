@@ -100,6 +100,7 @@ int main(int argc, char** argv) {
     app.add_option_function<std::string>(
            "--" + name, [&arguments, name](const std::string& value) { arguments.flags[name] = value; },
            std::string(key.help) + " (" + key.environment_name() + ")")
+        ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
         ->expected(0, 1)  // --metrics.listen= sets it to nothing
         ->type_name(key.type_name())
         ->group("[" + name.substr(0, name.find('.')) + "]");

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -108,6 +110,7 @@ class LocalClient {
     client->segment_ = SegmentView::attach(client->segment_memory_.bytes()).value();
     client->index_ = BlockIndexReader::attach(client->index_memory_.bytes());
     client->hazards_ = std::make_unique<HazardSlots>(client->segment_);
+    client->doorbell_ = UniqueFd(::dup(admitted->doorbell.get()));
     client->channel_ = make_ring_channel(client->segment_, std::move(admitted->doorbell));
 
     wire::ControlRequest naming;
@@ -260,6 +263,11 @@ class LocalClient {
   SegmentView& segment() { return segment_; }
   std::span<std::byte> staging() const { return staging_.bytes(); }
   Channel& channel() { return *channel_; }
+  /// Wakes the daemon's ring thread without having sent anything.
+  void ring_doorbell() const {
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const auto written = ::write(doorbell_.get(), &one, sizeof one);
+  }
   SessionState state() const { return static_cast<SessionState>(segment_.header().state.load()); }
 
  private:
@@ -269,7 +277,7 @@ class LocalClient {
 
   std::unique_ptr<ControlClient> control_;
   wire::Welcome welcome_;
-  UniqueFd connection_;
+  UniqueFd connection_, doorbell_;
   SharedMemory slab_, index_memory_, segment_memory_, staging_;
   SegmentView segment_;
   std::optional<BlockIndexReader> index_;

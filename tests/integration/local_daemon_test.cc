@@ -110,7 +110,8 @@ class LocalDaemonTest : public ::testing::Test {
   }
   /// What the daemon says of the session with that name; null when there is none.
   nlohmann::json session_of(LocalClient& client, const std::string& name) {
-    for (const auto& session : status(client).at("sessions")) {
+    const nlohmann::json report = status(client);
+    for (const auto& session : report.at("sessions")) {
       if (session.at("client_name") == name) return session;
     }
     return nullptr;
@@ -150,7 +151,7 @@ TEST_F(LocalDaemonTest, AClientThatIsKilledLeavesNothingBehind) {
   ChildProcess victim({VICTIM_PATH, socket()});
   ASSERT_TRUE(victim.says("ready")) << victim.text();
   auto held = session_of(*client, "victim");
-  ASSERT_FALSE(held.is_null());
+  ASSERT_FALSE(held.is_null()) << daemon_->text();
   EXPECT_EQ(held.at("leases"), 1);
   EXPECT_EQ(held.at("reservations"), 4);
   EXPECT_EQ(client->reserve(77, 1)->items(0).outcome(), wire::IN_FLIGHT);
@@ -311,12 +312,10 @@ TEST_F(LocalDaemonTest, ABrokenRingEndsTheSessionAndNobodyElses) {
   ASSERT_TRUE(bad->store(1, 1));
   auto& header = bad->segment().header();
   header.request_head.store(header.request_head.load() + (1ULL << 40));
-  header.daemon_sleeping.store(1);
-  wire::HotRequest request;
-  request.mutable_report();
-  wire::HotReply reply;
-  bad->channel().call(request, &reply, std::chrono::milliseconds(100)).is_ok();
+  bad->ring_doorbell();
   EXPECT_TRUE(eventually([&] { return session_of(*good, "bad").is_null(); }));
+  EXPECT_EQ(bad->state(), SessionState::kExpired);
+  EXPECT_TRUE(daemon_->says("ended, protocol_error")) << daemon_->text();
   EXPECT_TRUE(good->store(2, 1));
 }
 

@@ -24,9 +24,10 @@ SessionIdentity tool() {
 }
 
 struct SessionsTest : ::testing::Test {
-  ServiceFixture service;
+  // Before the service, whose hooks write here to the end.
   std::vector<std::pair<std::uint64_t, SessionEnd>> ends;
   std::vector<std::uint64_t> disconnected;
+  ServiceFixture service;
 
   void SetUp() override {
     service.sessions.set_hooks(
