@@ -301,7 +301,8 @@ def test_stores_may_not_keep_the_pool_from_serving(engine, store):
 
 
 def test_a_sliding_windows_blocks_are_not_given_away_before_they_are_gathered(engine, store):
-    one = engine(windows=(128, 0), blocks=160, max_batched=128)
+    # Without a prefix cache of its own, vLLM gives a freed block away at once.
+    one = engine(windows=(128, 0), blocks=160, max_batched=128, caching=False)
     gate = itertools.cycle([True, True, False])
     request = one.add(prompt_of(700))
     while not request.is_finished():
@@ -309,8 +310,9 @@ def test_a_sliding_windows_blocks_are_not_given_away_before_they_are_gathered(en
         one.step()
     store.hold = False
     assert_at_rest(one)
-    one.forget()
-    assert computed(one, one.generate(prompt_of(700))) == 28
+    for length in (128, 192, 288, 416, 544, 700):  # each needs other blocks of the window
+        one.forget()
+        assert computed(one, one.generate(prompt_of(length), params={"kvern": {"store": False}})) <= BLOCK
     assert_at_rest(one)
 
 
