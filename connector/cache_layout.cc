@@ -6,7 +6,7 @@
 #include <limits>
 #include <optional>
 
-#include "connector/pair_interleave.h"
+#include "connector/page_rows.h"
 #include "kernels/checksum.h"
 #include "kernels/copy.h"
 #include "kernels/transpose.h"
@@ -24,6 +24,9 @@ constexpr std::size_t kMaxOpaqueRowBytes = std::size_t{1} << 30;
 /// AMX tiles: 16 tokens of K, 16 dims of V, pairs of 2-byte elements.
 constexpr std::uint32_t kAmxTile = 16;
 constexpr std::size_t kAmxUnitBytes = 64;
+
+constexpr std::array kParts{Part::kKey, Part::kValue};
+constexpr std::size_t index_of(Part part) { return static_cast<std::size_t>(part); }
 
 struct Tile {
   alignas(64) std::array<std::byte, kTileBytes> bytes;
@@ -135,7 +138,7 @@ void pack_whole_page(const PageView& view, Part part, const std::byte* rows, Til
         transpose(tile.bytes.data() + at * view.row_bytes, kAmxUnitBytes, rows + (first + at) * view.row_bytes,
                   view.row_bytes, kAmxTile, view.dim / 2, 4);
       }
-      stream_copy(view.base + first * view.row_bytes, tile.bytes.data(), count * view.row_bytes);
+      stream_copy_unfenced(view.base + first * view.row_bytes, tile.bytes.data(), count * view.row_bytes);
     }
     return;
   }
@@ -153,7 +156,7 @@ void pack_whole_page(const PageView& view, Part part, const std::byte* rows, Til
                          view.page_tokens / 2);
       }
     }
-    stream_copy(view.base + dim * page_elements_bytes, tile.bytes.data(), dims * page_elements_bytes);
+    stream_copy_unfenced(view.base + dim * page_elements_bytes, tile.bytes.data(), dims * page_elements_bytes);
   }
 }
 
@@ -167,9 +170,7 @@ void pack(const PageView& view, Part part, std::uint32_t token, std::uint32_t co
   }
   switch (view.packing) {
     case PagePacking::kRows:
-      for (std::uint32_t i = 0; i < count; ++i) {
-        std::memcpy(view.base + (token + i) * view.token_stride, rows + i * view.row_bytes, view.row_bytes);
-      }
+      stream_rows(view.base + token * view.token_stride, view.token_stride, rows, view.row_bytes, count);
       return;
     case PagePacking::kCpuVec:
       transpose(view.base + token * view.element, view.page_tokens * view.element, rows, view.row_bytes, count,
@@ -333,21 +334,26 @@ void gather(const GroupPages& pages, std::span<const std::uint32_t> block_ids, s
   const ShardShape shape = pages.shape(static_cast<std::uint32_t>(block_ids.size()));
   Tile tile;
   std::size_t plane = 0;
+  // In the order in which pages lie in memory, with a running checksum for each plane of the layer: long sequential
+  // reads keep the prefetchers going.
+  std::vector<Checksum64> checksums;
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
-    for (const Part part : {Part::kKey, Part::kValue}) {
-      const std::size_t page_bytes = pages.page_tokens() * pages.row_bytes(part);
-      for (std::uint32_t head = 0; head < shape.heads; ++head) {
-        std::byte* target = out.data() + shape.plane_offset(layer, part, head);
-        Checksum64 checksum;
-        for (const std::uint32_t block : block_ids) {
-          for_each_page(pages, block, [&](std::uint64_t page) {
-            if (page_bytes > 0) gather_page(view_page(pages, layer, part, head, page), part, tile, checksum, target);
-            target += page_bytes;
-          });
+    checksums.assign(std::size_t{2} * shape.heads, Checksum64());
+    std::size_t gathered_tokens = 0;
+    for (const std::uint32_t block : block_ids) {
+      for_each_page(pages, block, [&](std::uint64_t page) {
+        for (std::uint32_t head = 0; head < shape.heads; ++head) {
+          for (const Part part : kParts) {
+            const PageView view = view_page(pages, layer, part, head, page);
+            if (view.row_bytes == 0) continue;
+            gather_page(view, part, tile, checksums[index_of(part) * shape.heads + head],
+                        out.data() + shape.plane_offset(layer, part, head) + gathered_tokens * view.row_bytes);
+          }
         }
-        plane_checksums[plane++] = checksum.digest();
-      }
+        gathered_tokens += pages.page_tokens();
+      });
     }
+    for (const Checksum64& checksum : checksums) plane_checksums[plane++] = checksum.digest();
   }
 }
 
@@ -358,6 +364,8 @@ PageSink::PageSink(const GroupPages& pages, std::span<const std::uint32_t> block
       first_token_(first_token),
       shard_layer_begin_(shard_layer_begin),
       shard_head_begin_(shard_head_begin) {}
+
+PageSink::~PageSink() { stream_fence(); }
 
 std::uint32_t PageSink::preferred_rows() const { return pages_.page_tokens(); }
 
@@ -380,7 +388,7 @@ void PageSink::write(std::uint32_t layer, Part part, std::uint32_t head, std::ui
       const PageView view = view_page(pages_, at_layer, part, static_cast<std::uint32_t>(at_head), page);
       const std::byte* source = rows + (at - token) * row_bytes;
       if (view.is_plain(part)) {
-        stream_copy(view.base + in_page * row_bytes, source, piece * row_bytes);
+        stream_copy_unfenced(view.base + in_page * row_bytes, source, piece * row_bytes);
       } else {
         pack(view, part, in_page, piece, source, tile);
       }

@@ -76,6 +76,10 @@ class PageSink final : public RowSink {
  public:
   PageSink(const GroupPages& pages, std::span<const std::uint32_t> block_ids, std::uint32_t first_token,
            std::uint32_t shard_layer_begin, std::uint32_t shard_head_begin);
+  /// Until then other threads may see the rows late.
+  ~PageSink() override;
+  PageSink(const PageSink&) = delete;
+  PageSink& operator=(const PageSink&) = delete;
   void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
              const std::byte* rows) override;
   std::uint32_t preferred_rows() const override;

@@ -1,4 +1,4 @@
-#include "connector/pair_interleave.h"
+#include "connector/page_rows.h"
 
 #include <cstdint>
 #include <cstring>
@@ -7,10 +7,11 @@
 
 // clang-format off
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "connector/pair_interleave.cc"
+#define HWY_TARGET_INCLUDE "connector/page_rows.cc"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 // clang-format on
+#include <hwy/cache_control.h>
 
 HWY_BEFORE_NAMESPACE();
 namespace kvern {
@@ -38,21 +39,37 @@ void deinterleave(std::uint8_t* rows, std::size_t row_stride, const std::uint8_t
   }
 }
 
+void stream_lines(std::uint8_t* destination, std::size_t stride, const std::uint8_t* rows, std::size_t row_bytes,
+                  std::size_t count) {
+  for (std::size_t row = 0; row < count; ++row) {
+    std::memcpy(destination + row * stride, rows + row * row_bytes, row_bytes);
+  }
+}
+
 #else
+
+void stream_lines(std::uint8_t* destination, std::size_t stride, const std::uint8_t* rows, std::size_t row_bytes,
+                  std::size_t count) {
+  const hn::CappedTag<std::uint8_t, 64> d;
+  constexpr std::size_t kLanes = hn::MaxLanes(d);
+  for (std::size_t row = 0; row < count; ++row) {
+    for (std::size_t at = 0; at < row_bytes; at += kLanes) {
+      hn::Stream(hn::LoadU(d, rows + row * row_bytes + at), d, destination + row * stride + at);
+    }
+  }
+}
 
 void interleave(std::uint8_t* packed, const std::uint8_t* rows, std::size_t row_stride, std::size_t pairs) {
   const hn::CappedTag<std::uint16_t, kColumns> d;
   const hn::Repartition<std::uint8_t, decltype(d)> d8;
   constexpr std::size_t kLanes = hn::MaxLanes(d);
-  alignas(64) std::uint16_t unit[2 * kColumns];
   for (std::size_t pair = 0; pair < pairs; ++pair) {
     const std::uint8_t* even = rows + 2 * pair * row_stride;
     const std::uint8_t* odd = even + row_stride;
     for (std::size_t i = 0; i < kColumns; i += kLanes) {
       hn::StoreInterleaved2(hn::BitCast(d, hn::LoadU(d8, even + 2 * i)), hn::BitCast(d, hn::LoadU(d8, odd + 2 * i)), d,
-                            unit + 2 * i);
+                            reinterpret_cast<std::uint16_t*>(packed + pair * kPackedBytes) + 2 * i);
     }
-    std::memcpy(packed + pair * kPackedBytes, unit, kPackedBytes);
   }
 }
 
@@ -60,9 +77,8 @@ void deinterleave(std::uint8_t* rows, std::size_t row_stride, const std::uint8_t
   const hn::CappedTag<std::uint16_t, kColumns> d;
   const hn::Repartition<std::uint8_t, decltype(d)> d8;
   constexpr std::size_t kLanes = hn::MaxLanes(d);
-  alignas(64) std::uint16_t unit[2 * kColumns];
   for (std::size_t pair = 0; pair < pairs; ++pair) {
-    std::memcpy(unit, packed + pair * kPackedBytes, kPackedBytes);
+    const auto* unit = reinterpret_cast<const std::uint16_t*>(packed + pair * kPackedBytes);
     std::uint8_t* even = rows + 2 * pair * row_stride;
     std::uint8_t* odd = even + row_stride;
     for (std::size_t i = 0; i < kColumns; i += kLanes) {
@@ -86,6 +102,7 @@ namespace kvern {
 
 HWY_EXPORT(interleave);
 HWY_EXPORT(deinterleave);
+HWY_EXPORT(stream_lines);
 
 void interleave_pairs(void* packed, const void* rows, std::size_t row_stride_bytes, std::size_t pairs) {
   HWY_DYNAMIC_DISPATCH(interleave)
@@ -95,6 +112,21 @@ void interleave_pairs(void* packed, const void* rows, std::size_t row_stride_byt
 void deinterleave_pairs(void* rows, std::size_t row_stride_bytes, const void* packed, std::size_t pairs) {
   HWY_DYNAMIC_DISPATCH(deinterleave)
   (static_cast<std::uint8_t*>(rows), row_stride_bytes, static_cast<const std::uint8_t*>(packed), pairs);
+}
+
+void stream_rows(void* destination, std::size_t destination_stride_bytes, const void* rows, std::size_t row_bytes,
+                 std::size_t count) {
+  auto* to = static_cast<std::uint8_t*>(destination);
+  const auto* from = static_cast<const std::uint8_t*>(rows);
+  constexpr std::size_t kLineBytes = 64;
+  const auto offsets = reinterpret_cast<std::uintptr_t>(destination) | destination_stride_bytes | row_bytes;
+  if (offsets % kLineBytes == 0) {
+    HWY_DYNAMIC_DISPATCH(stream_lines)(to, destination_stride_bytes, from, row_bytes, count);
+    return;
+  }
+  for (std::size_t row = 0; row < count; ++row) {
+    std::memcpy(to + row * destination_stride_bytes, from + row * row_bytes, row_bytes);
+  }
 }
 
 }  // namespace kvern
