@@ -357,6 +357,7 @@ void Daemon::State::shut_down() {
   control_server.reset();
   administration.drain();
   pipeline.cancel();
+  encoders.drain();  // before leases end: nothing is overwritten that a client still reads
   sessions.end_all();
   {
     std::lock_guard lock(watch_mutex);
@@ -364,7 +365,6 @@ void Daemon::State::shut_down() {
   }
   watch_wake.notify_one();
   if (watcher.joinable()) watcher.join();
-  encoders.drain();
 }
 
 Daemon::Daemon(const ServiceConfig& config) : state_(std::make_unique<State>(config)) {}

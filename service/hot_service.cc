@@ -82,8 +82,10 @@ std::vector<std::uint64_t> parse_checksums(const std::string& bytes) {
 /// One Commit whose items end on different threads: the last one answers.
 class PendingCommit {
  public:
-  PendingCommit(std::size_t items, HotReplyFunction reply, Metrics& metrics, const Clock& clock)
-      : statuses_(items),
+  PendingCommit(std::size_t items, HotReplyFunction reply, Metrics& metrics, const Clock& clock,
+                StorePipeline& pipeline)
+      : work_(pipeline),
+        statuses_(items),
         left_(items),
         reply_(std::move(reply)),
         metrics_(metrics),
@@ -100,6 +102,7 @@ class PendingCommit {
   }
 
  private:
+  const StorePipeline::Work work_;  // a stop waits until the answer is given
   std::vector<Status> statuses_;
   std::atomic<std::size_t> left_;
   const HotReplyFunction reply_;
@@ -329,8 +332,8 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
     answer.set_id(id);
     reply(std::move(answer));
   };
-  const auto pending =
-      std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), with_id, parts_.metrics, parts_.clock);
+  const auto pending = std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), with_id, parts_.metrics,
+                                                       parts_.clock, parts_.pipeline);
   std::size_t index = 0;
   for (const auto& item : items) {
     const std::size_t mine = index++;

@@ -182,7 +182,9 @@ void Sessions::end(std::uint64_t id, SessionEnd why) {
     session = remove(id, why);
     if (!session) return;
     // First the word, then the deed: a client that reads "live" after it decoded has read bytes that were held for it.
-    tell_state(*session, SessionState::kExpired);
+    // After a graceful stop nobody writes to the slab any more: what the client still reads, and answers that wait in
+    // its ring, stay good.
+    tell_state(*session, why == SessionEnd::kStopping ? SessionState::kStopping : SessionState::kExpired);
     if (hooks_.ending) hooks_.ending(*session);
     hazards_.remove(id);
     session->close();

@@ -26,8 +26,8 @@ Status check_container(std::span<const std::byte> bytes, const Lease& lease) {
 
 Status StorePipeline::submit(std::shared_ptr<Reservation> reservation, std::vector<std::uint64_t> plane_checksums,
                              Done done) {
-  const bool queued = submit_counted([this, reservation = std::move(reservation),
-                                      checksums = std::move(plane_checksums), done = std::move(done)]() mutable {
+  const bool queued = executor_.submit([this, reservation = std::move(reservation),
+                                        checksums = std::move(plane_checksums), done = std::move(done)]() mutable {
     const Status status = store(*reservation, checksums);
     (status ? stored_ : failed_).fetch_add(1, std::memory_order_relaxed);
     reservation.reset();
@@ -37,22 +37,14 @@ Status StorePipeline::submit(std::shared_ptr<Reservation> reservation, std::vect
   return Status::ok();
 }
 
-bool StorePipeline::submit_counted(std::function<void()> task) {
-  {
-    std::lock_guard lock(mutex_);
-    ++unfinished_;
-  }
-  const auto finished = [this] {
-    std::lock_guard lock(mutex_);
-    if (--unfinished_ == 0) idle_.notify_all();
-  };
-  const bool queued = executor_.submit([task = std::move(task), finished]() mutable {
-    task();
-    task = nullptr;  // what it holds is given back before it counts as finished
-    finished();
-  });
-  if (!queued) finished();
-  return queued;
+void StorePipeline::begin_work() {
+  std::lock_guard lock(mutex_);
+  ++unfinished_;
+}
+
+void StorePipeline::end_work() {
+  std::lock_guard lock(mutex_);
+  if (--unfinished_ == 0) idle_.notify_all();
 }
 
 bool StorePipeline::wait_idle(std::chrono::milliseconds timeout) {
@@ -97,7 +89,7 @@ Status StorePipeline::store(const Reservation& reservation, const std::vector<st
 }
 
 void StorePipeline::verify(std::shared_ptr<Lease> lease) {
-  const bool queued = submit_counted([this, lease = std::move(lease)] {
+  const bool queued = executor_.submit([this, lease = std::move(lease)] {
     const std::string key = ChunkKey{lease->namespace_id(), lease->group(), lease->block()}.to_string();
     for (const StoredShard& shard : lease->chunk().shards) {
       const Status status = check_container(store_.bytes(shard), *lease);

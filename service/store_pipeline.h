@@ -36,7 +36,20 @@ class StorePipeline {
   /// A reader says that this chunk is corrupt: look, and quarantine it if it is. Dropped when the queue is full.
   void verify(std::shared_ptr<Lease> lease);
 
-  /// Waits until nothing that was submitted is unfinished. False after the time-out.
+  /// Work that wait_idle() waits for while this lives. Move-only; the pipeline must outlive it.
+  class Work {
+   public:
+    explicit Work(StorePipeline& pipeline) : pipeline_(&pipeline) { pipeline.begin_work(); }
+    Work(Work&& other) noexcept : pipeline_(std::exchange(other.pipeline_, nullptr)) {}
+    Work& operator=(Work&&) = delete;
+    ~Work() {
+      if (pipeline_ != nullptr) pipeline_->end_work();
+    }
+
+   private:
+    StorePipeline* pipeline_;
+  };
+  /// Waits until there is no work. False after the time-out.
   bool wait_idle(std::chrono::milliseconds timeout);
   /// Everything that has not begun ends with kUnavailable from here on.
   void cancel() { cancelled_.store(true); }
@@ -45,7 +58,8 @@ class StorePipeline {
   std::uint64_t failed() const { return failed_.load(std::memory_order_relaxed); }
 
  private:
-  bool submit_counted(std::function<void()> task);
+  void begin_work();
+  void end_work();
   Status store(const Reservation& reservation, const std::vector<std::uint64_t>& plane_checksums);
 
   ChunkStore& store_;
