@@ -172,7 +172,8 @@ void bind_client(nb::module_& module) {
           "namespace_refusal",
           [](PyClient& self, int handle) {
             const auto session = self->session();
-            return session ? session->refusal(handle) : std::string();
+            const bool answered = session && static_cast<std::size_t>(handle) < session->refusals.size();
+            return answered ? session->refusal(handle) : std::string();
           },
           nb::arg("handle"), ReleaseGil())
       .def(
