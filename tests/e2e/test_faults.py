@@ -193,7 +193,7 @@ def test_the_daemon_may_be_absent_when_the_engine_starts(stage, daemon, engine):
     assert restored.tokens == cold.tokens, difference(restored, cold)
 
 
-def test_other_weights_at_the_same_path_miss(stage, daemon, engine, tmp_path):
+def test_other_weights_at_the_same_path_miss(stage, daemon, tmp_path):
     model = tmp_path / "model"
     model.symlink_to(random_llama())
     text = tokens("weights", length=LENGTH)
