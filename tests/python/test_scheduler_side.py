@@ -491,6 +491,8 @@ def test_an_answer_that_is_not_known_yet_is_asked_for_again(engine):
 def test_a_namespace_that_is_never_registered_holds_nobody_up(engine, store):
     store.registered = False
     one = engine()
+    ticks = itertools.count()
+    side_of(one)._clock = lambda: next(ticks) * 0.01
     one.generate(prompt_of(500))
     assert not store.chunks
     assert one.free_blocks == one.kv_cache_config.num_blocks - 1
