@@ -31,9 +31,10 @@ struct ControlServiceTest : ::testing::Test {
                        .clock = service.clock,
                        .epoch = 7,
                        .started_ns = 0}};
+  const ControlService::UcxEndpoint ucx{.version = "1.13.1", .host = "", .port = 4711};
   ControlService control{{.config = config,
                           .epoch = 7,
-                          .ucx = {.version = "1.13.1", .host = "", .port = 4711},
+                          .ucx = ucx,
                           .tenants = {{"good key", "team"}},
                           .slab_fd = -1,
                           .index_fd = -1,

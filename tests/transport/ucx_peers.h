@@ -102,6 +102,9 @@ class Peer {
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, in[0], STDIN_FILENO);
     posix_spawn_file_actions_adddup2(&actions, out[1], STDOUT_FILENO);
+    // The child reads its port from standard output, where UCX would warn of variables that it does not know.
+    ::setenv("UCX_WARN_UNUSED_ENV_VARS", "n", 0);
+    ::setenv("UCX_LOG_FILE", "stderr", 0);
     std::vector<std::string> words{"/proc/self/exe"};
     words.insert(words.end(), arguments.begin(), arguments.end());
     std::vector<char*> argv;
