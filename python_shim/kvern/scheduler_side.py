@@ -19,7 +19,7 @@ from kvern.stats import Recorder
 # An answer stands this long before a waiting request is looked up again; vLLM asks once per step.
 RECHECK_SECONDS = 0.1
 # While the session or a namespace is still being set up, a request is told "not known yet" for this long at most.
-SETUP_SECONDS = 0.25
+SETUP_SECONDS = 2.0
 # After its start, an engine waits this long for a first session before it takes the daemon for absent.
 FIRST_SESSION_SECONDS = 2.0
 
