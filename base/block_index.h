@@ -23,8 +23,8 @@ namespace kvern {
 ///   evictor: begin_retire(chunk)   version even -> odd (readers now miss), seq_cst
 ///            look at the hazards of all sessions (seq_cst loads)
 ///            hazard names the chunk -> cancel_retire(chunk) (version back);  else finish_retire(chunk) (stays odd)
-/// A chunk number is reused only after finish_retire(), with a new version. All four steps are seq_cst operations rather
-/// than fences, which ThreadSanitizer does not understand.
+/// A chunk number is reused only after finish_retire(), with a new version. All four steps are seq_cst operations
+/// rather than fences, which ThreadSanitizer does not understand.
 
 struct BlockIndexHit {
   std::uint32_t chunk = 0;           ///< number of the chunk in the chunk table
