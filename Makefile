@@ -56,7 +56,8 @@ test-e2e: build
 	@$(PYTEST) tests/e2e
 
 .PHONY: bench
-bench: build ## Measure against memcpy and rivals; writes build/bench/results.json
+bench: ## Measure against memcpy and rivals; writes build/bench/results.json
+	@$(MAKE) build CMAKE_ARGS="-DKVERN_BENCH=ON $(CMAKE_ARGS)"
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) bench/run.py
 
 .PHONY: lint

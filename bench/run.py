@@ -22,16 +22,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
 from daemon import Daemon  # noqa: E402
-from engine import Engine, free_port, kvern_transfer_config  # noqa: E402
-from prompts import prompt as make_prompt  # noqa: E402
+from engine import Engine, free_port, kvern_transfer  # noqa: E402
+from models import smollm2  # noqa: E402
+from prompts import tokens  # noqa: E402
 
 BUILD = pathlib.Path(os.environ.get("KVERN_BUILD", ROOT / "build" / "release"))
 OUT = ROOT / "build" / "bench"
-MODEL = ROOT / "build" / "models" / "smollm2-135m"
 RIVAL_REQUIREMENTS = ROOT / "bench" / "requirements-rivals.txt"
 E2E_PROMPT_TOKENS = 7168
 E2E_REPEATS = 3
-VOCABULARY = 49152
 
 
 def say(text: str) -> None:
@@ -44,10 +43,9 @@ def run_json(command: list[str], **options) -> dict:
 
 
 @contextlib.contextmanager
-def daemon(**settings):
+def daemon(settings: dict):
     with tempfile.TemporaryDirectory(prefix="kvern-bench-") as folder:
-        running = Daemon(pathlib.Path(folder), **settings)
-        running.start()
+        running = Daemon(pathlib.Path(folder), settings).start()
         try:
             yield running
         finally:
@@ -58,14 +56,21 @@ def transfer() -> dict:
     """Through shared memory, then through UCX over loopback TCP."""
     program = str(BUILD / "bin" / "transfer_bench")
     say("transfers through shared memory")
-    with daemon(store={"dram_bytes": "3GiB"}) as running:
+    with daemon({"store.dram_bytes": "3GiB"}) as running:
         results = run_json([program, "--address", running.address, "--plane", "local"])
     say("transfers through UCX over loopback TCP")
     port, ucx_port = free_port(), free_port()
-    server = {"tcp_listen": f"tcp://127.0.0.1:{port}", "insecure": True, "ucx_listen": "127.0.0.1",
-              "ucx_port": ucx_port, "ucx_devices": "lo", "ucx_transports": "tcp"}
+    settings = {
+        "store.dram_bytes": "3GiB",
+        "server.tcp_listen": f"tcp://127.0.0.1:{port}",
+        "server.insecure": True,
+        "server.ucx_listen": "127.0.0.1",
+        "server.ucx_port": ucx_port,
+        "server.ucx_devices": "lo",
+        "server.ucx_transports": "tcp",
+    }
     environment = {**os.environ, "UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp"}
-    with daemon(store={"dram_bytes": "3GiB"}, server=server):
+    with daemon(settings):
         command = [program, "--address", f"tcp://127.0.0.1:{port}", "--plane", "tcp", "--insecure"]
         results |= run_json(command, env=environment)
     return results
@@ -93,14 +98,14 @@ def kernels() -> dict:
 def e2e() -> dict:
     """First token of a long prompt: cold, after a hit in vLLM's own prefix cache, restored by Kvern."""
     say(f"first token of {E2E_PROMPT_TOKENS} tokens in a real engine (the cold start takes half a minute)")
-    prompt = make_prompt("bench-e2e", length=E2E_PROMPT_TOKENS, vocabulary=VOCABULARY)
-    warm = make_prompt("bench-warm-up", length=256, vocabulary=VOCABULARY)
-    with daemon(store={"dram_bytes": "1GiB"}) as running, tempfile.TemporaryDirectory() as folder:
-        engine = Engine(MODEL, pathlib.Path(folder), transfer=kvern_transfer_config(running.address), threads=2,
+    prompt = tokens("bench", length=E2E_PROMPT_TOKENS)
+    warm_up = tokens("bench warm-up", length=256)
+    with daemon({"store.dram_bytes": "1GiB"}) as running, tempfile.TemporaryDirectory() as folder:
+        engine = Engine(smollm2("bfloat16"), pathlib.Path(folder), transfer=kvern_transfer(running.address), threads=2,
                         dtype="bfloat16", max_model_len=8192)
         try:
             engine.wait_started()
-            engine.generate(warm, max_tokens=4)
+            engine.generate(warm_up, max_tokens=4)
             cold = engine.generate(prompt, max_tokens=4)
             hits, restored, added = [], [], []
             for _ in range(E2E_REPEATS):
