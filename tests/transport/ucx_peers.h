@@ -47,15 +47,23 @@ class MemoryHandler : public UcxServerHandler {
     std::lock_guard lock(mutex);
     return begun == ended;
   }
+  std::size_t count_begun() { return locked(begun); }
+  std::size_t count_ended() { return locked(ended); }
+  std::size_t count_failed() { return locked(failed); }
 
   std::vector<std::byte> memory;
   std::mutex mutex;
   std::condition_variable changed;
+  // For conditions of wait():
   std::size_t begun = 0;
   std::size_t ended = 0;
   std::size_t failed = 0;
 
  private:
+  std::size_t locked(const std::size_t& count) {
+    std::lock_guard lock(mutex);
+    return count;
+  }
   Result<std::span<std::byte>> begin(const std::string& token, std::uint64_t id, std::uint64_t offset,
                                      std::size_t bytes) {
     if (token != kToken) return failure(Code::kRefused, "no such session");
