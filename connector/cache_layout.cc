@@ -94,9 +94,7 @@ void for_each_amx_tile(std::uint32_t token, std::uint32_t count, Function&& unit
 void unpack(const PageView& view, Part part, std::uint32_t token, std::uint32_t count, std::byte* out) {
   switch (view.packing) {
     case PagePacking::kRows:
-      for (std::uint32_t i = 0; i < count; ++i) {
-        std::memcpy(out + i * view.row_bytes, view.base + (token + i) * view.token_stride, view.row_bytes);
-      }
+      gather_rows(out, view.row_bytes, view.base + token * view.token_stride, view.token_stride, count);
       return;
     case PagePacking::kCpuVec:
       transpose(out, view.row_bytes, view.base + token * view.element, view.page_tokens * view.element, view.dim, count,

@@ -23,6 +23,13 @@ constexpr std::size_t kPackedBytes = 64;
 
 #if HWY_TARGET == HWY_SCALAR
 
+void gather_lines(std::uint8_t* rows, std::size_t row_bytes, const std::uint8_t* source, std::size_t stride,
+                  std::size_t count) {
+  for (std::size_t row = 0; row < count; ++row) {
+    std::memcpy(rows + row * row_bytes, source + row * stride, row_bytes);
+  }
+}
+
 void interleave(std::uint8_t* packed, const std::uint8_t* rows, std::size_t row_stride, std::size_t pairs) {
   for (std::size_t pair = 0; pair < pairs; ++pair) {
     for (std::size_t i = 0; i < 2 * kColumns; ++i) {
@@ -55,6 +62,17 @@ void stream_lines(std::uint8_t* destination, std::size_t stride, const std::uint
   for (std::size_t row = 0; row < count; ++row) {
     for (std::size_t at = 0; at < row_bytes; at += kLanes) {
       hn::Stream(hn::LoadU(d, rows + row * row_bytes + at), d, destination + row * stride + at);
+    }
+  }
+}
+
+void gather_lines(std::uint8_t* rows, std::size_t row_bytes, const std::uint8_t* source, std::size_t stride,
+                  std::size_t count) {
+  const hn::CappedTag<std::uint8_t, 64> d;
+  constexpr std::size_t kLanes = hn::MaxLanes(d);
+  for (std::size_t row = 0; row < count; ++row) {
+    for (std::size_t at = 0; at < row_bytes; at += kLanes) {
+      hn::StoreU(hn::LoadU(d, source + row * stride + at), d, rows + row * row_bytes + at);
     }
   }
 }
@@ -103,6 +121,11 @@ namespace kvern {
 HWY_EXPORT(interleave);
 HWY_EXPORT(deinterleave);
 HWY_EXPORT(stream_lines);
+HWY_EXPORT(gather_lines);
+
+namespace {
+constexpr std::size_t kLineBytes = 64;
+}
 
 void interleave_pairs(void* packed, const void* rows, std::size_t row_stride_bytes, std::size_t pairs) {
   HWY_DYNAMIC_DISPATCH(interleave)
@@ -118,7 +141,6 @@ void stream_rows(void* destination, std::size_t destination_stride_bytes, const 
                  std::size_t count) {
   auto* to = static_cast<std::uint8_t*>(destination);
   const auto* from = static_cast<const std::uint8_t*>(rows);
-  constexpr std::size_t kLineBytes = 64;
   const auto offsets = reinterpret_cast<std::uintptr_t>(destination) | destination_stride_bytes | row_bytes;
   if (offsets % kLineBytes == 0) {
     HWY_DYNAMIC_DISPATCH(stream_lines)(to, destination_stride_bytes, from, row_bytes, count);
@@ -126,6 +148,19 @@ void stream_rows(void* destination, std::size_t destination_stride_bytes, const 
   }
   for (std::size_t row = 0; row < count; ++row) {
     std::memcpy(to + row * destination_stride_bytes, from + row * row_bytes, row_bytes);
+  }
+}
+
+void gather_rows(void* rows, std::size_t row_bytes, const void* source, std::size_t source_stride_bytes,
+                 std::size_t count) {
+  auto* to = static_cast<std::uint8_t*>(rows);
+  const auto* from = static_cast<const std::uint8_t*>(source);
+  if (row_bytes % kLineBytes == 0) {
+    HWY_DYNAMIC_DISPATCH(gather_lines)(to, row_bytes, from, source_stride_bytes, count);
+    return;
+  }
+  for (std::size_t row = 0; row < count; ++row) {
+    std::memcpy(to + row * row_bytes, from + row * source_stride_bytes, row_bytes);
   }
 }
 

@@ -19,4 +19,8 @@ void deinterleave_pairs(void* rows, std::size_t row_stride_bytes, const void* pa
 void stream_rows(void* destination, std::size_t destination_stride_bytes, const void* rows, std::size_t row_bytes,
                  std::size_t count);
 
+/// The inverse: rows that lie source_stride_bytes apart, put together without gaps.
+void gather_rows(void* rows, std::size_t row_bytes, const void* source, std::size_t source_stride_bytes,
+                 std::size_t count);
+
 }  // namespace kvern

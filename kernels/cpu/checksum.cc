@@ -118,6 +118,15 @@ void accumulate_copy(std::uint64_t* lanes, std::uint8_t* destination, const std:
                      std::size_t first, const std::uint8_t* secret) {
   accumulate<Store::kCached>(lanes, destination, source, stripes, first, secret);
 }
+// One line, from memory that was just written, to an aligned place.
+void stream_stripe(std::uint8_t* destination, const std::uint8_t* source) {
+#if HWY_TARGET == HWY_SCALAR
+  std::memcpy(destination, source, kStripe);
+#else
+  const hn::CappedTag<std::uint8_t, kStripe> d;
+  for (std::size_t i = 0; i < kStripe; i += hn::MaxLanes(d)) hn::Stream(hn::LoadU(d, source + i), d, destination + i);
+#endif
+}
 void accumulate_stream(std::uint64_t* lanes, std::uint8_t* destination, const std::uint8_t* source, std::size_t stripes,
                        std::size_t first, const std::uint8_t* secret) {
   accumulate<Store::kStream>(lanes, destination, source, stripes, first, secret);
@@ -139,6 +148,7 @@ static_assert(std::endian::native == std::endian::little, "containers are little
 HWY_EXPORT(accumulate_read);
 HWY_EXPORT(accumulate_copy);
 HWY_EXPORT(accumulate_stream);
+HWY_EXPORT(stream_stripe);
 
 namespace {
 
@@ -217,7 +227,13 @@ void Checksum64::consume(Mode mode, std::uint8_t* destination, const std::uint8_
   const auto hold = [&](std::size_t count) {
     std::uint8_t* held = buffer_.data() + kStripeBytes + held_;
     std::memcpy(held, source, count);
-    if (mode != Mode::kRead) {
+    if (mode == Mode::kStream && count == kStripeBytes &&
+        reinterpret_cast<std::uintptr_t>(destination) % kStripeBytes == 0) {
+      // The only line of the piece that would be fetched to be written.
+      HWY_DYNAMIC_DISPATCH(stream_stripe)(destination, held);
+      streamed_ = true;
+      destination += count;
+    } else if (mode != Mode::kRead) {
       std::memcpy(destination, held, count);
       destination += count;
     }
