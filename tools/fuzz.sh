@@ -9,22 +9,21 @@ build=build/fuzz
 mkdir -p build
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
   $(command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
-  -DKVERN_CUDA=OFF -DKVERN_TESTS=OFF -DKVERN_FUZZ=ON >"$build.log" 2>&1 || {
+  -DKVERN_CUDA=OFF -DKVERN_TESTS=OFF -DKVERN_FUZZ=ON -DKVERN_SANITIZE=address,undefined >"$build.log" 2>&1 || {
   cat "$build.log"
   exit 1
 }
 ninja -C "$build" kvern_fuzzers
 mkdir -p "$build/crashes"
 count=0
-for fuzzer in "$build"/tests/fuzz/fuzz_*; do
+for fuzzer in "$build"/tests/fuzz/*_fuzz; do
   [[ -x $fuzzer && -f $fuzzer ]] || continue
   name=$(basename "$fuzzer")
   corpus=$build/corpus/$name
   mkdir -p "$corpus"
-  seeds=tests/fuzz/corpus/${name#fuzz_}
   log=$build/$name.log
   if ! "$fuzzer" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -artifact_prefix="$build/crashes/$name-" \
-    -print_final_stats=1 "$corpus" $([[ -d $seeds ]] && echo "$seeds") >"$log" 2>&1; then
+    -print_final_stats=1 "$corpus" tests/golden >"$log" 2>&1; then
     tail -n 40 "$log"
     echo "fuzz: $name failed; input in $build/crashes, log in $log" >&2
     exit 1
