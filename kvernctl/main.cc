@@ -20,6 +20,7 @@ std::string default_address() {
 
 int main(int argc, char** argv) {
   CLI::App app{"Looks at, checks and tends a running kvernd."};
+  app.set_version_flag("--version", "kvernctl " KVERN_VERSION);
   app.require_subcommand(1);
   app.footer("Exit code: 0 good, 1 something is wrong (the output says what), 2 the command could not run.");
 
