@@ -19,7 +19,7 @@ from engine import Engine, Output, kvern_transfer  # noqa: E402
 from models import smollm2  # noqa: E402
 
 BEGIN = time.monotonic()
-GENERATED = 32
+GENERATED = 24
 
 
 def say(text: str) -> None:
@@ -39,8 +39,10 @@ def long_prompt(model: pathlib.Path, length: int) -> list[int]:
 
 
 def agreement(output: Output, cold: Output) -> str:
-    equal = sum(a == b for a, b in zip(output.tokens, cold.tokens))
-    return "yes" if output.tokens == cold.tokens else f"{equal} of {len(cold.tokens)}"
+    if output.tokens == cold.tokens:
+        return "yes"
+    equal = next(i for i, (a, b) in enumerate(zip(output.tokens, cold.tokens)) if a != b)
+    return f"first {equal} of {len(cold.tokens)} tokens"
 
 
 class Demo:
@@ -126,14 +128,14 @@ class Demo:
         print(f"\nMetrics are at http://127.0.0.1:{self.daemon.http_port}/metrics while kvernd runs; for instance:\n")
         for name in ("kvern_hit_tokens_total", "kvern_stored_raw_bytes_total", "kvern_stored_encoded_bytes_total"):
             for sample, labels, value in self.daemon.metrics():
-                if sample == name:
+                if sample == name and value > 0:
                     text = ",".join(f'{key}="{label}"' for key, label in labels.items())
                     print(f"  {sample}{{{text}}} {value:.0f}" if text else f"  {sample} {value:.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4000, help="length of the prompt (default: 4000)")
+    parser.add_argument("--tokens", type=int, default=3000, help="length of the prompt (default: 3000)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--stay", action="store_true", help="leave kvernd running until Enter is pressed")
     arguments = parser.parse_args()
