@@ -155,7 +155,7 @@ def main() -> None:
         finally:
             if demo.engine is not None:
                 demo.engine.kill()
-            demo.daemon.kill()
+            demo.daemon.destroy()
     print(f"\nDone in {time.monotonic() - BEGIN:.0f} s. Nothing is left running.")
 
 

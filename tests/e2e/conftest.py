@@ -60,7 +60,7 @@ class Stage:
                 assert not self.daemon.socket.exists(), "kvernd left its socket behind"
                 assert not self.daemon.run_folder.exists(), "kvernd left shared-memory files behind"
         finally:
-            self.daemon.kill()
+            self.daemon.destroy()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import mmap
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -146,6 +147,11 @@ class Daemon(_Process):
                 assert self.child.wait(seconds) == 0, f"kvernd ended with {self.child.returncode}\n{tail(self.log)}"
             finally:
                 self.kill()
+
+    def destroy(self) -> None:
+        """Kills it if it still runs, and removes what a killed one leaves in shared memory."""
+        self.kill()
+        shutil.rmtree(self.run_folder, ignore_errors=True)
 
     # ---- what the metrics say
 
