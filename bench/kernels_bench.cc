@@ -136,7 +136,7 @@ int main(int argc, char** argv) {
   std::mt19937 generator(1);
   std::normal_distribution<float> normal;
   std::vector<std::uint16_t> pattern(raw_bytes / 2);
-  for (auto& element : pattern) element = int8::to_bfloat16(normal(generator));
+  for (auto& element : pattern) element = to_bfloat16(normal(generator));
   const auto chunk_of = [&](const Buffer& buffer, std::size_t chunk) {
     return std::span<std::byte>(buffer.data() + chunk * stride, stride);
   };

@@ -369,30 +369,50 @@ std::uint32_t PageSink::preferred_rows() const { return pages_.page_tokens(); }
 
 void PageSink::write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
                      const std::byte* rows) {
+  write_rows(layer, part, head, token, count, rows, nullptr);
+}
+
+void PageSink::write_hashing(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token,
+                             std::uint32_t count, std::span<const std::byte> rows, Checksum64& checksum) {
+  write_rows(layer, part, head, token, count, rows.data(), &checksum);
+}
+
+void PageSink::write_rows(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+                          const std::byte* rows, Checksum64* checksum) {
   const std::uint64_t at_layer = std::uint64_t{shard_layer_begin_} + layer - pages_.layer_begin;
   const std::uint64_t at_head = std::uint64_t{shard_head_begin_} + head - pages_.head_begin;
   const std::size_t row_bytes = pages_.row_bytes(part);
-  if (at_layer >= pages_.layers.size() || at_head >= pages_.heads || row_bytes == 0) return;
-  const std::uint64_t end =
-      std::min(std::uint64_t{token} + count, first_token_ + std::uint64_t{pages_.block_tokens} * block_ids_.size());
+  const auto hash = [&](std::uint64_t from, std::uint64_t to) {
+    if (checksum != nullptr) checksum->update(rows + (from - token) * row_bytes, (to - from) * row_bytes);
+  };
+  const std::uint64_t all_end = std::uint64_t{token} + count;
+  const std::uint64_t held_end = first_token_ + std::uint64_t{pages_.block_tokens} * block_ids_.size();
+  const bool held = at_layer < pages_.layers.size() && at_head < pages_.heads && row_bytes > 0;
+  const std::uint64_t begin = held ? std::clamp<std::uint64_t>(first_token_, token, all_end) : all_end;
+  const std::uint64_t end = std::clamp(held_end, begin, all_end);
+  hash(token, begin);
   Tile tile;
-  for (std::uint64_t at = std::max(token, first_token_); at < end;) {
+  for (std::uint64_t at = begin; at < end;) {
     const auto offset = static_cast<std::uint32_t>((at - first_token_) % pages_.block_tokens);
     const std::uint32_t block = block_ids_[(at - first_token_) / pages_.block_tokens];
     const std::uint32_t in_page = offset % pages_.page_tokens();
     const auto piece = static_cast<std::uint32_t>(std::min<std::uint64_t>(end - at, pages_.page_tokens() - in_page));
-    if (block != 0) {
-      const std::uint64_t page = std::uint64_t{block} * pages_.pages_per_block + offset / pages_.page_tokens();
-      const PageView view = view_page(pages_, at_layer, part, static_cast<std::uint32_t>(at_head), page);
-      const std::byte* source = rows + (at - token) * row_bytes;
-      if (view.is_plain(part)) {
-        stream_copy_unfenced(view.base + in_page * row_bytes, source, piece * row_bytes);
-      } else {
-        pack(view, part, in_page, piece, source, tile);
-      }
+    const std::uint64_t page = std::uint64_t{block} * pages_.pages_per_block + offset / pages_.page_tokens();
+    const PageView view = view_page(pages_, at_layer, part, static_cast<std::uint32_t>(at_head), page);
+    const std::byte* source = rows + (at - token) * row_bytes;
+    if (block == 0) {
+      hash(at, at + piece);
+    } else if (view.is_plain(part) && checksum != nullptr) {
+      checksum->stream_copy(view.base + in_page * row_bytes, source, piece * row_bytes);
+    } else if (view.is_plain(part)) {
+      stream_copy_unfenced(view.base + in_page * row_bytes, source, piece * row_bytes);
+    } else {
+      hash(at, at + piece);  // brings the rows into the cache
+      pack(view, part, in_page, piece, source, tile);
     }
     at += piece;
   }
+  hash(end, all_end);
 }
 
 void zero_blocks(const GroupPages& pages, std::span<const std::uint32_t> block_ids) {

@@ -70,8 +70,9 @@ void gather(const GroupPages& pages, std::span<const std::uint32_t> block_ids, s
 
 /// The inverse, one plane piece at a time: writes decoded rows into pages. block_ids[0] begins with chunk token
 /// first_token; block id 0 (vLLM's null block) is skipped, and so are tokens, layers and heads that the pages do not
-/// hold. Layers and heads of write() count from shard_layer_begin and shard_head_begin. pages and block_ids must
-/// outlive the sink; has_block() must hold for every id.
+/// hold. After a failed decode the caller must zero the blocks. Layers and heads of write() count from
+/// shard_layer_begin and shard_head_begin. pages and block_ids must outlive the sink; has_block() must hold for every
+/// id.
 class PageSink final : public RowSink {
  public:
   PageSink(const GroupPages& pages, std::span<const std::uint32_t> block_ids, std::uint32_t first_token,
@@ -82,9 +83,16 @@ class PageSink final : public RowSink {
   PageSink& operator=(const PageSink&) = delete;
   void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
              const std::byte* rows) override;
+  /// A load that fails has its pages zeroed.
+  bool accepts_unverified() const override { return true; }
+  void write_hashing(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+                     std::span<const std::byte> rows, Checksum64& checksum) override;
   std::uint32_t preferred_rows() const override;
 
  private:
+  void write_rows(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+                  const std::byte* rows, Checksum64* checksum);
+
   const GroupPages& pages_;
   std::span<const std::uint32_t> block_ids_;
   std::uint32_t first_token_;

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "base/status.h"
+#include "kernels/checksum.h"
 #include "kernels/kv_shape.h"
+#include "kernels/plane_form.h"
 
 namespace kvern {
 
@@ -38,18 +40,21 @@ class RowSink {
   /// and head are relative to the shard. The sink copies (and transposes, packs …) before it returns.
   virtual void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
                      const std::byte* rows) = 0;
+  /// True for a sink whose owner cleans up after a failed decode: it may get rows that are not verified yet. Rows of
+  /// verbatim codecs then come through write_hashing(), which reads them from memory once rather than twice.
+  virtual bool accepts_unverified() const { return false; }
+  /// write() of rows.size() bytes that also feeds all of them to the checksum.
+  virtual void write_hashing(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token,
+                             std::uint32_t count, std::span<const std::byte> rows, Checksum64& checksum) {
+    checksum.update(rows.data(), rows.size());
+    write(layer, part, head, token, count, rows.data());
+  }
   /// Rows per call that suit the sink (a page, say): decoders cut their output there. 0: no preference.
   virtual std::uint32_t preferred_rows() const { return 0; }
 };
 
-/// A contiguous range of tokens of the chunk: [begin, end).
-struct TokenRange {
-  std::uint32_t begin = 0;
-  std::uint32_t end = 0;
-};
-
 /// One codec chain, ready to run: immutable, thread-safe, deterministic (the same bytes from run to run and on every
-/// instruction set). Adding one is a file kernels/codec_<name>.cc and one line in codec_registry.cc.
+/// instruction set).
 class Codec {
  public:
   virtual ~Codec() = default;

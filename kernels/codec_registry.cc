@@ -4,27 +4,28 @@
 
 #include "kernels/codec.h"
 #include "kernels/codec_step.h"
+#include "kernels/plane_codec.h"
 
-/// Every codec there is, one line each.
-#define KVERN_CODECS(REGISTER) \
-  REGISTER(raw)                \
+/// Every form of a plane that there is, one line each.
+#define KVERN_FORMS(REGISTER) \
+  REGISTER(raw)               \
   REGISTER(int8)
 
 namespace kvern {
 
-#define KVERN_DECLARE(name) MakeCodec make_##name##_codec;
-KVERN_CODECS(KVERN_DECLARE)
+#define KVERN_DECLARE(name) MakeForm make_##name##_form;
+KVERN_FORMS(KVERN_DECLARE)
 #undef KVERN_DECLARE
 
 namespace {
 
 struct Entry {
   std::string_view name;
-  MakeCodec* make;
+  MakeForm* make;
 };
 
-#define KVERN_ENTRY(name) Entry{#name, make_##name##_codec},
-constexpr auto kCodecs = std::to_array<Entry>({KVERN_CODECS(KVERN_ENTRY)});
+#define KVERN_ENTRY(name) Entry{#name, make_##name##_form},
+constexpr auto kForms = std::to_array<Entry>({KVERN_FORMS(KVERN_ENTRY)});
 #undef KVERN_ENTRY
 
 /// Specs come from configuration files, requests and containers: longer ones are nobody's.
@@ -122,7 +123,7 @@ Result<std::uint32_t> CodecStep::number(std::string_view parameter, std::uint32_
 
 std::vector<std::string> codec_names() {
   std::vector<std::string> names;
-  for (const Entry& entry : kCodecs) names.emplace_back(entry.name);
+  for (const Entry& entry : kForms) names.emplace_back(entry.name);
   return names;
 }
 
@@ -136,10 +137,10 @@ Result<std::shared_ptr<const Codec>> make_codec(std::string_view spec) {
     if (!step) return failure(step.error());
     steps.push_back(std::move(*step));
   }
-  std::vector<MakeCodec*> makers;
+  std::vector<MakeForm*> makers;
   for (const CodecStep& step : steps) {
-    const auto entry = std::ranges::find(kCodecs, step.name, &Entry::name);
-    if (entry == kCodecs.end()) {
+    const auto entry = std::ranges::find(kForms, step.name, &Entry::name);
+    if (entry == kForms.end()) {
       return failure(Code::kInvalid,
                      "there is no codec " + quoted(step.name) + "; there are: " + joined(codec_names()));
     }
@@ -149,7 +150,9 @@ Result<std::shared_ptr<const Codec>> make_codec(std::string_view spec) {
     return failure(Code::kInvalid,
                    "the codecs of " + quoted(spec) + " cannot be chained; use one of: " + joined(codec_names()));
   }
-  return makers.front()(steps.front());
+  auto form = makers.front()(steps.front());
+  if (!form) return failure(form.error());
+  return std::make_shared<PlaneCodec>(*std::move(form));
 }
 
 }  // namespace kvern

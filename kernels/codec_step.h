@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/status.h"
-#include "kernels/codec.h"
+#include "kernels/plane_form.h"
 
 namespace kvern {
 
@@ -25,7 +25,7 @@ struct CodecStep {
                                std::initializer_list<std::uint32_t> allowed) const;
 };
 
-/// Makes the codec of a step; defined as make_<name>_codec() in kernels/codec_<name>.cc.
-using MakeCodec = Result<std::shared_ptr<const Codec>>(const CodecStep& step);
+/// Makes the form of a step; defined as make_<name>_form() in kernels/form_<name>.cc.
+using MakeForm = Result<std::shared_ptr<const PlaneForm>>(const CodecStep& step);
 
 }  // namespace kvern

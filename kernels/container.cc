@@ -556,6 +556,30 @@ Status ContainerReader::verify() const {
   return Status::ok();
 }
 
+/// A plane of a verbatim codec: hashed whole, the tokens handed on in the same pass.
+Status ContainerReader::copy_hashing(std::size_t number, TokenRange tokens, RowSink& sink) const {
+  const SectionInfo& section = sections_[number];
+  const Part part = section.extent.has_key ? Part::kKey : Part::kValue;
+  const std::size_t row_bytes = info_.shape.row_bytes(part);
+  const auto payload = bytes_.subspan(section.offset, section.bytes);
+  if (payload.size() != info_.shape.plane_bytes(part)) {
+    return {Code::kCorrupt, "section " + std::to_string(number) + " (" + describe(section.extent) +
+                                ") of the container is not as long as its plane"};
+  }
+  const std::uint32_t preferred = sink.preferred_rows();
+  Checksum64 checksum;
+  checksum.update(payload.data(), tokens.begin * row_bytes);
+  for (std::uint32_t token = tokens.begin; token < tokens.end;) {
+    const std::uint32_t run = preferred == 0 ? tokens.end - token : preferred - token % preferred;
+    const std::uint32_t count = std::min(run, tokens.end - token);
+    sink.write_hashing(section.extent.layer, part, section.extent.head, token, count,
+                       payload.subspan(token * row_bytes, count * row_bytes), checksum);
+    token += count;
+  }
+  checksum.update(payload.data() + tokens.end * row_bytes, payload.size() - tokens.end * row_bytes);
+  return check_section(checksum.digest(), section, number);
+}
+
 Status ContainerReader::decode(std::uint32_t layer_begin, std::uint32_t layer_end, std::uint32_t head_begin,
                                std::uint32_t head_end, TokenRange tokens, RowSink& sink) const {
   const ShardShape& shape = info_.shape;
@@ -576,6 +600,12 @@ Status ContainerReader::decode(std::uint32_t layer_begin, std::uint32_t layer_en
         overlaps(extent.head, extent.heads, first_head, last_head)) {
       wanted.push_back(i);
     }
+  }
+  if (codec_->verbatim() && sink.accepts_unverified()) {
+    for (const std::size_t section : wanted) {
+      if (Status status = copy_hashing(section, tokens, sink); !status) return status;
+    }
+    return Status::ok();
   }
   const auto payload = [&](std::size_t index) {
     if (index == wanted.size()) return std::span<const std::byte>{};

@@ -71,13 +71,15 @@ class ContainerReader {
 
   /// Verifies and decodes, section by section, the planes of layers [layer_begin, layer_end) and heads
   /// [head_begin, head_end) — numbered as in the model, intersected with what this shard holds — for the tokens.
-  /// kCorrupt names the section. The sink gets rows of verified sections only.
+  /// kCorrupt names the section. The sink gets rows of verified sections only, unless it accepts_unverified().
   Status decode(std::uint32_t layer_begin, std::uint32_t layer_end, std::uint32_t head_begin, std::uint32_t head_end,
                 TokenRange tokens, RowSink& sink) const;
   /// Verifies every section without decoding.
   Status verify() const;
 
  private:
+  Status copy_hashing(std::size_t section, TokenRange tokens, RowSink& sink) const;
+
   std::span<const std::byte> bytes_;
   ContainerInfo info_;
   std::shared_ptr<const Codec> codec_;

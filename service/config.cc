@@ -374,7 +374,8 @@ Status ServiceConfig::validate() const {
   if (!server.tcp_listen.empty() && !server.insecure && server.allowed_clients_file.empty()) {
     return invalid("server.tcp_listen needs server.allowed_clients_file, or nobody could connect");
   }
-  if (!server.tcp_listen.empty() && server.tcp_listen.rfind(':') == std::string::npos) {
+  if (!server.tcp_listen.empty() && (server.tcp_listen.rfind(':') == std::string::npos ||
+                                     server.tcp_listen.find("://") != std::string::npos)) {
     return invalid("server.tcp_listen must be host:port, not \"" + server.tcp_listen + "\"");
   }
   if (server.data_plane == "ucx" && server.ucx_listen.empty()) {

@@ -254,12 +254,12 @@ Status ControlService::register_namespace(Session& session, const wire::Register
   std::vector<std::pair<std::string, std::string>> fields;
   fields.reserve(static_cast<std::size_t>(request.fields_size()));
   for (const auto& field : request.fields()) fields.emplace_back(field.name(), field.value());
-  auto space = parts_.namespaces.add(std::move(fields), session.identity().tenant);
+  auto space = parts_.namespaces.add(fields, session.identity().tenant);
   if (!space) {
     spdlog::warn("session {}: {}", session.id(), plain(space.error().message(), 2 * kMaxAttributeBytes));
     return space.error();
   }
-  if (const Status added = session.add_namespace(*space); !added) return added;
+  if (Status added = session.add_namespace(*space); !added) return added;
   answer->set_namespace_id((*space)->id.bytes.data(), (*space)->id.bytes.size());
   answer->set_codec_spec((*space)->codec_spec);
   answer->set_tenant((*space)->tenant);

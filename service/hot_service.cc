@@ -191,7 +191,7 @@ Status HotService::match(Session& session, const wire::Match& request, wire::Mat
     leases.push_back(std::move(lease));
   }
   if (!leases.empty()) {
-    if (const Status added = session.add_match(request.lease_id(), std::move(leases)); !added) return added;
+    if (Status added = session.add_match(request.lease_id(), std::move(leases)); !added) return added;
   }
   answer->set_present(std::move(present));
   return Status::ok();
@@ -362,14 +362,14 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
 }
 
 Status HotService::abandon(Session& session, const wire::Abandon& request) {
-  if (const Status count = check_item_count(request.reservation_ids_size()); !count) return count;
+  if (Status count = check_item_count(request.reservation_ids_size()); !count) return count;
   for (const auto id : request.reservation_ids()) session.take_reservation(id);
   return Status::ok();
 }
 
 Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer) {
   if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
-  if (const Status count = check_item_count(request.items_size()); !count) return count;
+  if (Status count = check_item_count(request.items_size()); !count) return count;
   const auto space = named_namespace(session, request.namespace_id(), request.group());
   if (!space) return space.error();
   std::size_t locations = 0;
@@ -414,7 +414,7 @@ void HotService::fetch_item(Session& session, const Namespace& space, std::uint1
 
 Status HotService::release(Session& session, const wire::Release& request) {
   const int items = request.lease_ids_size() + request.corrupt_lease_ids_size();
-  if (const Status count = check_item_count(items); !count) return count;
+  if (Status count = check_item_count(items); !count) return count;
   for (const auto id : request.corrupt_lease_ids()) {
     if (auto lease = session.take_lease(id)) parts_.pipeline.verify(std::move(lease));
   }

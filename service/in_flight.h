@@ -30,7 +30,7 @@ class InFlight {
   class Claim {
    public:
     Claim() = default;
-    Claim(Claim&& other) noexcept : table_(std::exchange(other.table_, nullptr)), key_(std::move(other.key_)) {}
+    Claim(Claim&& other) noexcept : table_(std::exchange(other.table_, nullptr)), key_(other.key_) {}
     Claim& operator=(Claim&& other) noexcept {
       std::swap(table_, other.table_);
       std::swap(key_, other.key_);
@@ -43,17 +43,17 @@ class InFlight {
 
    private:
     friend class InFlight;
-    Claim(InFlight* table, Key key) : table_(table), key_(std::move(key)) {}
+    Claim(InFlight* table, const Key& key) : table_(table), key_(key) {}
     InFlight* table_ = nullptr;
     Key key_;
   };
 
   /// An empty claim when that very shard is in flight already.
   Claim claim(const ChunkKey& chunk, const ShardShape& shard) {
-    Key key{chunk, shard.layer_begin, shard.layers, shard.head_begin, shard.heads};
+    const Key key{chunk, shard.layer_begin, shard.layers, shard.head_begin, shard.heads};
     std::lock_guard lock(mutex_);
     if (!keys_.insert(key).second) return {};
-    return Claim(this, std::move(key));
+    return Claim(this, key);
   }
   /// Whether a shard of the chunk that this block names is in flight; for explanations.
   bool has_chunk_of(const BlockHash& last_block) const {

@@ -54,12 +54,18 @@ bool is_plain_name(std::string_view name) {
   });
 }
 
-Status refused(std::string why) { return Status(Code::kRefused, "the namespace is refused: " + std::move(why)); }
+Status unknown_fact(const std::string& name) {
+  std::string why = "the namespace is refused: this daemon does not know the fact \"";
+  why.append(name).append("\" and cannot ignore it; send it as extra.").append(name).append(" or use a newer kvernd");
+  return {Code::kRefused, std::move(why)};
+}
+
+Status refused(const std::string& why) { return Status(Code::kRefused, "the namespace is refused: " + why); }
 
 }  // namespace
 
 Status NamespaceShape::accepts(const ShardShape& shard, std::uint32_t group_layers, std::uint32_t model_heads) const {
-  const auto wrong = [](std::string why) {
+  const auto wrong = [](const std::string& why) {
     return Status(Code::kInvalid, "the shard does not fit its namespace: " + why);
   };
   if (shard.dtype != kv_dtype && shard.dtype != DType::kOpaqueBytes) {
@@ -97,9 +103,9 @@ Status NamespaceShape::accepts(const ShardShape& shard, std::uint32_t group_laye
 }
 
 const std::string& Namespace::fact(const std::string& name) const {
-  static const std::string kNone;
+  static const std::string none;
   const auto found = facts.find(name);
-  return found == facts.end() ? kNone : found->second;
+  return found == facts.end() ? none : found->second;
 }
 
 std::string canonical_text(const std::map<std::string, std::string>& facts) {
@@ -138,10 +144,7 @@ NamespaceId namespace_id_of(const std::string& canonical_text) {
 Result<NamespaceShape> check_facts(const std::map<std::string, std::string>& facts) {
   for (const auto& [name, value] : facts) {
     if (!is_plain_name(name)) return failure(refused("a fact has a name that is empty, too long or not plain ASCII"));
-    if (!is_known(name)) {
-      return failure(refused("this daemon does not know the fact \"" + name +
-                             "\" and cannot ignore it; send it as extra." + name + " or use a newer kvernd"));
-    }
+    if (!is_known(name)) return failure(unknown_fact(name));
     if (value.size() > kMaxValueBytes) {
       return failure(refused("the fact \"" + name + "\" is longer than " + std::to_string(kMaxValueBytes) + " bytes"));
     }
@@ -185,16 +188,16 @@ Result<NamespaceShape> check_facts(const std::map<std::string, std::string>& fac
   return shape;
 }
 
-Result<std::shared_ptr<const Namespace>> NamespaceRegistry::add(std::vector<std::pair<std::string, std::string>> fields,
-                                                                const std::string& tenant) {
+Result<std::shared_ptr<const Namespace>> NamespaceRegistry::add(
+    const std::vector<std::pair<std::string, std::string>>& fields, const std::string& tenant) {
   if (fields.size() > kMaxFields) {
     return failure(refused("it has " + std::to_string(fields.size()) + " facts, at most " + std::to_string(kMaxFields) +
                            " are allowed"));
   }
   auto space = std::make_shared<Namespace>();
-  for (auto& [name, value] : fields) {
+  for (const auto& [name, value] : fields) {
     if (name == kTenant) return failure(refused("the tenant comes from the credential; do not send it"));
-    if (!space->facts.emplace(name, std::move(value)).second) {
+    if (!space->facts.emplace(name, value).second) {
       return failure(refused("the fact \"" + name + "\" is there twice"));
     }
   }

@@ -80,7 +80,7 @@ class NamespaceRegistry {
 
   explicit NamespaceRegistry(CodecChooser choose_codec) : choose_codec_(std::move(choose_codec)) {}
 
-  Result<std::shared_ptr<const Namespace>> add(std::vector<std::pair<std::string, std::string>> fields,
+  Result<std::shared_ptr<const Namespace>> add(const std::vector<std::pair<std::string, std::string>>& fields,
                                                const std::string& tenant);
   std::shared_ptr<const Namespace> find(const NamespaceId& id) const;
   std::vector<std::shared_ptr<const Namespace>> all() const;

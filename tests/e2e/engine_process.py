@@ -176,12 +176,10 @@ class EngineProcess:
     def metrics(self) -> dict:
         values = {}
         for metric in self.llm.get_metrics():
-            value = getattr(metric, "value", None)
-            if value is None:
-                value = getattr(metric, "count", None)
-            if value is not None:
-                labels = ",".join(f"{k}={v}" for k, v in sorted(metric.labels.items()) if k not in ("engine", "model_name"))
-                values[f"{metric.name}{{{labels}}}" if labels else metric.name] = value
+            labels = ",".join(f"{k}={v}" for k, v in sorted(metric.labels.items()) if k not in ("engine", "model_name"))
+            for field, ending in (("value", ""), ("count", ""), ("sum", "_sum")):
+                if (value := getattr(metric, field, None)) is not None:
+                    values[f"{metric.name}{ending}{{{labels}}}" if labels else f"{metric.name}{ending}"] = value
         return values
 
     def ping(self) -> str:

@@ -55,8 +55,8 @@ Bytes reference_rows(const Form& form, const Bytes& section) {
       const auto code = static_cast<std::int8_t>(section[form.codes_offset() + element]);
       const float value = int8::decode(code, int8::scale_value(scale));
       std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-      if (form.dtype == DType::kFloat16) bits = int8::to_float16(value);
-      if (form.dtype == DType::kBFloat16) bits = int8::to_bfloat16(value);
+      if (form.dtype == DType::kFloat16) bits = to_float16(value);
+      if (form.dtype == DType::kBFloat16) bits = to_bfloat16(value);
       std::memcpy(rows.data() + element * dtype_bytes(form.dtype), &bits, dtype_bytes(form.dtype));
     }
   }
@@ -77,21 +77,21 @@ TEST(Float16Arithmetic, FloatsRoundTripThroughEveryBitPattern) {
   for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
     const auto half = static_cast<std::uint16_t>(bits);
     if ((half & 0x7C00U) == 0x7C00U) continue;
-    EXPECT_EQ(int8::to_float16(int8::from_float16(half)), half);
+    EXPECT_EQ(to_float16(from_float16(half)), half);
     if ((half & 0x7F80U) == 0x7F80U) continue;
-    EXPECT_EQ(int8::to_bfloat16(int8::from_bfloat16(half)), half);
+    EXPECT_EQ(to_bfloat16(from_bfloat16(half)), half);
   }
 }
 
 TEST(Float16Arithmetic, RoundsToTheNearestEven) {
-  EXPECT_EQ(int8::to_float16(1.0F + 0x1p-11F), 0x3C00);             // a tie, downwards to even
-  EXPECT_EQ(int8::to_float16(1.0F + 0x1p-10F + 0x1p-11F), 0x3C02);  // a tie, upwards to even
-  EXPECT_EQ(int8::to_float16(1.0F + 0x1p-11F + 0x1p-20F), 0x3C01);  // above the tie
-  EXPECT_EQ(int8::to_float16(0x1p-25F), 0x0000);                    // half of the smallest, to even
-  EXPECT_EQ(int8::to_float16(0x1.8p-24F), 0x0002);                  // one and a half of it
-  EXPECT_EQ(int8::to_float16(-65504.0F), 0xFBFF);
-  EXPECT_EQ(int8::to_bfloat16(1.0F + 0x1p-8F), 0x3F80);
-  EXPECT_EQ(int8::to_bfloat16(1.0F + 0x1p-7F + 0x1p-8F), 0x3F82);
+  EXPECT_EQ(to_float16(1.0F + 0x1p-11F), 0x3C00);             // a tie, downwards to even
+  EXPECT_EQ(to_float16(1.0F + 0x1p-10F + 0x1p-11F), 0x3C02);  // a tie, upwards to even
+  EXPECT_EQ(to_float16(1.0F + 0x1p-11F + 0x1p-20F), 0x3C01);  // above the tie
+  EXPECT_EQ(to_float16(0x1p-25F), 0x0000);                    // half of the smallest, to even
+  EXPECT_EQ(to_float16(0x1.8p-24F), 0x0002);                  // one and a half of it
+  EXPECT_EQ(to_float16(-65504.0F), 0xFBFF);
+  EXPECT_EQ(to_bfloat16(1.0F + 0x1p-8F), 0x3F80);
+  EXPECT_EQ(to_bfloat16(1.0F + 0x1p-7F + 0x1p-8F), 0x3F82);
 }
 
 TEST(Int8Form, IsTheOneOfTheDescriptionOnEveryTarget) {

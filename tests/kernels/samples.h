@@ -56,8 +56,8 @@ inline Bytes sample_canonical(const ShardShape& shape, std::uint32_t seed) {
     const float value = normal(generator) * (i % 13 == 0 ? 10.0F : 1.0F);
     std::uint32_t bits = static_cast<std::uint32_t>(generator());
     if (shape.dtype == DType::kFloat32) bits = std::bit_cast<std::uint32_t>(value);
-    if (shape.dtype == DType::kBFloat16) bits = int8::to_bfloat16(value);
-    if (shape.dtype == DType::kFloat16) bits = int8::to_float16(value);
+    if (shape.dtype == DType::kBFloat16) bits = to_bfloat16(value);
+    if (shape.dtype == DType::kFloat16) bits = to_float16(value);
     std::memcpy(bytes.data() + i * element, &bits, element);
   }
   return bytes;
@@ -66,8 +66,8 @@ inline Bytes sample_canonical(const ShardShape& shape, std::uint32_t seed) {
 inline float element_at(DType dtype, const std::byte* bytes, std::size_t index) {
   std::uint32_t bits = 0;
   std::memcpy(&bits, bytes + index * dtype_bytes(dtype), dtype_bytes(dtype));
-  if (dtype == DType::kBFloat16) return int8::from_bfloat16(static_cast<std::uint16_t>(bits));
-  if (dtype == DType::kFloat16) return int8::from_float16(static_cast<std::uint16_t>(bits));
+  if (dtype == DType::kBFloat16) return from_bfloat16(static_cast<std::uint16_t>(bits));
+  if (dtype == DType::kFloat16) return from_float16(static_cast<std::uint16_t>(bits));
   return std::bit_cast<float>(bits);
 }
 
