@@ -111,6 +111,7 @@ TEST(Config, AFileThatIsNotThereIsAnError) {
 TEST(Config, ContradictionsAreRefused) {
   const std::pair<const char*, const char*> wrong[] = {
       {"[server]\ntcp_listen = \"*:7070\"\n", "server_key_file"},
+      {"[server]\ntcp_listen = \"tcp://*:7070\"\ninsecure = true\n", "must be host:port"},
       {"[server]\ntcp_listen = \"*:7070\"\nserver_key_file = \"k\"\n", "allowed_clients_file"},
       {"[server]\ndata_plane = \"ucx\"\n", "ucx_listen"},
       {"[server]\nsocket_mode = \"rw\"\n", "socket_mode"},
