@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <optional>
 
 #include "kernels/codec.h"
 #include "kernels/codec_step.h"
@@ -93,7 +94,26 @@ Result<CodecStep> parse_step(std::string_view text) {
   return step;
 }
 
+template <typename Number>
+std::optional<Number> parsed(std::string_view text) {
+  Number value{};
+  const auto result = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (result.ec != std::errc() || result.ptr != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+tl::unexpected<Status> unfit(const CodecStep& step, std::string_view parameter, std::string_view text,
+                             const std::string& expected) {
+  return failure(Code::kInvalid, "codec " + step.name + ": " + std::string(parameter) + " must be " + expected +
+                                     ", not " + quoted(text));
+}
+
 }  // namespace
+
+const std::string* CodecStep::find(std::string_view parameter) const {
+  const auto given = std::ranges::find(parameters, parameter, &std::pair<std::string, std::string>::first);
+  return given == parameters.end() ? nullptr : &given->second;
+}
 
 Status CodecStep::check_names(std::initializer_list<std::string_view> known) const {
   for (const auto& [parameter, value] : parameters) {
@@ -106,19 +126,53 @@ Status CodecStep::check_names(std::initializer_list<std::string_view> known) con
 
 Result<std::uint32_t> CodecStep::number(std::string_view parameter, std::uint32_t fallback,
                                         std::initializer_list<std::uint32_t> allowed) const {
-  const auto given = std::ranges::find(parameters, parameter, &std::pair<std::string, std::string>::first);
-  if (given == parameters.end()) return fallback;
-  const std::string& text = given->second;
-  std::uint32_t value = 0;
-  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (parsed.ec == std::errc() && parsed.ptr == text.data() + text.size() &&
-      std::ranges::find(allowed, value) != allowed.end()) {
-    return value;
-  }
+  const std::string* text = find(parameter);
+  if (text == nullptr) return fallback;
+  const auto value = parsed<std::uint32_t>(*text);
+  if (value && std::ranges::find(allowed, *value) != allowed.end()) return *value;
   std::vector<std::string> values;
   for (const std::uint32_t number : allowed) values.push_back(std::to_string(number));
-  return failure(Code::kInvalid, "codec " + name + ": " + std::string(parameter) + " must be " +
-                                     (values.size() > 1 ? "one of " : "") + joined(values) + ", not " + quoted(text));
+  return unfit(*this, parameter, *text, (values.size() > 1 ? "one of " : "") + joined(values));
+}
+
+Result<std::uint32_t> CodecStep::number_within(std::string_view parameter, std::uint32_t fallback, std::uint32_t least,
+                                               std::uint32_t most) const {
+  const std::string* text = find(parameter);
+  if (text == nullptr) return fallback;
+  const auto value = parsed<std::uint32_t>(*text);
+  if (value && *value >= least && *value <= most) return *value;
+  return unfit(*this, parameter, *text, "a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+}
+
+Result<double> CodecStep::decimal(std::string_view parameter, double fallback, double least, double most) const {
+  const std::string* text = find(parameter);
+  if (text == nullptr) return fallback;
+  const bool percent = text->ends_with('%');
+  auto value = parsed<double>(std::string_view(*text).substr(0, text->size() - (percent ? 1 : 0)));
+  if (value && percent) *value /= 100;
+  if (value && *value >= least && *value <= most) return *value;
+  return unfit(*this, parameter, *text, "a number from " + decimal_text(least) + " to " + decimal_text(most));
+}
+
+Result<std::string_view> CodecStep::word(std::string_view parameter, std::string_view fallback,
+                                         std::initializer_list<std::string_view> allowed) const {
+  const std::string* text = find(parameter);
+  if (text == nullptr) return fallback;
+  const auto value = std::ranges::find(allowed, *text);
+  if (value != allowed.end()) return *value;
+  return unfit(*this, parameter, *text, "one of " + joined(allowed));
+}
+
+Result<bool> CodecStep::flag(std::string_view parameter, bool fallback) const {
+  const auto value = word(parameter, fallback ? "true" : "false", {"true", "false"});
+  if (!value) return failure(value.error());
+  return *value == "true";
+}
+
+std::string decimal_text(double value) {
+  std::array<char, 400> text;  // the smallest double has 325 places
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), value, std::chars_format::fixed).ptr;
+  return {text.data(), end};
 }
 
 std::vector<std::string> codec_names() {
