@@ -1,0 +1,187 @@
+// Speed of decode attention on one thread, beside memcpy of the same run:
+//   kernels_attend_bench [--tokens N] [--rounds N]
+// One layer of 32 query and 8 KV heads, dim 128, bf16, one query. Prints "kernels.attend_full.ms", ".gb_per_s" (of K
+// and V as they lie in memory) and ".over_memcpy", the same for a cache of 1/32 of the tokens ("attend_1_32") and for
+// one of int8 ("attend_int8", in raw bytes), and "kernels.attend_1_32.speedup". Medians over rounds in which all take
+// turns.
+
+#include <time.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/attend.h"
+#include "kernels/codec_step.h"
+#include "kernels/element.h"
+
+namespace kvern {
+MakeForm make_int8_form;
+}
+
+namespace {
+
+using namespace kvern;
+
+constexpr std::uint32_t kQueryHeads = 32;
+constexpr std::uint32_t kHeads = 8;
+constexpr std::uint32_t kDim = 128;
+constexpr std::uint32_t kFraction = 32;
+/// Small caches are attended to in turn, so that none is found in the processor's cache.
+constexpr std::uint32_t kCopies = kFraction;
+
+/// Time that this thread ran: what others do on the machine's cores does not count.
+double cpu_seconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+void check(const Status& status) {
+  if (!status) throw std::runtime_error(status.to_string());
+}
+
+/// A call of attend() with all that it needs.
+class Attention {
+ public:
+  Attention(const HeadRows& queries, std::vector<std::vector<AttendSegment>> segments)
+      : segments_(std::move(segments)), heads_(segments_.begin(), segments_.end()) {
+    problem_ = {queries, kDim, 0, nullptr, heads_};
+    workspace_.resize(attend_workspace_floats(problem_));
+    output_.resize(kQueryHeads * kDim);
+    lse_.resize(kQueryHeads);
+  }
+  Attention(const Attention&) = delete;
+  Attention& operator=(const Attention&) = delete;
+  void run() { check(attend(problem_, workspace_, output_, lse_, nullptr)); }
+
+ private:
+  std::vector<std::vector<AttendSegment>> segments_;
+  std::vector<std::span<const AttendSegment>> heads_;
+  AttendProblem problem_;
+  std::vector<float> workspace_, output_, lse_;
+};
+
+/// K or V of one head in a form.
+struct Encoded {
+  Encoded(const PlaneForm& form, const PlaneShape& shape, const std::byte* rows) : bytes(form.max_bytes(shape) + 64) {
+    const std::size_t offset = (64 - reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) % 64;
+    const auto out = std::span(bytes).subspan(offset, form.max_bytes(shape));
+    const auto size = form.encode(shape, {rows, shape.bytes()}, out);
+    if (!size) throw std::runtime_error(size.error().to_string());
+    reader = std::make_unique<PlaneReader>(form, shape, out.first(*size));
+  }
+  std::vector<std::byte> bytes;
+  std::unique_ptr<PlaneReader> reader;
+};
+
+struct Step {
+  const char* name;
+  std::function<void()> run;
+  double raw_bytes;
+  std::vector<double> seconds;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::uint32_t tokens = 32768;
+  int rounds = 9;
+  CLI::App app("Speed of decode attention on one thread, beside memcpy of the same run.");
+  app.add_option("--tokens", tokens, "tokens of the full cache")->check(CLI::Range(1024, 1 << 20));
+  app.add_option("--rounds", rounds, "rounds; the median is printed")->check(CLI::Range(1, 1000));
+  CLI11_PARSE(app, argc, argv);
+
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal;
+  std::vector<std::uint16_t> pattern(1 << 20);
+  for (auto& element : pattern) element = to_bfloat16(normal(generator));
+  const std::size_t plane = std::size_t{kHeads} * tokens * kDim * 2;
+  std::vector<std::byte> keys(plane), values(plane), copies(2 * plane);
+  for (std::size_t at = 0; at < plane; at += 2 * pattern.size()) {
+    std::memcpy(&keys[at], pattern.data(), std::min(plane - at, 2 * pattern.size()));
+    std::memcpy(&values[at], pattern.data(), std::min(plane - at, 2 * pattern.size()));
+  }
+  const HeadRows k = HeadRows::contiguous(keys.data(), DType::kBFloat16, kHeads, tokens, kDim);
+  const HeadRows v = HeadRows::contiguous(values.data(), DType::kBFloat16, kHeads, tokens, kDim);
+  const HeadRows queries = HeadRows::contiguous(reinterpret_cast<const std::byte*>(pattern.data()) + 4096,
+                                                DType::kBFloat16, kQueryHeads, 1, kDim);
+
+  const auto part = [&](std::uint32_t begin, std::uint32_t count) {
+    std::vector<std::vector<AttendSegment>> segments;
+    for (std::uint32_t head = 0; head < kHeads; ++head) {
+      AttendSegment segment{count, AttendRows::of(k, head), AttendRows::of(v, head)};
+      segment.keys.data += begin * k.token_stride_bytes;
+      segment.values.data += begin * v.token_stride_bytes;
+      segments.push_back({segment});
+    }
+    return segments;
+  };
+  Attention full(queries, part(0, tokens));
+  std::vector<std::unique_ptr<Attention>> small;
+  for (std::uint32_t i = 0; i < kCopies; ++i) {
+    small.push_back(std::make_unique<Attention>(queries, part(i * (tokens / kFraction), tokens / kFraction)));
+  }
+  const auto form = make_int8_form({"int8", {}}).value();
+  std::vector<Encoded> encoded;
+  std::vector<std::vector<AttendSegment>> of_int8;
+  for (std::uint32_t head = 0; head < kHeads; ++head) {
+    encoded.emplace_back(*form, PlaneShape{DType::kBFloat16, Part::kKey, tokens, kDim}, k.row(head, 0));
+    encoded.emplace_back(*form, PlaneShape{DType::kBFloat16, Part::kValue, tokens, kDim}, v.row(head, 0));
+  }
+  for (std::uint32_t head = 0; head < kHeads; ++head) {
+    of_int8.push_back({{tokens, AttendRows::of(*encoded[2 * head].reader, DType::kBFloat16),
+                        AttendRows::of(*encoded[2 * head + 1].reader, DType::kBFloat16)}});
+  }
+  Attention int8(queries, of_int8);
+
+  const auto raw = static_cast<double>(2 * plane);
+  std::vector<Step> steps = {{"memcpy",
+                              [&] {
+                                std::memcpy(copies.data(), keys.data(), plane);
+                                std::memcpy(copies.data() + plane, values.data(), plane);
+                              },
+                              raw,
+                              {}},
+                             {"attend_full", [&] { full.run(); }, raw, {}},
+                             {"attend_1_32",
+                              [&] {
+                                for (const auto& one : small) one->run();
+                              },
+                              raw,
+                              {}},
+                             {"attend_int8", [&] { int8.run(); }, raw, {}}};
+  for (int round = 0; round < rounds; ++round) {
+    for (Step& step : steps) {
+      const double start = cpu_seconds();
+      step.run();
+      step.seconds.push_back(cpu_seconds() - start);
+    }
+  }
+  std::vector<double> speedups;
+  for (int i = 0; i < rounds; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    speedups.push_back(steps[1].seconds[at] / (steps[2].seconds[at] / kCopies));
+  }
+  for (const Step& step : std::span(steps).subspan(1)) {
+    std::vector<double> ratios;
+    for (std::size_t i = 0; i < step.seconds.size(); ++i) ratios.push_back(steps[0].seconds[i] / step.seconds[i]);
+    const double seconds = median(step.seconds) / (std::string_view(step.name) == "attend_1_32" ? kCopies : 1);
+    std::printf("kernels.%s.ms %.4f\n", step.name, seconds * 1e3);
+    std::printf("kernels.%s.gb_per_s %.2f\n", step.name, step.raw_bytes / median(step.seconds) / 1e9);
+    std::printf("kernels.%s.over_memcpy %.3f\n", step.name, median(ratios));
+  }
+  std::printf("kernels.attend_1_32.speedup %.2f\n", median(speedups));
+  return 0;
+}
