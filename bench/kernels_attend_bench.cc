@@ -1,9 +1,9 @@
 // Speed of decode attention on one thread, beside memcpy of the same run:
 //   kernels_attend_bench [--tokens N] [--rounds N]
 // One layer of 32 query and 8 KV heads, dim 128, bf16, one query. Prints "kernels.attend_full.ms", ".gb_per_s" (of K
-// and V as they lie in memory) and ".over_memcpy", the same for a cache of 1/32 of the tokens ("attend_1_32") and for
-// one of int8 ("attend_int8", in raw bytes), and "kernels.attend_1_32.speedup". Medians over rounds in which all take
-// turns.
+// and V as they lie in memory), ".over_memcpy" and ".over_read" (reading K and V once, as the checksum does), the same
+// for a cache of 1/32 of the tokens ("attend_1_32") and for one of int8 ("attend_int8", in raw bytes), and
+// "kernels.attend_1_32.speedup". Medians over rounds in which all take turns.
 
 #include <time.h>
 
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "kernels/attend.h"
+#include "kernels/checksum.h"
 #include "kernels/codec_step.h"
 #include "kernels/element.h"
 
@@ -154,6 +155,14 @@ int main(int argc, char** argv) {
                               },
                               raw,
                               {}},
+                             {"read",
+                              [&] {
+                                for (const auto* rows : {&keys, &values}) {
+                                  if (fast_checksum64(rows->data(), plane) == 0) throw std::runtime_error("unlikely");
+                                }
+                              },
+                              raw,
+                              {}},
                              {"attend_full", [&] { full.run(); }, raw, {}},
                              {"attend_1_32",
                               [&] {
@@ -172,15 +181,19 @@ int main(int argc, char** argv) {
   std::vector<double> speedups;
   for (int i = 0; i < rounds; ++i) {
     const auto at = static_cast<std::size_t>(i);
-    speedups.push_back(steps[1].seconds[at] / (steps[2].seconds[at] / kCopies));
+    speedups.push_back(steps[2].seconds[at] / (steps[3].seconds[at] / kCopies));
   }
-  for (const Step& step : std::span(steps).subspan(1)) {
-    std::vector<double> ratios;
-    for (std::size_t i = 0; i < step.seconds.size(); ++i) ratios.push_back(steps[0].seconds[i] / step.seconds[i]);
+  for (const Step& step : std::span(steps).subspan(2)) {
+    const auto over = [&](const Step& other) {
+      std::vector<double> ratios;
+      for (std::size_t i = 0; i < step.seconds.size(); ++i) ratios.push_back(other.seconds[i] / step.seconds[i]);
+      return median(ratios);
+    };
     const double seconds = median(step.seconds) / (std::string_view(step.name) == "attend_1_32" ? kCopies : 1);
     std::printf("kernels.%s.ms %.4f\n", step.name, seconds * 1e3);
     std::printf("kernels.%s.gb_per_s %.2f\n", step.name, step.raw_bytes / median(step.seconds) / 1e9);
-    std::printf("kernels.%s.over_memcpy %.3f\n", step.name, median(ratios));
+    std::printf("kernels.%s.over_memcpy %.3f\n", step.name, over(steps[0]));
+    std::printf("kernels.%s.over_read %.3f\n", step.name, over(steps[1]));
   }
   std::printf("kernels.attend_1_32.speedup %.2f\n", median(speedups));
   return 0;
