@@ -90,9 +90,28 @@ def rivals() -> dict:
     return run_json([str(venv / "bin" / "python"), str(ROOT / "bench" / "rivals.py")], env=environment)
 
 
+def run_lines(command: list[str]) -> dict:
+    """Of a program that prints lines of a key and a number."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {key: float(value) for key, value in (line.split() for line in done.stdout.splitlines())}
+
+
 def kernels() -> dict:
-    say("kernels beside memcpy")
-    return run_json([str(BUILD / "bin" / "kernels_bench")])
+    """Each step beside memcpy, and beside torch on one thread, too. A step that prints "ms" is the same layer as
+    torch's; the others are compared by raw bytes a second."""
+    results = {}
+    for program in sorted((BUILD / "bin").glob("kernels*_bench")):
+        say(f"{program.name}, beside memcpy")
+        results |= run_lines([str(program)])
+    say("the same in torch, eager and compiled (some minutes)")
+    for step, torch in run_json([sys.executable, str(ROOT / "bench" / "torch_kernels.py")]).items():
+        name = f"kernels.{step}"
+        results[f"{name}.torch_ms"] = torch["ms"]
+        if f"{name}.ms" in results:
+            results[f"{name}.over_torch"] = torch["ms"] / results[f"{name}.ms"]
+        elif f"{name}.gb_per_s" in results:
+            results[f"{name}.over_torch"] = results[f"{name}.gb_per_s"] / torch["gb_per_s"]
+    return results
 
 
 def load_seconds(engine: Engine) -> float:
