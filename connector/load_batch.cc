@@ -120,17 +120,34 @@ std::optional<Overlap> find_overlap(const ContainerInfo& info, const Remaining& 
   return overlap;
 }
 
+/// The shards of a fetched chunk that the pages need, on their way.
+struct PulledShard {
+  const wire::ContainerLocation* shard = nullptr;
+  std::unique_ptr<Transfer> transfer;
+};
+std::vector<PulledShard> pull_shards(const LoadContext& context, const wire::FetchedItem& item,
+                                     const GroupPages& pages) {
+  std::vector<PulledShard> pulled;
+  Coverage coverage(pages);
+  for (const wire::ContainerLocation& shard : item.shards()) {
+    if (!coverage.wants(shard)) continue;
+    coverage.add(shard);
+    pulled.push_back({&shard, context.session.data_plane->start_pull(item.lease_id(), shard.offset(), shard.bytes())});
+  }
+  return pulled;
+}
+
 /// Decodes what the fetched chunk holds of the piece and shortens the rest by it. kCorrupt: the bytes are to blame.
-Status decode_chunk(const LoadContext& context, const wire::FetchedItem& item, Remaining& rest, LoadedBytes* loaded) {
+Status decode_chunk(const LoadContext& context, std::span<PulledShard> pulled, Remaining& rest, LoadedBytes* loaded) {
   const GroupPages& pages = *rest.pages;
   const std::uint32_t layer_end = pages.layer_begin + static_cast<std::uint32_t>(pages.layers.size());
   const std::uint32_t head_end = pages.head_begin + pages.heads;
   Coverage coverage(pages);
   std::optional<Overlap> common;
-  for (const wire::ContainerLocation& shard : item.shards()) {
-    if (!coverage.wants(shard)) continue;
+  for (const PulledShard& pull : pulled) {
+    const wire::ContainerLocation& shard = *pull.shard;
     if (Status status = may_go_on(context); !status) return status;
-    auto bytes = context.session.data_plane->pull(item.lease_id(), shard.offset(), shard.bytes());
+    auto bytes = pull.transfer->wait();
     if (!bytes) return bytes.error();
     auto reader = ContainerReader::parse(bytes->bytes());
     if (!reader) return reader.error();
@@ -186,10 +203,16 @@ Status fetch_and_decode(const LoadContext& context, std::uint16_t group, std::sp
     leases->good.insert(leases->good.end(), taken.begin(), taken.end());
     return {Code::kInvalid, "the daemon answered for another number of chunks than were asked for"};
   }
+  std::vector<std::vector<PulledShard>> pulled;
+  for (int i = 0; i < items.size() && to_status(items[i].status()); ++i) {
+    pulled.push_back(pull_shards(context, items[i], *wanted[static_cast<std::size_t>(i)]->pages));
+  }
   for (int i = 0; i < items.size() && status; ++i) {
     status = to_status(items[i].status());
     if (!status) break;
-    status = decode_chunk(context, items[i], *wanted[static_cast<std::size_t>(i)], loaded);
+    const auto index = static_cast<std::size_t>(i);
+    status = decode_chunk(context, pulled[index], *wanted[index], loaded);
+    pulled[index].clear();
     if (status.code() == Code::kCorrupt) {
       std::erase(taken, items[i].lease_id());
       leases->corrupt.push_back(items[i].lease_id());

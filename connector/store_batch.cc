@@ -50,22 +50,24 @@ wire::HotRequest reserve_request(const StoreContext& context, std::span<const st
   return request;
 }
 
-Status gather_chunk(const StoreContext& context, std::uint32_t index, const wire::ReservedItem& item,
-                    GatheredBatch* batch) {
+/// A chunk in staging, and on its way to the daemon where that is elsewhere.
+struct PushedChunk {
+  GatheredChunk chunk;
+  std::size_t bytes = 0;
+  std::unique_ptr<Transfer> transfer;
+};
+
+Result<PushedChunk> gather_chunk(const StoreContext& context, std::uint32_t index, const wire::ReservedItem& item) {
   const StoreChunk& chunk = context.job.chunks[index];
   const ShardShape shape = context.pages.shape(static_cast<std::uint32_t>(chunk.block_ids.size()));
   const std::size_t bytes = shape.raw_bytes();
-  if (item.extent().bytes() < bytes) return {Code::kInvalid, "the daemon reserved less than the chunk needs"};
+  if (item.extent().bytes() < bytes) return failure(Code::kInvalid, "the daemon reserved less than the chunk needs");
   auto staging = context.session.data_plane->staging(item.extent().offset(), bytes);
-  if (!staging) return staging.error();
+  if (!staging) return failure(staging.error());
   GatheredChunk gathered{index, item.reservation_id(), std::vector<std::uint64_t>(plane_count(shape))};
   gather(context.pages, chunk.block_ids, *staging, gathered.plane_checksums);
-  if (Status status = context.session.data_plane->push(item.reservation_id(), item.extent().offset(), bytes); !status) {
-    return status;
-  }
-  batch->raw_bytes += bytes;
-  batch->gathered.push_back(std::move(gathered));
-  return Status::ok();
+  auto transfer = context.session.data_plane->start_push(item.reservation_id(), item.extent().offset(), bytes);
+  return PushedChunk{std::move(gathered), bytes, std::move(transfer)};
 }
 
 }  // namespace
@@ -100,13 +102,18 @@ Status gather_batch(const StoreContext& context, std::span<const std::uint32_t> 
     return {Code::kInvalid, "the daemon answered for another number of chunks than were asked for"};
   }
   std::vector<std::uint64_t> unused;
+  std::vector<PushedChunk> pushed;
   for (int i = 0; i < items.size(); ++i) {
     const wire::ReservedItem& item = items[i];
     const std::uint32_t index = chunks[static_cast<std::size_t>(i)];
     switch (item.outcome()) {
       case wire::RESERVED:
-        if (status) status = gather_chunk(context, index, item, batch);
-        if (!status) unused.push_back(item.reservation_id());
+        if (auto chunk = status ? gather_chunk(context, index, item) : failure(status)) {
+          pushed.push_back(*std::move(chunk));
+        } else {
+          status = chunk.error();
+          unused.push_back(item.reservation_id());
+        }
         break;
       case wire::ALREADY_STORED:
         batch->stored_before.push_back(index);
@@ -120,6 +127,15 @@ Status gather_batch(const StoreContext& context, std::span<const std::uint32_t> 
       default:
         batch->reason = item.reason();
         break;
+    }
+  }
+  for (PushedChunk& push : pushed) {
+    if (const Status arrived = status_of(push.transfer->wait()); arrived) {
+      batch->raw_bytes += push.bytes;
+      batch->gathered.push_back(std::move(push.chunk));
+    } else {
+      if (status) status = arrived;
+      unused.push_back(push.chunk.reservation_id);
     }
   }
   abandon(context.session, unused, timeout);

@@ -30,10 +30,10 @@ constexpr std::size_t kLocalPiecesPerBatch = 32;
 /// Over a network, smaller batches let one thread pull while another decodes.
 constexpr std::size_t kRemotePiecesPerBatch = 4;
 /// A store batch of this size takes a few milliseconds: long against a Reserve, short for a load that waits.
-constexpr std::size_t kStoreBatchBytes = 16U << 20;
+constexpr std::size_t kStoreBatchBytes = 64U << 20;
 constexpr std::size_t kStoreBatchChunks = 32;
 /// The next batch is gathered while the previous one is committed, so no batch takes more than this share of staging.
-constexpr std::size_t kStagingShare = 4;
+constexpr std::size_t kStagingShare = 2;
 /// How soon a store asks again after "no room", unless a commit ends earlier.
 constexpr milliseconds kRoomRetry{5};
 /// Commits that are under way at the same time: while one is answered the daemon has the next at hand.

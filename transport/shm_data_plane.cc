@@ -32,22 +32,27 @@ class ShmDataPlane final : public DataPlane {
     return staging_.bytes().subspan(offset, bytes);
   }
 
-  Status push(std::uint64_t /*reservation_id*/, std::uint64_t offset, std::size_t bytes) override {
-    return status_of(staging(offset, bytes));
+  std::unique_ptr<Transfer> start_push(std::uint64_t /*reservation_id*/, std::uint64_t offset,
+                                       std::size_t bytes) override {
+    const Status status = status_of(staging(offset, bytes));
+    return std::make_unique<EndedTransfer>(status ? Result<PulledBytes>(PulledBytes()) : failure(status));
   }
 
-  Result<PulledBytes> pull(std::uint64_t /*lease_id*/, std::uint64_t offset, std::size_t bytes) override {
-    if (closed_) return failure(closed());
-    if (!within(offset, bytes, slab_.bytes().size())) {
-      return failure(outside("slab", offset, bytes, slab_.bytes().size()));
-    }
-    return PulledBytes(std::span<const std::byte>(slab_.bytes().subspan(offset, bytes)));
+  std::unique_ptr<Transfer> start_pull(std::uint64_t /*lease_id*/, std::uint64_t offset, std::size_t bytes) override {
+    return std::make_unique<EndedTransfer>(view(offset, bytes));
   }
 
   // The mappings stay until destruction: views that were handed out remain readable.
   void close() override { closed_ = true; }
 
  private:
+  Result<PulledBytes> view(std::uint64_t offset, std::size_t bytes) const {
+    if (closed_) return failure(closed());
+    if (!within(offset, bytes, slab_.bytes().size())) {
+      return failure(outside("slab", offset, bytes, slab_.bytes().size()));
+    }
+    return PulledBytes(std::span<const std::byte>(slab_.bytes().subspan(offset, bytes)));
+  }
   static Status closed() { return Status(Code::kUnavailable, "the session was closed"); }
 
   const SharedMemory slab_;

@@ -26,8 +26,8 @@ constexpr std::chrono::milliseconds kStallCheck{250};
 constexpr std::chrono::seconds kShutdownPatience{5};
 constexpr std::chrono::milliseconds kForever{-1};
 
-/// Callers queue operations and wait; one thread owns UCX. An Operation lives on its caller's stack, who waits until it
-/// is done. After the first error of the connection the worker is destroyed before the waiting calls are told: no late
+/// Callers queue operations and wait; one thread owns UCX. An Operation stays where it is until its owner has waited
+/// for it. After the first error of the connection the worker is destroyed before the waiting calls are told: no late
 /// packet can reach memory that they think is theirs again.
 class UcxDataPlane final : public DataPlane {
  public:
@@ -52,7 +52,9 @@ class UcxDataPlane final : public DataPlane {
     thread_ = start_service_thread("kvern-ucx", [this] { run(); });
     Operation hello;
     hello.id = kHello;
-    return execute(hello);
+    start(hello);
+    await(hello);
+    return hello.result;
   }
 
   std::string_view name() const override { return name_; }
@@ -66,28 +68,31 @@ class UcxDataPlane final : public DataPlane {
     return std::span<std::byte>(staging_.get() + offset, bytes);
   }
 
-  Status push(std::uint64_t reservation_id, std::uint64_t offset, std::size_t bytes) override {
+  std::unique_ptr<Transfer> start_push(std::uint64_t reservation_id, std::uint64_t offset, std::size_t bytes) override {
     const auto staged = staging(offset, bytes);
-    if (!staged) return staged.error();
-    Operation operation;
+    if (!staged) return ended(staged.error());
+    auto transfer = std::make_unique<UcxTransfer>(*this);
+    Operation& operation = transfer->operation;
     operation.id = kPush;
     operation.header.object_id = reservation_id;
     operation.header.offset = offset;
     operation.memory = *staged;
-    return execute(operation);
+    start(operation);
+    return transfer;
   }
 
-  Result<PulledBytes> pull(std::uint64_t lease_id, std::uint64_t offset, std::size_t bytes) override {
-    if (bytes == 0) return failure(Code::kInvalid, "a pull of no bytes");
-    std::shared_ptr<std::byte[]> buffer = pool_->take(bytes);
-    if (!buffer) return failure(Code::kBusy, "no memory for a pull of " + std::to_string(bytes) + " bytes");
-    Operation operation;
+  std::unique_ptr<Transfer> start_pull(std::uint64_t lease_id, std::uint64_t offset, std::size_t bytes) override {
+    if (bytes == 0) return ended({Code::kInvalid, "a pull of no bytes"});
+    auto transfer = std::make_unique<UcxTransfer>(*this);
+    transfer->buffer = pool_->take(bytes);
+    if (!transfer->buffer) return ended({Code::kBusy, "no memory for a pull of " + std::to_string(bytes) + " bytes"});
+    Operation& operation = transfer->operation;
     operation.id = kPull;
     operation.header.object_id = lease_id;
     operation.header.offset = offset;
-    operation.memory = {buffer.get(), bytes};
-    if (Status status = execute(operation); !status) return failure(std::move(status));
-    return PulledBytes(std::move(buffer), bytes);
+    operation.memory = {transfer->buffer.get(), bytes};
+    start(operation);
+    return transfer;
   }
 
   void close() override {
@@ -110,22 +115,52 @@ class UcxDataPlane final : public DataPlane {
     bool answered = false;
     Status result;
     // Under mutex_:
-    bool done = false;
+    bool done = false;  ///< from then on the thread does not touch it
     std::condition_variable wake;
   };
 
-  Status execute(Operation& operation) {
+  class UcxTransfer final : public Transfer {
+   public:
+    explicit UcxTransfer(UcxDataPlane& plane) : plane_(plane) {}
+    ~UcxTransfer() override { plane_.await(operation); }
+    UcxTransfer(const UcxTransfer&) = delete;
+    UcxTransfer& operator=(const UcxTransfer&) = delete;
+    Result<PulledBytes> wait() override {
+      plane_.await(operation);
+      if (!operation.result) return failure(operation.result);
+      return buffer ? PulledBytes(std::move(buffer), operation.memory.size()) : PulledBytes();
+    }
+
+    Operation operation;
+    std::shared_ptr<std::byte[]> buffer;  ///< of a pull
+
+   private:
+    UcxDataPlane& plane_;
+  };
+
+  static std::unique_ptr<Transfer> ended(Status why) {
+    return std::make_unique<EndedTransfer>(failure(std::move(why)));
+  }
+
+  void start(Operation& operation) {
     operation.plane = this;
     operation.header.bytes = operation.memory.size();
     operation.header.token_bytes = static_cast<std::uint32_t>(config_.session_token.size());
     std::memcpy(operation.header.token.data(), config_.session_token.data(), config_.session_token.size());
-    std::unique_lock lock(mutex_);
-    if (!end_) return end_;
+    const std::lock_guard lock(mutex_);
+    if (!end_) {
+      operation.result = end_;
+      operation.done = true;
+      return;
+    }
     operation.header.request_id = ++last_request_id_;
     queue_.push_back(&operation);
     wake_.signal();
+  }
+
+  void await(Operation& operation) {
+    std::unique_lock lock(mutex_);
     operation.wake.wait(lock, [&] { return operation.done; });
-    return std::move(operation.result);
   }
 
   // -------------------------------------------------------------- the thread
@@ -139,7 +174,7 @@ class UcxDataPlane final : public DataPlane {
     }
     while (true) {
       start_queued();
-      Status end = ended();
+      Status end = end_status();
       if (end && !broken_) end = broken_;
       if (end && stalled()) {
         end = {Code::kUnavailable, name_.empty() ? "no answer from " + where_ + ": is the UCX listener of kvernd there?"
@@ -172,7 +207,7 @@ class UcxDataPlane final : public DataPlane {
     }
   }
 
-  Status ended() {
+  Status end_status() {
     std::lock_guard lock(mutex_);
     return end_;
   }
