@@ -17,8 +17,9 @@ class Executor;
 }
 
 /// CentroidKV (arXiv 2506.11418): similar neighbouring keys of a KV head become one centroid, and their values with
-/// them. Chunked soft matching: a chunk's entries alternate between sources (even) and targets (odd), every source knows
-/// its most similar target, and the best pairs are merged. The paper's constants are not public; those here are ours.
+/// them. Chunked soft matching: a chunk's entries alternate between sources (even) and targets (odd), every source
+/// knows its most similar target, and the best pairs are merged. The paper's constants are not public; those here are
+/// ours.
 namespace kvern::cluster {
 
 struct Options {
@@ -58,7 +59,7 @@ struct HeadClusters {
   std::span<const float> keys;    ///< [entry][key dim]: means of the members
   std::span<const float> values;  ///< [entry][value dim]
   std::span<const Members> members;
-  std::span<const std::uint32_t> assignment;  ///< the entry of every token
+  std::span<const std::uint32_t> assignment;  ///< the entry of every token; empty in the streaming form
 };
 
 /// Entries of several heads, with the memory that compress() works in: use it again to save allocations. Heads may

@@ -53,15 +53,15 @@ struct MergedRows {
 /// dtype, for opaque bytes and for dimensions above kMaxDim.
 Status measure_angles(const HeadRows& x, const HeadRows& y, std::span<float> angles, Executor* executor);
 
-/// Merges two layers: e = (sin((1-t) Om) ux + sin(t Om) uy) / sin(Om), evaluated in the orthonormal basis of ux + uy and
-/// uy - ux, which stays exact for small angles. Bitwise equal for every executor and instruction set. Errors as for
+/// Merges two layers: e = (sin((1-t) Om) ux + sin(t Om) uy) / sin(Om), evaluated in the orthonormal basis of ux + uy
+/// and uy - ux, which stays exact for small angles. Bitwise equal for every executor and instruction set. Errors as for
 /// measure_angles().
 Status merge_layers(const HeadRows& x, const HeadRows& y, float weight, const MergedRows& out, Executor* executor);
 
 constexpr std::uint32_t kMaxDim = 256;
 
 /// Tokens of one head that keep their originals, ascending: those of the rule and all forced ones. kTopK keeps
-/// max(1, ceil(retain * tokens - 1e-6)) largest angles (0 for retain 0), equal ones by the lower token; kRange those above
+/// max(1, ceil(retain * tokens - 1e-6)) largest angles, equal ones by the lower token; kRange those above
 /// max - retain * (max - min) over tokens that are not forced.
 std::vector<std::uint32_t> retained_tokens(std::span<const float> angles, const Options& options);
 
@@ -71,12 +71,12 @@ std::uint32_t top_count(std::size_t tokens, double retain);
 /// Mean angle [rad] of the tokens that are not forced, summed in order; 0 when there is none. What pairs are gated by.
 float mean_angle(std::span<const float> angles);
 
-/// Restores rows of one layer: out[head][token] = lengths[head][token] * e, in the dtype of the directions, saturating at
-/// its largest finite value. Retained tokens are to be put over it by the caller.
+/// Restores rows of one layer: out[head][token] = lengths[head][token] * e, in the dtype of the directions, saturating
+/// at its largest finite value. Retained tokens are to be put over it by the caller.
 Status restore_rows(const HeadRows& directions, std::span<const float> lengths, std::byte* out, Executor* executor);
 
-/// Divides lengths by the length of the directions as they will be read back (quantised, rounded), so that restored rows
-/// have the length of the originals. Directions of length 0 leave the lengths as they are.
+/// Divides lengths by the length of the directions as they will be read back (quantised, rounded), so that restored
+/// rows have the length of the originals. Directions of length 0 leave the lengths as they are.
 Status fold_lengths(const HeadRows& directions, std::span<float> x_lengths, std::span<float> y_lengths,
                     Executor* executor);
 
