@@ -8,9 +8,9 @@
 
 namespace kvern::evict {
 
-/// Scores that need no query, of all tokens of keys [KV heads][tokens][dim]. A key with an element that is not finite
-/// scores NaN, the worst, and takes no part in the mean of KeyDiff. kInvalid for an element type that is no float or a
-/// dim of 0.
+/// Scores that need no query, of all tokens of keys [KV heads][tokens][dim]. A key whose squared norm is not finite in
+/// fp32 scores NaN, the worst, and takes no part in the mean of KeyDiff. kInvalid for an element type that is no float
+/// or a dim of 0.
 
 /// KNorm: -|k|. Keys of small norm attract attention.
 Result<TokenScores> knorm_scores(const HeadRows& keys, Executor* executor);
