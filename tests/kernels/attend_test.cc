@@ -153,7 +153,7 @@ TEST(Attend, ReadsRowsOfAFormAsTheyDecode) {
     ASSERT_TRUE(readers.back().read({0, kTokens}, to->bytes.data()));
   }
   std::vector<std::uint32_t> index;
-  for (std::uint32_t i = 0; i < kTokens; i += 1 + (i % 7 == 0)) index.push_back(i);
+  for (std::uint32_t i = 0; i < kTokens; i += i % 7 == 0 ? 2U : 1U) index.push_back(i);
   for (const bool indexed : {false, true}) {
     const auto entries = indexed ? static_cast<std::uint32_t>(index.size()) : kTokens;
     AttendSegment encoded{entries, AttendRows::of(readers[0], DType::kBFloat16),
