@@ -25,6 +25,13 @@ struct SectionExtent {
   bool has_key = false;
   bool has_value = false;
   bool operator==(const SectionExtent&) const = default;
+
+  std::size_t planes() const { return std::size_t{layers} * heads * ((has_key ? 1U : 0U) + (has_value ? 1U : 0U)); }
+  /// Of its planes as they are.
+  std::size_t raw_bytes(const ShardShape& shape) const {
+    return std::size_t{layers} * heads *
+           ((has_key ? shape.plane_bytes(Part::kKey) : 0) + (has_value ? shape.plane_bytes(Part::kValue) : 0));
+  }
 };
 
 struct SectionPlan {
@@ -67,6 +74,8 @@ class Codec {
   virtual Status accepts(const ShardShape& shape) const = 0;
   /// Sections in the order in which they are stored. Depends on the shape alone.
   virtual std::vector<SectionPlan> plan(const ShardShape& shape) const = 0;
+  /// max_bytes of one section of the plan. Override it where one can say so without making the plan.
+  virtual std::size_t max_bytes(const ShardShape& shape, const SectionExtent& extent) const;
 
   /// True when every section is one plane, byte for byte: encode_container() then copies and checks in a single pass
   /// and does not call encode().
@@ -85,10 +94,8 @@ class Codec {
                         TokenRange tokens, std::uint32_t head_begin, std::uint32_t head_end, RowSink& sink) const = 0;
 };
 
-/// The codec chain that a spec names, or a sentence that says what is wrong with it and what there is.
-/// Equal specs give codecs that produce and read the same bytes.
-Result<std::shared_ptr<const Codec>> make_codec(std::string_view spec);
-/// Names of the steps that make_codec() knows, for error messages and --help.
-std::vector<std::string> codec_names();
+/// The codec of chunks that a spec names, or a sentence that says what is wrong with it and what there is. Equal specs
+/// give codecs that produce and read the same bytes. rotation: see parse_chain() in kernels/chain.h.
+Result<std::shared_ptr<const Codec>> make_codec(std::string_view spec, std::string_view rotation = {});
 
 }  // namespace kvern

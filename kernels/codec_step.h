@@ -19,6 +19,13 @@ struct CodecStep {
   std::string name;
   std::vector<std::pair<std::string, std::string>> parameters;
 
+  /// Reads "name" or "name(parameter=value, ...)". Knows no names: those are for whoever makes the step.
+  static Result<CodecStep> parse(std::string_view text);
+  /// The steps of a chain, separated by "|".
+  static Result<std::vector<CodecStep>> parse_all(std::string_view spec);
+  /// As parse() reads it, without spaces.
+  std::string to_string() const;
+
   /// The text of a parameter, or nullptr where it is not given.
   const std::string* find(std::string_view parameter) const;
   /// kInvalid, naming those that there are, when a parameter is not one of known.

@@ -8,6 +8,7 @@
 
 #include "kernels/checksum.h"
 #include "kernels/copy.h"
+#include "kernels/scratch.h"
 
 namespace kvern {
 namespace {
@@ -59,6 +60,13 @@ Status check_info(const ContainerInfo& info) {
     return {Code::kInvalid, "the last block hash is not the one that names the chunk"};
   }
   return Status::ok();
+}
+
+/// The shape as codecs see it when they encode and decode.
+ShardShape placed(const ContainerInfo& info) {
+  ShardShape shape = info.shape;
+  shape.position = info.position;
+  return shape;
 }
 
 class FieldWriter {
@@ -113,22 +121,6 @@ class FieldReader {
   bool good_ = true;
 };
 
-/// Memory of its own for one section, aligned for vectors.
-class Scratch {
- public:
-  explicit Scratch(std::size_t bytes)
-      : bytes_(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment}))), size_(bytes) {}
-  ~Scratch() { ::operator delete (bytes_, std::align_val_t{kAlignment}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  std::byte* data() const { return bytes_; }
-  std::span<std::byte> first(std::size_t bytes) const { return std::span(bytes_, size_).first(bytes); }
-
- private:
-  std::byte* bytes_;
-  std::size_t size_;
-};
-
 /// The planes of a section in the order layer, part, head.
 template <typename Visit>
 void for_each_plane(const SectionExtent& extent, Visit visit) {
@@ -138,12 +130,6 @@ void for_each_plane(const SectionExtent& extent, Visit visit) {
       for (std::uint32_t head = extent.head; head < extent.head + extent.heads; ++head) visit(layer, part, head);
     }
   }
-}
-
-std::size_t extent_bytes(const ShardShape& shape, const SectionExtent& extent) {
-  std::size_t bytes = 0;
-  for_each_plane(extent, [&](std::uint32_t, Part part, std::uint32_t) { bytes += shape.plane_bytes(part); });
-  return bytes;
 }
 
 std::size_t plane_index(const ShardShape& shape, std::uint32_t layer, Part part, std::uint32_t head) {
@@ -282,7 +268,7 @@ std::size_t largest(const std::vector<SectionPlan>& plan, Size size) {
 Status encode_sections(const Codec& codec, const ShardShape& shape, const std::vector<SectionPlan>& plan,
                        std::span<const std::byte> canonical, const PlaneCheck& check, SectionWriter& writer) {
   // Both stay in the L2 cache.
-  const Scratch planes(largest(plan, [&](const auto& section) { return extent_bytes(shape, section.extent); }));
+  const Scratch planes(largest(plan, [&](const auto& section) { return section.extent.raw_bytes(shape); }));
   const Scratch encoded(largest(plan, [](const auto& section) { return section.max_bytes; }));
   Intake intake(shape, canonical, check);
   intake.start(plan.front().extent, planes.data());
@@ -290,7 +276,7 @@ Status encode_sections(const Codec& codec, const ShardShape& shape, const std::v
     const SectionExtent& extent = plan[i].extent;
     if (Status status = intake.finish(); !status) return status;
     const auto size =
-        codec.encode(shape, extent, planes.first(extent_bytes(shape, extent)), encoded.first(plan[i].max_bytes));
+        codec.encode(shape, extent, planes.first(extent.raw_bytes(shape)), encoded.first(plan[i].max_bytes));
     if (!size) return {size.error().code(), describe(extent) + ": " + size.error().message()};
     // The next section is read while this one is written: memory does both at once.
     if (i + 1 < plan.size()) intake.start(plan[i + 1].extent, planes.data());
@@ -386,7 +372,7 @@ Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& in
   SectionWriter writer(out, header_bytes, sections);
   const PlaneCheck check(shape, plane_checksums);
   const Status status = codec.verbatim() ? copy_sections(shape, plan, canonical, check, writer)
-                                         : encode_sections(codec, shape, plan, canonical, check, writer);
+                                         : encode_sections(codec, placed(info), plan, canonical, check, writer);
   if (!status) return failure(status);
   write_header(info, codec.spec(), sections, writer.offset(), out.first(header_bytes));
   return writer.offset();
@@ -516,14 +502,17 @@ bool overlaps(std::uint32_t begin, std::uint32_t count, std::uint32_t from, std:
   return begin < to && from < begin + count;
 }
 
-/// Hands rows on and, in turns with them, hashes the next section: memory reads that one while it writes these.
+/// Hands the rows of wanted layers on and, in turns with them, hashes the next section: memory reads that one while it
+/// writes these.
 class ReadingAhead final : public RowSink {
  public:
-  ReadingAhead(RowSink& sink, std::span<const std::byte> next) : sink_(sink), next_(next) {}
+  ReadingAhead(RowSink& sink, std::uint32_t first_layer, std::uint32_t last_layer, std::span<const std::byte> next)
+      : sink_(sink), first_layer_(first_layer), last_layer_(last_layer), next_(next) {}
 
   void write(std::uint32_t layer, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
              const std::byte* rows) override {
-    sink_.write(layer, part, head, token, count, rows);
+    // A section of several layers is decoded whole.
+    if (layer >= first_layer_ && layer < last_layer_) sink_.write(layer, part, head, token, count, rows);
     advance(kPieceBytes);
   }
   std::uint32_t preferred_rows() const override { return sink_.preferred_rows(); }
@@ -541,6 +530,8 @@ class ReadingAhead final : public RowSink {
   }
 
   RowSink& sink_;
+  std::uint32_t first_layer_;
+  std::uint32_t last_layer_;
   std::span<const std::byte> next_;
   Checksum64 checksum_;
 };
@@ -611,13 +602,14 @@ Status ContainerReader::decode(std::uint32_t layer_begin, std::uint32_t layer_en
     if (index == wanted.size()) return std::span<const std::byte>{};
     return bytes_.subspan(sections_[wanted[index]].offset, sections_[wanted[index]].bytes);
   };
+  const ShardShape in_place = placed(info_);
   const auto first = payload(0);
   std::uint64_t checksum = fast_checksum64(first.data(), first.size());
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     const SectionInfo& section = sections_[wanted[i]];
     if (Status status = check_section(checksum, section, wanted[i]); !status) return status;
-    ReadingAhead ahead(sink, payload(i + 1));
-    const Status status = codec_->decode(shape, section.extent, payload(i), tokens, first_head, last_head, ahead);
+    ReadingAhead ahead(sink, first_layer, last_layer, payload(i + 1));
+    const Status status = codec_->decode(in_place, section.extent, payload(i), tokens, first_head, last_head, ahead);
     if (!status) {
       return {status.code(),
               "section " + std::to_string(wanted[i]) + " (" + describe(section.extent) + "): " + status.message()};

@@ -23,6 +23,9 @@ struct ShardShape {
   std::uint32_t tokens = 0;
   std::uint32_t key_dim = 0;
   std::uint32_t value_dim = 0;
+  /// Of the first token in the prompt. ContainerInfo::position says it; here it is 0 but in the shapes that a codec's
+  /// encode() and decode() get, for the steps that need it.
+  std::uint64_t position = 0;
 
   bool operator==(const ShardShape&) const = default;
 

@@ -38,6 +38,10 @@ std::vector<SectionPlan> PlaneCodec::plan(const ShardShape& shape) const {
   return sections;
 }
 
+std::size_t PlaneCodec::max_bytes(const ShardShape& shape, const SectionExtent& extent) const {
+  return form_->max_bytes(plane_shape(shape, part_of(extent)));
+}
+
 Result<std::size_t> PlaneCodec::encode(const ShardShape& shape, const SectionExtent& extent,
                                        std::span<const std::byte> planes, std::span<std::byte> out) const {
   const PlaneShape plane = plane_shape(shape, part_of(extent));

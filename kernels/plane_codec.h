@@ -20,6 +20,7 @@ class PlaneCodec final : public Codec {
   bool verbatim() const override { return form_->verbatim(); }
   Status accepts(const ShardShape& shape) const override;
   std::vector<SectionPlan> plan(const ShardShape& shape) const override;
+  std::size_t max_bytes(const ShardShape& shape, const SectionExtent& extent) const override;
   Result<std::size_t> encode(const ShardShape& shape, const SectionExtent& extent, std::span<const std::byte> planes,
                              std::span<std::byte> out) const override;
   Status decode(const ShardShape& shape, const SectionExtent& extent, std::span<const std::byte> payload,

@@ -8,7 +8,6 @@ namespace kvern {
 namespace {
 
 using ::testing::AllOf;
-using ::testing::Contains;
 using ::testing::HasSubstr;
 
 std::string error_of(std::string_view spec) {
@@ -18,23 +17,12 @@ std::string error_of(std::string_view spec) {
   return codec.error().message();
 }
 
-TEST(MakeCodec, KnowsEveryNameThatItLists) {
-  EXPECT_THAT(codec_names(), Contains("raw"));
-  for (const std::string& name : codec_names()) {
-    const auto codec = make_codec(name);
-    ASSERT_TRUE(codec) << name;
-    const auto again = make_codec((*codec)->spec());
-    ASSERT_TRUE(again) << "the canonical spec is a spec";
-    EXPECT_EQ((*again)->spec(), (*codec)->spec());
-  }
-}
-
 TEST(MakeCodec, IgnoresSpacesAndEmptyParentheses) { EXPECT_TRUE(make_codec("  raw ( ) ")); }
 
 TEST(MakeCodec, SaysWhatIsWrongAndWhatThereIs) {
   EXPECT_THAT(error_of("int9"), AllOf(HasSubstr("'int9'"), HasSubstr("raw")));
   EXPECT_THAT(error_of("raw(level=3)"), AllOf(HasSubstr("'level'"), HasSubstr("none")));
-  EXPECT_THAT(error_of("raw | raw"), HasSubstr("cannot be chained"));
+  EXPECT_THAT(error_of("raw | raw"), HasSubstr("quantises once"));
   EXPECT_THAT(error_of("raw | int9"), HasSubstr("'int9'"));
   for (const char* spec : {"", "|", "raw|", "(", "raw(", "raw)", "raw(a)", "raw(a=)", "raw(=1)", "raw(a=1", "raw(a=1,)",
                            "ra w", "raw(a=1)x", "raw(a=1)(b=2)"}) {

@@ -156,7 +156,7 @@ TEST(Container, RefusesTokenRangesOutsideTheChunk) {
 TEST(EncodeContainer, RefusesInputThatDiffersFromItsChecksums) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 64, 64, 64);
   const ContainerInfo info = sample_info(shape, 32);
-  for (const std::string& name : codec_names()) {
+  for (const std::string& name : sample_specs()) {
     const auto codec = codec_of(name);
     AlignedBytes out(container_max_bytes(*codec, info));
     for (const std::size_t position : {std::size_t{0}, shape.raw_bytes() / 2, shape.raw_bytes() - 1}) {
@@ -226,7 +226,7 @@ TEST(ContainerReader, RefusesAnUnknownCodecInASentence) {
 
 TEST(ContainerReader, RefusesEveryTruncation) {
   const ShardShape shape = sample_shape(DType::kFloat16, 3, 16, 16, 1, 1);
-  for (const std::string& name : codec_names()) {
+  for (const std::string& name : sample_specs()) {
     const Bytes whole = encode_sample(*codec_of(name), sample_info(shape, 1), sample_canonical(shape, 11));
     for (std::size_t size = 0; size < whole.size(); ++size) {
       AlignedBytes bytes(std::span<const std::byte>(whole).first(size));
@@ -239,7 +239,7 @@ TEST(ContainerReader, RefusesEveryTruncation) {
 
 TEST(ContainerReader, NeverReportsWrongRowsWhateverBitIsFlipped) {
   const ShardShape shape = sample_shape(DType::kFloat16, 3, 16, 16, 2, 1);
-  for (const std::string& name : codec_names()) {
+  for (const std::string& name : sample_specs()) {
     const Bytes whole = encode_sample(*codec_of(name), sample_info(shape, 1), sample_canonical(shape, 12));
     AlignedBytes bytes(whole);
     CollectingSink right(shape);
@@ -265,7 +265,7 @@ TEST(ContainerReader, NeverReportsWrongRowsWhateverBitIsFlipped) {
 
 TEST(ContainerReader, SurvivesLiesUnderAGoodChecksum) {
   const ShardShape shape = sample_shape(DType::kFloat16, 4, 16, 16, 2, 1);
-  for (const std::string& name : codec_names()) {
+  for (const std::string& name : sample_specs()) {
     const Bytes whole = encode_sample(*codec_of(name), sample_info(shape, 1), sample_canonical(shape, 13));
     std::uint32_t header_bytes = 0;
     std::memcpy(&header_bytes, whole.data() + 12, sizeof header_bytes);
@@ -293,7 +293,7 @@ RC_GTEST_PROP(ContainerReader, RefusesRandomBytes, (std::vector<std::uint8_t> no
 
 TEST(Codec, DecodesNothingOfHeadsThatWereNotAskedFor) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 16, 64, 64);
-  for (const std::string& name : codec_names()) {
+  for (const std::string& name : sample_specs()) {
     AlignedBytes bytes(encode_sample(*codec_of(name), sample_info(shape, 16), sample_canonical(shape, 15)));
     const auto reader = parse(bytes);
     const SectionInfo& section = reader->sections()[1];

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/keys.h"
+#include "kernels/codec_registry.h"
 #include "kernels/container.h"
 #include "kernels/int8_arithmetic.h"
 
@@ -139,6 +140,15 @@ class CollectingSink final : public RowSink {
   std::vector<std::uint8_t> written_;
   bool misplaced_ = false;
 };
+
+/// Specs of codecs that take any shape with keys of 16 elements or more: every form, what stands around forms.
+inline std::vector<std::string> sample_specs() {
+  std::vector<std::string> specs = {"raw | zstd", "unrotate(dim=16) | int8", "unrotate(dim=16) | int8 | zstd"};
+  for (const StepEntry& step : all_steps()) {
+    if (step.kind == StepKind::kQuantise) specs.emplace_back(step.name);
+  }
+  return specs;
+}
 
 /// Decodes everything that the container holds.
 inline Status decode_all(const ContainerReader& reader, RowSink& sink) {
