@@ -12,6 +12,8 @@ CMAKE_ARGS ?=
 # Another clone of the same sources finds what this one compiled.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
+# Golden vectors: the whole set where it lies beside the sources, else those that are kept in tests/golden.
+export KVERN_GOLDEN ?= $(patsubst %/manifest.json,%,$(abspath $(wildcard ../shared/golden/manifest.json)))
 # Each fuzzer runs so long in `make test` and `make fuzz`.
 FUZZ_SECONDS ?= 30
 PYTEST := PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(abspath $(PYTHON)) -m pytest
@@ -59,6 +61,11 @@ test-e2e: build
 bench: ## Measure against memcpy and rivals; writes build/bench/results.json
 	@$(MAKE) build CMAKE_ARGS="-DKVERN_BENCH=ON $(CMAKE_ARGS)"
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) bench/run.py
+
+.PHONY: quality
+quality: ## Measure what each method costs in attention output; writes docs/quality.md
+	@$(MAKE) build CMAKE_ARGS="-DKVERN_BENCH=ON $(CMAKE_ARGS)"
+	@$(PYTHON) bench/quality/quality.py
 
 .PHONY: lint
 lint: setup ## Formatting, clang-tidy, include arrows

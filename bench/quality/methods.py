@@ -1,0 +1,50 @@
+"""What the quality table compares. Shares are of the raw bytes, everything that is stored with them included."""
+
+SHARES = ["50%", "25%", "12.5%", "12%", "6.25%", "3.2%"]
+
+EVICTIONS = [
+    "random",
+    "streaming",
+    "knorm",
+    "keydiff",
+    "h2o",
+    "snapkv",
+    "snapkv_adaptive",
+    "snapkv_pyramid",
+    "cake_uniform",
+    "cake_uniform_adaptive",
+    "cake",
+    "cake_tau_1.6_0.4",
+    "windowkv",
+    "windowkv_groups_of_6",
+]
+
+# Codec chains over stored chunks of 256 tokens.
+CHAINS = [
+    "raw",
+    "raw | zstd",
+    "fp8",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "minicache",
+    "minicache | int8",
+    "minicache | int4",
+    "centroid(ratio=0.75)",
+    "centroid(ratio=0.5)",
+    "centroid(ratio=0.25)",
+    "centroid(ratio=0.75) | int8",
+    "centroid(ratio=0.5) | int8",
+    "centroid(ratio=0.75) | int4",
+    "centroid(ratio=0.5) | int4",
+    "centroid(ratio=0.25) | int4",
+]
+
+# Survivors of an eviction in a chain; the share is that of the whole.
+COMBINATIONS = [
+    f"{eviction}({share}) | {chain}"
+    for eviction in ("snapkv", "snapkv_adaptive", "cake", "keydiff", "streaming")
+    for chain in ("int8", "int4")
+    for share in ("25%", "12.5%", "6.25%", "3.2%")
+]

@@ -1,0 +1,73 @@
+"""Plots results.json of quality.py: plot.py RESULTS writes docs/images/quality-*.svg."""
+
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "kvern"
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from methods import CHAINS, COMBINATIONS, EVICTIONS, SHARES  # noqa: E402
+
+IMAGES = pathlib.Path(__file__).resolve().parent.parent.parent / "docs" / "images"
+
+
+def points(of_text: dict, names: list[str]) -> tuple[list[float], list[float]]:
+    known = [of_text[name] for name in names if "error" in of_text.get(name, {})]
+    known.sort(key=lambda result: result["bytes"])
+    return [100 * result["bytes"] for result in known], [result["error"] for result in known]
+
+
+def panels(results: dict, title: str):
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5), sharey=True, squeeze=False)
+    for axis, text in zip(axes[0], results):
+        axis.set(title=f"{title}: {text}", xlabel="bytes, % of raw", xscale="log", yscale="log")
+        axis.set_xticks([3.2, 6.25, 12.5, 25, 50, 100], ["3.2", "6.25", "12.5", "25", "50", "100"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("relative error of the attention output")
+    return figure, axes[0]
+
+
+def save(figure, axes, name: str) -> None:
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / f"quality-{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def evictions(results: dict) -> None:
+    figure, axes = panels(results, "evictions")
+    for axis, of_text in zip(axes, results.values()):
+        for index, name in enumerate(EVICTIONS):
+            style = "-" if index < 10 else "--"
+            axis.plot(*points(of_text, [f"{name}({share})" for share in SHARES]), style, marker=".", label=name)
+    save(figure, axes, "evictions")
+
+
+def chains(results: dict) -> None:
+    figure, axes = panels(results, "chains")
+    families = {"quantisers": ["fp8", "int8", "int4", "int3", "int2"]}
+    for name in CHAINS:
+        if "centroid" in name or "minicache" in name:
+            head, _, form = name.partition(" | ")
+            families.setdefault(f"{head.split('(')[0]} | {form or 'raw'}", []).append(name)
+    for name in COMBINATIONS:
+        head, _, form = name.partition(" | ")
+        families.setdefault(f"{head.split('(')[0]} | {form}", []).append(name)
+    for axis, of_text in zip(axes, results.values()):
+        for index, (family, names) in enumerate(families.items()):
+            axis.plot(*points(of_text, names), "-" if index < 10 else "--", marker=".", label=family)
+        axis.plot(*points(of_text, [f"snapkv({share})" for share in SHARES]), "k:", marker=".", label="snapkv | raw")
+    save(figure, axes, "chains")
+
+
+if __name__ == "__main__":
+    loaded = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    evictions(loaded)
+    chains(loaded)
