@@ -76,8 +76,8 @@ PageView view_page(const GroupPages& pages, std::size_t layer, Part part, std::u
 }
 
 std::byte* amx_value(const PageView& view, std::uint32_t token, std::uint32_t dim) {
-  return view.base + std::size_t{dim / kAmxTile} * view.page_tokens * kAmxTile * 2 + token / 2 * kAmxUnitBytes +
-         dim % kAmxTile * 4 + token % 2 * 2;
+  return view.base + std::size_t{dim / kAmxTile} * view.page_tokens * kAmxTile * 2 +
+         std::size_t{token / 2} * kAmxUnitBytes + std::size_t{dim % kAmxTile} * 4 + std::size_t{token % 2} * 2;
 }
 
 /// Applies unit(first, count) to the pieces of [token, token + count) that lie in one AMX tile of tokens each.

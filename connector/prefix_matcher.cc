@@ -164,7 +164,7 @@ PrefixMatcher::Answer PrefixMatcher::State::match_local(const Session& session, 
       }
     }
     std::ranges::sort(chunks);
-    chunks.erase(std::ranges::unique(chunks).begin(), chunks.end());
+    chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
     Claim claim;
     claim.session_number = session.number;
     claim.hazards = session.hazards;

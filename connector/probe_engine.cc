@@ -83,8 +83,8 @@ GroupPages ProbeEngine::group_pages() {
     lies.pages = pages;
     lies.page_stride_bytes = page_bytes();
     lies.head_stride_bytes = page_bytes() / shape_.heads;
-    lies.token_stride_bytes = 2 * shape_.head_dim * element_bytes;
-    lies.value_offset_bytes = shape_.head_dim * element_bytes;
+    lies.token_stride_bytes = std::uint64_t{2} * shape_.head_dim * element_bytes;
+    lies.value_offset_bytes = std::uint64_t{shape_.head_dim} * element_bytes;
     group.layers.push_back(lies);
   }
   return group;

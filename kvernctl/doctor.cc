@@ -102,7 +102,7 @@ void check_engines(const nlohmann::json& status, Findings& findings) {
                     ") recomputes what cannot be loaded");
     } else {
       findings.advice(
-          name + " runs kv_load_failure_policy=" + policy +
+          std::string(name).append(" runs kv_load_failure_policy=").append(policy) +
           ": a corrupt or lost chunk fails its request there; set \"recompute\" unless the engine decodes on "
           "compact caches");
     }

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <fstream>
 #include <iterator>
 #include <ostream>
@@ -65,7 +66,7 @@ int run_inspect(const DaemonAddress& address, const std::string& namespace_hex, 
         hash_bytes > 0 && hashes.size() >= hash_bytes ? hashes.substr(hashes.size() - hash_bytes) : "";
     out << to_hex({reinterpret_cast<const std::uint8_t*>(last.data()), last.size()}) << "  group " << chunk.group()
         << "  " << chunk.tokens() << " tokens  " << chunk.codec_spec() << "  " << chunk.encoded_bytes() << " bytes ("
-        << static_cast<int>(percent(chunk.encoded_bytes(), chunk.raw_bytes()) + 0.5) << " % of raw)  " << chunk.shards()
+        << std::lround(percent(chunk.encoded_bytes(), chunk.raw_bytes())) << " % of raw)  " << chunk.shards()
         << (chunk.shards() == 1 ? " shard" : " shards") << "\n";
   }
   out << reply.snapshot().chunks_size() << " chunks" << (reply.snapshot().truncated() ? " (more with --limit)" : "")

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <iomanip>
 #include <nlohmann/json.hpp>
 #include <ostream>
@@ -32,7 +33,7 @@ std::string bytes_text(const json& object, const char* key) {
 /// "12 %" of whole, "-" when there is nothing.
 std::string share(const json& object, const char* part, const char* whole) {
   const double of = object.value(whole, 0.0);
-  return of > 0 ? std::to_string(static_cast<int>(100.0 * object.value(part, 0.0) / of + 0.5)) + " %" : "-";
+  return of > 0 ? std::to_string(std::lround(100.0 * object.value(part, 0.0) / of)) + " %" : "-";
 }
 
 void print_store(const json& store, std::ostream& out) {
