@@ -1,0 +1,116 @@
+"""Writes docs/measured.md and its plot from the results of one `make bench`.
+
+Usage: report.py [build/bench/results.json]
+"""
+
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SIZES = ("256KiB", "2MiB", "8MiB")
+RIVALS = {"local": ("mooncake_shm",), "tcp": ("mooncake_tcp", "redis_tcp")}
+E2E = {
+    "e2e.ttft_cold_s": "cold, seconds",
+    "e2e.ttft_prefix_hit_s": "hit in vLLM's own prefix cache, seconds",
+    "e2e.ttft_restored_s": "restored by Kvern, seconds",
+    "e2e.ttft_cold_over_restored": "cold over restored",
+    "e2e.restored_over_prefix_hit": "restored over prefix hit",
+    "e2e.kvern_ms": "Kvern's part of the restored first token, milliseconds",
+}
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
+
+
+def transfer_rows(results: dict, plane: str) -> list[list[str]]:
+    ours = f"transfer.{plane}"
+    rows = []
+    for what, ending in (("store", "store_raw"), ("commit", "commit_raw"), ("load", "load_raw"),
+                         ("load, int8", "load_int8"), ("store, single chunks", "b1.store_raw"),
+                         ("load, single chunks", "b1.load_raw")):
+        values = [results.get(f"{ours}.{size}.{ending}_over_memcpy") for size in SIZES]
+        if any(value is not None for value in values):
+            rows.append([f"Kvern: {what}", *map(number, values)])
+    for rival in RIVALS[plane]:
+        for what in ("store", "load"):
+            values = [results.get(f"rival.{rival}.{size}.{what}_over_memcpy") for size in SIZES]
+            rows.append([f"{rival}: {what}", *map(number, values)])
+    return rows
+
+
+def match_rows(results: dict) -> list[list[str]]:
+    sources = {"Kvern, shared memory": "match", "Kvern, TCP": "match.tcp"}
+    sources |= {rival: f"rival.{rival}.match" for rivals in RIVALS.values() for rival in rivals}
+    return [[name, *(number(results.get(f"{key}.{n}.p50_us")) for n in (1, 64, 1024))] for name, key in sources.items()]
+
+
+def kernel_rows(results: dict) -> list[list[str]]:
+    steps = sorted({key.removeprefix("kernels.").rpartition(".")[0] for key in results if key.startswith("kernels.")})
+    fields = ("gb_per_s", "ms", "over_memcpy", "over_torch", "speedup")
+    return [[step, *(number(results.get(f"kernels.{step}.{field}")) for field in fields)] for step in steps]
+
+
+def plot(results: dict, target: pathlib.Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, plane in zip(axes, ("local", "tcp")):
+        bars = {"Kvern store": f"transfer.{plane}.{{}}.store_raw_over_memcpy",
+                "Kvern load": f"transfer.{plane}.{{}}.load_raw_over_memcpy"}
+        for rival in RIVALS[plane]:
+            bars |= {f"{rival} store": f"rival.{rival}.{{}}.store_over_memcpy",
+                     f"{rival} load": f"rival.{rival}.{{}}.load_over_memcpy"}
+        width = 0.8 / len(bars)
+        for i, (name, key) in enumerate(bars.items()):
+            heights = [results.get(key.format(size), 0) for size in SIZES]
+            axis.bar([x + i * width for x in range(len(SIZES))], heights, width, label=name)
+        axis.set_xticks([x + 0.4 - width / 2 for x in range(len(SIZES))], SIZES)
+        axis.set_title({"local": "same host", "tcp": "TCP over loopback"}[plane])
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("speed over one-thread memcpy")
+    figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target)
+
+
+def main() -> int:
+    source = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "bench" / "results.json"
+    results = json.loads(source.read_text())
+    plot(results, ROOT / "docs" / "images" / "transfers.svg")
+    lines = [
+        "# Measured", "",
+        f"Written by `make bench && python bench/report.py` on {results['date']}: {results['machine.cpu']}, "
+        f"{results['machine.cores']} cores, load at the start {results['machine.load_at_start']:.1f}. "
+        "What each figure means: [benchmarks.md](benchmarks.md).", "",
+        "![transfers](images/transfers.svg)", "",
+        "## Same host, over one-thread memcpy, batches of eight", "",
+        *table(["", *SIZES], transfer_rows(results, "local")),
+        "## TCP over loopback, over one-thread memcpy, batches of eight", "",
+        *table(["", *SIZES], transfer_rows(results, "tcp")),
+        "## Look-up of n block hashes, p50 in microseconds", "",
+        *table(["", "1", "64", "1,024"], match_rows(results)),
+        "## First token of a prompt of 7,168 tokens", "",
+        *table(["", ""], [[text, number(results[key])] for key, text in E2E.items() if key in results]),
+        "## Kernels, one thread, raw bytes", "",
+        *table(["step", "GB/s", "ms", "over memcpy", "over torch", "over full attention"], kernel_rows(results)),
+    ]
+    (ROOT / "docs" / "measured.md").write_text("\n".join(lines).rstrip() + "\n")
+    print("report: docs/measured.md, docs/images/transfers.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
