@@ -18,7 +18,7 @@ struct HeadRows {
   std::size_t head_stride_bytes = 0;
   std::size_t token_stride_bytes = 0;
 
-  const std::byte* row(std::size_t head, std::size_t token) const {
+  constexpr const std::byte* row(std::size_t head, std::size_t token) const {
     return data + head * head_stride_bytes + token * token_stride_bytes;
   }
 

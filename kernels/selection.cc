@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -63,13 +62,6 @@ void write_best(std::span<const float> scores, std::size_t count, std::uint32_t*
 }
 
 }  // namespace
-
-std::uint32_t score_rank(float score) {
-  constexpr std::uint32_t kSign = 0x80000000U;
-  if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
-  const auto bits = std::bit_cast<std::uint32_t>(score + 0.0F);
-  return (bits & kSign) != 0 ? ~bits : bits | kSign;
-}
 
 std::size_t count_nan(std::span<const float> scores) {
   return static_cast<std::size_t>(std::ranges::count_if(scores, [](float score) { return std::isnan(score); }));

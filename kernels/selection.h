@@ -7,6 +7,7 @@
 
 #include "base/status.h"
 #include "kernels/head_rows.h"
+#include "kernels/score_order.h"
 #include "kernels/token_scores.h"
 
 namespace kvern::evict {
@@ -23,10 +24,6 @@ struct Selection {
   }
   bool operator==(const Selection&) const = default;
 };
-
-/// The order of scores everywhere: an integer that is larger for a higher score. NaN counts as -infinity and +0 equals
-/// -0; of equal scores the lower index comes first.
-std::uint32_t score_rank(float score);
 
 /// NaNs among the scores: what the caller adds to its counter.
 std::size_t count_nan(std::span<const float> scores);

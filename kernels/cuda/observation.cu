@@ -1,0 +1,410 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kernels/cuda/observation.h"
+#include "kernels/element.h"
+
+namespace kvern::evict {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kWarps = 8;
+constexpr unsigned kThreads = kWarps * kWarp;
+constexpr unsigned kEveryLane = 0xFFFFFFFFU;
+/// Columns of a tile: one per lane.
+constexpr std::uint32_t kTileColumns = kWarp;
+/// Rows that a warp multiplies with a key at a time, so that the key is read once for them.
+constexpr std::uint32_t kStepRows = 4;
+constexpr float kLog2E = 1.44269504088896340736F;
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr float kLowest = -3.402823466e38F;
+
+/// Columns that one block adds up in pass 1, by compute capability: enough blocks to fill the device at 32k tokens of 8
+/// heads. Not measured yet.
+struct Policy {
+  int capability_major;
+  std::uint32_t piece;
+};
+constexpr Policy kPolicies[] = {{8, 512}, {9, 512}, {10, 512}};
+constexpr std::uint32_t kSmallestPiece = 512;
+
+std::uint32_t columns_of_a_piece() {
+  int device = 0;
+  int major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  std::uint32_t piece = kSmallestPiece;
+  for (const Policy& policy : kPolicies) {
+    if (policy.capability_major <= major) piece = policy.piece;
+  }
+  return piece;
+}
+
+struct Float32 {
+  using Raw = std::uint32_t;
+  __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
+};
+struct BFloat16 {
+  using Raw = std::uint16_t;
+  __device__ static float to_float(Raw raw) { return from_bfloat16(raw); }
+};
+struct Float16 {
+  using Raw = std::uint16_t;
+  __device__ static float to_float(Raw raw) { return from_float16(raw); }
+};
+
+/// What the kernels share. A row is one of a KV head's: its query heads' rows one after the other.
+struct Problem {
+  HeadRows queries;
+  HeadRows keys;
+  std::uint32_t columns;
+  float scale;  ///< times 1 / ln 2: logits are in base 2
+  std::uint32_t sharing;
+  std::uint32_t piece;
+  std::uint32_t pieces;
+  double* dispersions;  ///< [KV head][row]
+  double* shifts;       ///< [query head]
+  float* totals;        ///< [KV head][piece][row]: kTotals each
+  float* references;    ///< [KV head][row]: log2 of the whole sum; +infinity where there is none
+};
+/// Largest logit M, sum of 2^(y - M), the same over the columns alone, and of (y - M) 2^(y - M) over those.
+constexpr std::uint32_t kTotals = 4;
+
+__host__ __device__ std::uint32_t rows_of(const Problem& problem) { return problem.sharing * problem.queries.tokens; }
+
+/// The keys of a tile as floats, [column][dim + 1]: the odd stride keeps lanes on different banks.
+template <class E>
+__device__ void load_keys(const Problem& problem, std::uint32_t kv_head, std::uint32_t begin, std::uint32_t end,
+                          float* keys) {
+  const std::uint32_t dim = problem.keys.dim;
+  for (std::uint32_t i = threadIdx.x; i < kTileColumns * dim; i += kThreads) {
+    const std::uint32_t column = begin + i / dim;
+    const auto* row = reinterpret_cast<const typename E::Raw*>(problem.keys.row(kv_head, min(column, end - 1)));
+    keys[i / dim * (dim + 1) + i % dim] = E::to_float(row[i % dim]);
+  }
+}
+
+/// Logits in base 2 of kStepRows rows, from `row` on, with the lane's key; -infinity where masked or not finite. The
+/// last rows may be done twice. Adds to the lane's count of those that were not finite.
+template <class E>
+__device__ void multiply(const Problem& problem, std::uint32_t kv_head, std::uint32_t row, std::uint32_t column,
+                         std::uint32_t end, const float* key, float (&logits)[kStepRows], unsigned& not_finite) {
+  const std::uint32_t rows = rows_of(problem);
+  const std::uint32_t window = problem.queries.tokens;
+  const typename E::Raw* queries[kStepRows];
+  for (std::uint32_t i = 0; i < kStepRows; ++i) {
+    const std::uint32_t r = min(row + i, rows - 1);
+    queries[i] = reinterpret_cast<const typename E::Raw*>(
+        problem.queries.row(std::size_t{kv_head} * problem.sharing + r / window, r % window));
+    logits[i] = 0;
+  }
+  for (std::uint32_t k = 0; k < problem.keys.dim; ++k) {
+    const float element = key[k];
+    for (std::uint32_t i = 0; i < kStepRows; ++i) {
+      logits[i] = __fmaf_rn(E::to_float(queries[i][k]), element, logits[i]);
+    }
+  }
+  for (std::uint32_t i = 0; i < kStepRows; ++i) {
+    const std::uint32_t r = row + i;
+    logits[i] *= problem.scale;
+    const bool there = r < rows && column < end;
+    if (there && !isfinite(logits[i])) ++not_finite;
+    const bool seen = column <= problem.keys.tokens - window + r % window;
+    if (!there || !seen || !isfinite(logits[i])) logits[i] = -INFINITY;
+  }
+}
+
+__device__ float largest_of_warp(float value) {
+  for (unsigned offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kEveryLane, value, offset));
+  }
+  return value;
+}
+template <typename T>
+__device__ T sum_of_warp(T value) {
+  for (unsigned offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kEveryLane, value, offset);
+  return value;
+}
+
+/// Pass 1: one block per piece of columns and KV head. Counts what is not finite.
+template <class E>
+__global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
+  extern __shared__ float shared[];
+  const std::uint32_t kv_head = blockIdx.y;
+  const std::uint32_t rows = rows_of(problem);
+  const std::uint32_t dim = problem.keys.dim;
+  float* keys = shared;
+  const unsigned warp = threadIdx.x / kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
+  float* totals = problem.totals + (std::size_t{kv_head} * problem.pieces + blockIdx.x) * rows * kTotals;
+  for (std::uint32_t row = threadIdx.x; row < rows; row += kThreads) {
+    totals[row * kTotals] = kLowest;
+    for (std::uint32_t i = 1; i < kTotals; ++i) totals[row * kTotals + i] = 0;
+  }
+  const std::uint32_t last = min(problem.keys.tokens, (blockIdx.x + 1) * problem.piece);
+  unsigned bad = 0;
+  for (std::uint32_t begin = blockIdx.x * problem.piece; begin < last; begin += kTileColumns) {
+    __syncthreads();
+    load_keys<E>(problem, kv_head, begin, last, keys);
+    __syncthreads();
+    const std::uint32_t column = begin + lane;
+    for (std::uint32_t row = warp * kStepRows; row < rows; row += kWarps * kStepRows) {
+      float logits[kStepRows];
+      multiply<E>(problem, kv_head, row, column, last, keys + lane * (dim + 1), logits, bad);
+      for (std::uint32_t i = 0; i < kStepRows && row + i < rows; ++i) {
+        float* of_row = totals + (row + i) * kTotals;
+        const float old_reference = of_row[0];
+        const float reference = fmaxf(old_reference, largest_of_warp(logits[i]));
+        const float power = exp2f(logits[i] - reference);
+        const bool counted = column < problem.columns && power > 0;
+        const float sum = sum_of_warp(power);
+        const float observed = sum_of_warp(counted ? power : 0.0F);
+        const float weighted = sum_of_warp(counted ? power * (logits[i] - reference) : 0.0F);
+        if (lane == 0) {
+          // exp2f(-inf) is 0, and a row that has seen nothing has nothing to rescale.
+          const float change = of_row[1] > 0 ? old_reference - reference : 0.0F;
+          const float factor = exp2f(change);
+          of_row[0] = reference;
+          of_row[3] = (of_row[3] + change * of_row[2]) * factor + weighted;
+          of_row[2] = of_row[2] * factor + observed;
+          of_row[1] = of_row[1] * factor + sum;
+        }
+        __syncwarp();
+      }
+    }
+  }
+  bad = sum_of_warp(bad);
+  if (lane == 0 && bad > 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(not_finite), static_cast<unsigned long long>(bad));
+}
+
+/// Puts the pieces of a row together: one thread per row of all heads.
+__global__ void finish_rows(Problem problem, float* lse) {
+  const std::uint32_t rows = rows_of(problem);
+  const std::uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= rows * problem.keys.heads) return;
+  const std::uint32_t kv_head = index / rows;
+  const std::uint32_t row = index % rows;
+  const auto total = [&](std::uint32_t piece, std::uint32_t which) {
+    return problem.totals[((std::size_t{kv_head} * problem.pieces + piece) * rows + row) * kTotals + which];
+  };
+  float reference = kLowest;
+  for (std::uint32_t piece = 0; piece < problem.pieces; ++piece) reference = fmaxf(reference, total(piece, 0));
+  double sum = 0;
+  double observed = 0;
+  double weighted = 0;
+  for (std::uint32_t piece = 0; piece < problem.pieces; ++piece) {
+    if (!(total(piece, 1) > 0)) continue;
+    const double change = static_cast<double>(total(piece, 0)) - static_cast<double>(reference);
+    const double factor = exp2(change);
+    sum += factor * static_cast<double>(total(piece, 1));
+    observed += factor * static_cast<double>(total(piece, 2));
+    weighted += factor * (static_cast<double>(total(piece, 3)) + change * static_cast<double>(total(piece, 2)));
+  }
+  const bool sees_keys = sum > 0;
+  const double log_sum = sees_keys ? static_cast<double>(reference) + log2(sum) : 0;
+  // As `index` counts, KV heads and rows are query heads and rows.
+  lse[index] = sees_keys ? static_cast<float>(kLn2 * log_sum) : -INFINITY;
+  problem.references[index] = sees_keys ? static_cast<float>(log_sum) : INFINITY;
+  problem.dispersions[index] = sees_keys ? kLn2 * (observed * log2(sum) - weighted) / sum : 0;
+}
+
+/// Pass 2: one block per tile of columns and KV head. As many query heads at a time as have kMaxCudaRows rows; their
+/// attention to the tile lies in shared memory, and one warp per query head adds it up, each lane its column.
+template <class E>
+__global__ void statistics(Problem problem, float* means, float* variances) {
+  extern __shared__ float shared[];
+  const std::uint32_t kv_head = blockIdx.y;
+  const std::uint32_t rows = rows_of(problem);
+  const std::uint32_t window = problem.queries.tokens;
+  const std::uint32_t dim = problem.keys.dim;
+  const unsigned warp = threadIdx.x / kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
+  float* keys = shared;
+  float* attention = shared + kTileColumns * (dim + 1);  // [row of the batch][column]
+  const std::uint32_t begin = blockIdx.x * kTileColumns;
+  const std::uint32_t column = begin + lane;
+  load_keys<E>(problem, kv_head, begin, problem.columns, keys);
+  const std::uint32_t batch = max(1U, kMaxCudaRows / window) * window;
+  unsigned bad = 0;
+  for (std::uint32_t first = 0; first < rows; first += batch) {
+    const std::uint32_t last = min(rows, first + batch);
+    __syncthreads();
+    for (std::uint32_t row = first + warp * kStepRows; row < last; row += kWarps * kStepRows) {
+      float logits[kStepRows];
+      multiply<E>(problem, kv_head, row, column, problem.columns, keys + lane * (dim + 1), logits, bad);
+      for (std::uint32_t i = 0; i < kStepRows && row + i < last; ++i) {
+        const float reference = problem.references[std::size_t{kv_head} * rows + row + i];
+        attention[(row + i - first) * kTileColumns + lane] = exp2f(logits[i] - reference);
+      }
+    }
+    __syncthreads();
+    for (std::uint32_t head = warp; head < (last - first) / window; head += kWarps) {
+      const float* of_head = attention + std::size_t{head} * window * kTileColumns + lane;
+      float sum = 0;
+      for (std::uint32_t row = 0; row < window; ++row) sum += of_head[row * kTileColumns];
+      const float mean = sum / static_cast<float>(window);
+      float squares = 0;
+      for (std::uint32_t row = 0; row < window; ++row) {
+        const float deviation = of_head[row * kTileColumns] - mean;
+        squares = __fmaf_rn(deviation, deviation, squares);
+      }
+      if (column >= problem.columns) continue;
+      const std::size_t query_head = std::size_t{kv_head} * problem.sharing + first / window + head;
+      means[query_head * problem.columns + column] = mean;
+      if (variances == nullptr) continue;
+      variances[query_head * problem.columns + column] = window > 1 ? squares / static_cast<float>(window - 1) : 0.0F;
+    }
+  }
+}
+
+/// The sum that each thread of the block has a part of, in the same order every time; in thread 0.
+__device__ double sum_of_block(double value) {
+  __shared__ double of_warp[kWarps];
+  value = sum_of_warp(value);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+  for (unsigned i = 0; i < kWarps; ++i) sum += of_warp[i];
+  return sum;
+}
+
+/// One block per query head.
+__global__ void add_variances(Problem problem, const float* variances) {
+  double sum = 0;
+  for (std::uint32_t column = threadIdx.x; column < problem.columns; column += kThreads) {
+    sum += static_cast<double>(variances[std::size_t{blockIdx.x} * problem.columns + column]);
+  }
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) problem.shifts[blockIdx.x] = sum;
+}
+
+/// One block: H and V of the layer.
+__global__ void add_heads(Problem problem, double* out) {
+  double dispersion = 0;
+  double shift = 0;
+  const std::uint32_t rows = problem.queries.heads * problem.queries.tokens;
+  for (std::uint32_t i = threadIdx.x; i < rows; i += kThreads) dispersion += problem.dispersions[i];
+  for (std::uint32_t i = threadIdx.x; i < problem.queries.heads; i += kThreads) shift += problem.shifts[i];
+  dispersion = sum_of_block(dispersion);
+  shift = sum_of_block(shift);
+  if (threadIdx.x != 0) return;
+  out[0] = dispersion;
+  out[1] = shift;
+}
+
+/// One thread per KV head and column.
+__global__ void pool(const float* means, const float* variances, std::uint32_t sharing, std::uint32_t columns,
+                     float gamma, bool largest, std::uint32_t width, float* scores) {
+  const std::uint32_t column = blockIdx.x * kThreads + threadIdx.x;
+  if (column >= columns) return;
+  const std::uint32_t half = width / 2;
+  float sum = 0;
+  for (std::uint32_t i = 0; i < sharing; ++i) {
+    const std::size_t first = (std::size_t{blockIdx.y} * sharing + i) * columns;
+    float pooled = largest ? -INFINITY : 0.0F;
+    for (std::uint32_t u = 0; u < width; ++u) {
+      const std::uint32_t at = column + u - half;  // wraps around below 0
+      if (at >= columns) continue;
+      float value = means[first + at];
+      if (variances != nullptr) value = __fmaf_rn(gamma, variances[first + at], value);
+      pooled = largest ? fmaxf(pooled, value) : pooled + value;
+    }
+    sum += largest ? pooled : pooled / static_cast<float>(width);
+  }
+  scores[std::size_t{blockIdx.y} * columns + column] = sum / static_cast<float>(sharing);
+}
+
+Status launched(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return Status::ok();
+  return {Code::kInternal, std::string(what) + " kernel: " + cudaGetErrorString(error)};
+}
+
+std::uint32_t pieces_of(std::uint32_t tokens) { return (tokens + kSmallestPiece - 1) / kSmallestPiece; }
+
+template <typename Kernel>
+void allow_shared_memory(Kernel kernel, std::size_t bytes) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class E>
+void observe_as(const Problem& problem, const CudaObservation& out, CUstream_st* stream) {
+  const std::size_t key_bytes = std::size_t{kTileColumns} * (problem.keys.dim + 1) * sizeof(float);
+  const std::size_t attention_bytes = std::size_t{kMaxCudaRows} * kTileColumns * sizeof(float);
+  add_columns<E><<<dim3(problem.pieces, problem.keys.heads), kThreads, key_bytes, stream>>>(problem, out.not_finite);
+  const std::uint32_t rows = problem.queries.heads * problem.queries.tokens;
+  finish_rows<<<(rows + kThreads - 1) / kThreads, kThreads, 0, stream>>>(problem, out.lse);
+  if (problem.columns > 0) {
+    allow_shared_memory(statistics<E>, key_bytes + attention_bytes);
+    const dim3 tiles((problem.columns + kTileColumns - 1) / kTileColumns, problem.keys.heads);
+    statistics<E><<<tiles, kThreads, key_bytes + attention_bytes, stream>>>(problem, out.mean, out.variance);
+  }
+  if (out.variance == nullptr) return;
+  add_variances<<<problem.queries.heads, kThreads, 0, stream>>>(problem, out.variance);
+  add_heads<<<1, kThreads, 0, stream>>>(problem, out.dispersion);
+}
+
+}  // namespace
+
+std::size_t cuda_observation_bytes(const HeadRows& queries, const HeadRows& keys) {
+  const std::size_t rows = std::size_t{queries.heads} * queries.tokens;
+  return (rows + queries.heads) * sizeof(double) + rows * sizeof(float) +
+         rows * pieces_of(keys.tokens) * kTotals * sizeof(float);
+}
+
+Status cuda_observe(const HeadRows& queries, const HeadRows& keys, std::uint32_t columns, float scale,
+                    std::byte* scratch, const CudaObservation& out, CUstream_st* stream) {
+  const auto invalid = [](const char* message) { return Status(Code::kInvalid, std::string("observe: ") + message); };
+  if (queries.dtype != keys.dtype || keys.dtype == DType::kOpaqueBytes) {
+    return invalid("queries and keys must be of one float type");
+  }
+  if (keys.dim == 0 || keys.dim != queries.dim || keys.dim > kMaxCudaDim) {
+    return invalid("dims differ, or are 0 or more than 256");
+  }
+  if (keys.heads == 0 || keys.heads > 65535 || queries.heads == 0 || queries.heads % keys.heads != 0) {
+    return invalid("query heads are no multiple of KV heads, or there are more than 65535");
+  }
+  if (queries.tokens == 0 || queries.tokens > keys.tokens || queries.tokens > kMaxCudaRows || columns > keys.tokens) {
+    return invalid("1 to 256 rows, and no more rows or columns than keys");
+  }
+  if (queries.heads > (1U << 20)) return invalid("more than 2^20 query heads");
+  Problem problem{};
+  problem.queries = queries;
+  problem.keys = keys;
+  problem.columns = columns;
+  problem.scale = scale * kLog2E;
+  problem.sharing = queries.heads / keys.heads;
+  problem.piece = columns_of_a_piece();
+  problem.pieces = (keys.tokens + problem.piece - 1) / problem.piece;
+  const std::size_t rows = std::size_t{queries.heads} * queries.tokens;
+  problem.dispersions = reinterpret_cast<double*>(scratch);
+  problem.shifts = problem.dispersions + rows;
+  problem.references = reinterpret_cast<float*>(problem.shifts + queries.heads);
+  problem.totals = problem.references + rows;
+  cudaMemsetAsync(out.not_finite, 0, sizeof *out.not_finite, stream);
+  if (keys.dtype == DType::kFloat32) observe_as<Float32>(problem, out, stream);
+  if (keys.dtype == DType::kFloat16) observe_as<Float16>(problem, out, stream);
+  if (keys.dtype == DType::kBFloat16) observe_as<BFloat16>(problem, out, stream);
+  return launched("observation");
+}
+
+Status cuda_cake_scores(const float* means, const float* variances, std::uint32_t query_heads, std::uint32_t kv_heads,
+                        std::uint32_t columns, float gamma, const Pooling& pooling, float* scores,
+                        CUstream_st* stream) {
+  if (Status status = pooling.validate(); !status) return status;
+  if (kv_heads == 0 || kv_heads > 65535 || query_heads % kv_heads != 0 || (gamma != 0 && variances == nullptr)) {
+    return {Code::kInvalid, "scores: query heads are no multiple of KV heads, or gamma has no variances"};
+  }
+  if (columns == 0) return Status::ok();
+  const dim3 grid((columns + kThreads - 1) / kThreads, kv_heads);
+  pool<<<grid, kThreads, 0, stream>>>(means, gamma == 0 ? nullptr : variances, query_heads / kv_heads, columns, gamma,
+                                      pooling.kind == Pooling::Kind::kMaximum,
+                                      pooling.kind == Pooling::Kind::kNone ? 1 : pooling.width, scores);
+  return launched("pooling");
+}
+
+}  // namespace kvern::evict

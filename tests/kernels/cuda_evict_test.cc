@@ -1,0 +1,150 @@
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/observation.h"
+#include "kernels/cuda/selection.h"
+#include "kernels/selection.h"
+#include "tests/kernels/evict_samples.h"
+
+namespace kvern::evict {
+namespace {
+
+/// Device memory that lives as long as the test.
+class CudaEvict : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
+  }
+  void TearDown() override {
+    for (void* memory : memory_) cudaFree(memory);
+  }
+  template <typename T>
+  T* allocate(std::size_t count) {
+    void* memory = nullptr;
+    if (cudaMalloc(&memory, std::max<std::size_t>(count, 1) * sizeof(T)) != cudaSuccess) {
+      throw std::runtime_error("no device memory");
+    }
+    memory_.push_back(memory);
+    return static_cast<T*>(memory);
+  }
+  template <typename T>
+  T* upload(const T* from, std::size_t count) {
+    T* memory = allocate<T>(count);
+    if (cudaMemcpy(memory, from, count * sizeof(T), cudaMemcpyHostToDevice) != cudaSuccess) {
+      throw std::runtime_error("copy");
+    }
+    return memory;
+  }
+  template <typename T>
+  std::vector<T> download(const T* from, std::size_t count) {
+    std::vector<T> out(count);
+    if (cudaMemcpy(out.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost) != cudaSuccess) {
+      throw std::runtime_error("copy");
+    }
+    return out;
+  }
+  HeadRows upload(HeadRows rows) {
+    rows.data = upload(rows.data, rows.head_stride_bytes * rows.heads);
+    return rows;
+  }
+
+ private:
+  std::vector<void*> memory_;
+};
+
+void expect_near(const std::vector<float>& got, const std::vector<float>& expected, float absolute, float relative,
+                 const char* what) {
+  ASSERT_EQ(got.size(), expected.size());
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    ASSERT_NEAR(got[i], expected[i], absolute + relative * std::abs(expected[i])) << what << " at " << i;
+  }
+}
+
+TEST_F(CudaEvict, ObservesAndScoresAsTheCpu) {
+  struct Shape {
+    std::uint32_t query_heads, kv_heads, rows, tokens, dim;
+  };
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const Shape& s : {Shape{9, 3, 32, 300, 64}, Shape{32, 8, 16, 1000, 128}, Shape{2, 2, 256, 700, 256},
+                           Shape{4, 1, 1, 2000, 80}, Shape{7, 1, 48, 49, 112}, Shape{2, 1, 5, 5, 64}}) {
+      const SampleRows queries(dtype, s.query_heads, s.rows, s.dim, 1);
+      SampleRows keys(dtype, s.kv_heads, s.tokens, s.dim, 2);
+      if (s.tokens == 1000) keys.set(3, 70, 5, std::numeric_limits<float>::quiet_NaN());
+      const Observation expected = observed(queries.view(), keys.view());
+      const std::size_t statistics = expected.mean.size();
+      const HeadRows device_queries = upload(queries.view());
+      const HeadRows device_keys = upload(keys.view());
+      const CudaObservation out{allocate<float>(expected.lse.size()), allocate<float>(statistics),
+                                allocate<float>(statistics), allocate<double>(2), allocate<std::uint64_t>(1)};
+      auto* scratch = allocate<std::byte>(cuda_observation_bytes(device_queries, device_keys));
+      const float scale = 1 / std::sqrt(static_cast<float>(s.dim));
+      ASSERT_TRUE(cuda_observe(device_queries, device_keys, expected.columns, scale, scratch, out, nullptr));
+      auto* scores = allocate<float>(std::size_t{s.kv_heads} * expected.columns);
+      ASSERT_TRUE(cuda_cake_scores(out.mean, out.variance, s.query_heads, s.kv_heads, expected.columns, kCakeGamma, {},
+                                   scores, nullptr));
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      expect_near(download(out.lse, expected.lse.size()), expected.lse, 1e-4F, 1e-5F, "lse");
+      expect_near(download(out.mean, statistics), expected.mean, 1e-8F, 1e-4F, "mean");
+      expect_near(download(out.variance, statistics), expected.variance, 1e-10F, 5e-4F, "variance");
+      const auto totals = download(out.dispersion, 2);
+      EXPECT_NEAR(totals[0], expected.dispersion, 1e-3 + 1e-4 * expected.dispersion);
+      EXPECT_NEAR(totals[1], expected.shift, 1e-7 + 5e-4 * expected.shift);
+      EXPECT_GE(download(out.not_finite, 1)[0], expected.not_finite);
+      const auto expected_scores = cake_scores(expected, s.kv_heads, kCakeGamma, {}, nullptr);
+      expect_near(download(scores, expected_scores->values.size()), expected_scores->values, 1e-6F, 2e-4F, "scores");
+    }
+  }
+}
+
+TEST_F(CudaEvict, SelectsAndGathersWhatTheCpuDoes) {
+  for (const std::uint32_t tokens : {1U, 31U, 1024U, 5000U}) {
+    TokenScores scores{3, tokens, {}};
+    std::mt19937 generator(tokens);
+    for (std::uint32_t i = 0; i < 3 * tokens; ++i) {
+      const auto value = static_cast<float>(generator() % 50);
+      scores.values.push_back(value == 49 ? std::numeric_limits<float>::quiet_NaN() : value - 20);
+    }
+    constexpr std::uint32_t kTail = 7;
+    const SampleRows rows(DType::kBFloat16, 3, tokens + kTail, 80, 1, tokens % 2 == 0 ? 8 : 3);
+    const HeadRows device_rows = upload(rows.view());
+    const float* device_scores = upload(scores.values.data(), scores.values.size());
+    for (const std::uint32_t count : {0U, 1U, tokens / 3, tokens, tokens + 5}) {
+      const auto expected = select_best(scores, std::span(&count, 1), kTail, nullptr);
+      const std::uint32_t per_head = std::min(count, tokens) + kTail;
+      auto* kept = allocate<std::uint32_t>(expected->tokens.size());
+      ASSERT_TRUE(cuda_select_best(device_scores, 3, tokens, count, kTail, kept, nullptr));
+      std::vector<std::byte> compact(gathered_bytes(rows.view(), *expected));
+      auto* device_compact = allocate<std::byte>(compact.size());
+      ASSERT_TRUE(cuda_gather_rows(device_rows, kept, per_head, device_compact, nullptr));
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      EXPECT_EQ(download(kept, expected->tokens.size()), expected->tokens);
+      ASSERT_TRUE(gather_rows(rows.view(), *expected, compact, nullptr));
+      EXPECT_EQ(download(device_compact, compact.size()), compact);
+    }
+  }
+}
+
+TEST(CudaEvictArguments, AreCheckedBeforeTheLaunch) {
+  const HeadRows keys = HeadRows::contiguous(nullptr, DType::kFloat32, 2, 100, 64);
+  const auto code = [&](const HeadRows& queries, std::uint32_t columns) {
+    return cuda_observe(queries, keys, columns, 1, nullptr, {}, nullptr).code();
+  };
+  EXPECT_EQ(code(HeadRows::contiguous(nullptr, DType::kFloat32, 3, 8, 64), 92), Code::kInvalid);
+  EXPECT_EQ(code(HeadRows::contiguous(nullptr, DType::kFloat32, 4, 8, 32), 92), Code::kInvalid);
+  EXPECT_EQ(code(HeadRows::contiguous(nullptr, DType::kBFloat16, 4, 8, 64), 92), Code::kInvalid);
+  EXPECT_EQ(code(HeadRows::contiguous(nullptr, DType::kFloat32, 4, 101, 64), 0), Code::kInvalid);
+  EXPECT_EQ(code(HeadRows::contiguous(nullptr, DType::kFloat32, 4, 8, 64), 101), Code::kInvalid);
+  EXPECT_EQ(cuda_cake_scores(nullptr, nullptr, 4, 2, 10, kCakeGamma, {}, nullptr, nullptr).code(), Code::kInvalid);
+  EXPECT_EQ(cuda_select_best(nullptr, 65536, 1, 1, 0, nullptr, nullptr).code(), Code::kInvalid);
+}
+
+TEST(CudaEvictArguments, WithoutADeviceTheLaunchFailsInASentence) {
+  if (cuda_available()) GTEST_SKIP() << "there is a CUDA device";
+  const Status status = cuda_select_best(nullptr, 1, 4, 2, 0, nullptr, nullptr);
+  EXPECT_EQ(status.code(), Code::kInternal);
+  EXPECT_FALSE(status.message().empty());
+}
+
+}  // namespace
+}  // namespace kvern::evict
