@@ -13,6 +13,8 @@
   EVICT(knorm)                                                          \
   EVICT(keydiff)                                                        \
   UNROTATE(unrotate)                                                    \
+  MERGE(minicache)                                                      \
+  CLUSTER(centroid)                                                     \
   QUANTISE(raw)                                                         \
   QUANTISE(int8)                                                        \
   ENTROPY(zstd)
