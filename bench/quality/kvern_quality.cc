@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -30,6 +31,7 @@
 #include "kernels/key_scores.h"
 #include "kernels/layer_budgets.h"
 #include "kernels/observation.h"
+#include "kernels/rope.h"
 #include "kernels/selection.h"
 #include "kernels/token_scores.h"
 #include "kernels/window_scores.h"
@@ -96,6 +98,13 @@ struct Text {
     all.tokens -= tokens;
     return all;
   }
+  /// How the model turns its keys, for chains with an unrotate step.
+  std::string rotation() const {
+    rope::Parameters parameters;
+    parameters.theta = tensors.at("rope_theta").value(0);
+    parameters.rotary_dim = dim;
+    return parameters.to_string();
+  }
   double raw_bytes() const { return 2.0 * layers * heads * tokens * dim * 2; }
 
   Tensors tensors;
@@ -160,9 +169,10 @@ class Restore final : public RowSink {
   std::uint32_t first_;
 };
 
-ContainerInfo container_info(const ShardShape& shape) {
+ContainerInfo container_info(const ShardShape& shape, std::uint64_t position) {
   ContainerInfo info;
   info.shape = shape;
+  info.position = position;
   info.block_tokens = shape.tokens % kBlock == 0 ? kBlock : 1;
   info.group_layers = shape.layers;
   info.model_heads = shape.heads;
@@ -189,10 +199,10 @@ class Extent {
 };
 
 /// Stores a shard and reads it back; returns the container's bytes.
-std::size_t store_and_restore(const Codec& codec, const ShardShape& shape, std::span<const std::byte> canonical,
-                              RowSink& sink) {
+std::size_t store_and_restore(const Codec& codec, const ShardShape& shape, std::uint64_t position,
+                              std::span<const std::byte> canonical, RowSink& sink) {
   check(codec.accepts(shape));
-  const ContainerInfo info = container_info(shape);
+  const ContainerInfo info = container_info(shape, position);
   Extent input(canonical.size());
   std::ranges::copy(canonical, input.span().begin());
   Extent container(container_max_bytes(codec, info));
@@ -203,7 +213,7 @@ std::size_t store_and_restore(const Codec& codec, const ShardShape& shape, std::
 }
 
 Outcome stored(const Text& text, const std::string& chain, Executor* executor) {
-  const auto codec = check(make_codec(chain));
+  const auto codec = check(make_codec(chain, text.rotation()));
   Outcome outcome;
   outcome.layers.resize(text.layers);
   for (Compact& layer : outcome.layers) {
@@ -230,7 +240,7 @@ Outcome stored(const Text& text, const std::string& chain, Executor* executor) {
     }
     Restore sink(outcome, text.dim, first);
     try {
-      bytes[chunk] = store_and_restore(*codec, shape, canonical, sink);
+      bytes[chunk] = store_and_restore(*codec, shape, first, canonical, sink);
     } catch (const std::exception& error) {
       errors[chunk] = error.what();
     }
@@ -314,6 +324,30 @@ std::vector<Selection> cake(const Evict& of, const Preference& preference) {
   return kept;
 }
 
+/// Near to the square root of the dispersion: CAKE's preference without the shift, which starves the first layers.
+constexpr Preference kDispersionAlone = {2, 100};
+
+/// CAKE's layers, and their tokens spread over the heads by need.
+std::vector<Selection> cake_adaptive(const Evict& of, const Preference& preference) {
+  std::vector<double> preferences;
+  std::vector<TokenScores> scores;
+  for (std::uint32_t layer = 0; layer < of.text.layers; ++layer) {
+    const Observation observation = of.observed(layer, kWindow, true);
+    preferences.push_back(preference.of(observation.dispersion, observation.shift));
+    scores.push_back(check(cake_scores(observation, of.text.heads, kCakeGamma, {}, of.executor)));
+  }
+  const TokenBudget total{std::uint64_t{of.budget()} * of.text.layers, of.candidates(), std::min(16U, of.budget())};
+  const auto budgets = fair_budgets(preferences, total, of.text.layers);
+  std::vector<Selection> kept;
+  for (std::uint32_t layer = 0; layer < of.text.layers; ++layer) {
+    HeadBudget budget;
+    budget.tokens_per_head = budgets[layer];
+    const auto counts = check(adaptive_head_budgets(scores[layer], budget));
+    kept.push_back(check(select_best(scores[layer], counts, kWindow, of.executor)));
+  }
+  return kept;
+}
+
 std::vector<Selection> windowkv(const Evict& of, std::uint32_t layers_per_group) {
   constexpr std::uint32_t kAlpha = 16;
   const WindowRule rule;
@@ -342,6 +376,17 @@ std::vector<Selection> adaptive(const Evict& of, TokenScores (Evict::*score)(std
   return kept;
 }
 
+/// By scores of keys alone; the first tokens stay, too, as in the codec step.
+std::vector<Selection> by_keys(const Evict& of, Result<TokenScores> (*score)(const HeadRows&, Executor*)) {
+  return of.by_scores([&](std::uint32_t layer) {
+    TokenScores scores = check(score(of.candidate_keys(layer), of.executor));
+    for (std::uint32_t head = 0; head < scores.heads; ++head) {
+      std::fill_n(scores.of(head).begin(), kSinks, std::numeric_limits<float>::max());
+    }
+    return scores;
+  });
+}
+
 std::vector<Selection> h2o(const Evict& of) {
   std::vector<Selection> kept;
   ObservationWorkspace workspace;
@@ -366,16 +411,8 @@ const std::map<std::string, Choose>& evictions() {
          return std::vector<Selection>(
              of.text.layers, select_sinks_and_recent(of.text.heads, of.text.tokens, kSinks, of.tokens - kSinks));
        }},
-      {"knorm",
-       [](const Evict& of) {
-         return of.by_scores(
-             [&](std::uint32_t layer) { return check(knorm_scores(of.candidate_keys(layer), of.executor)); });
-       }},
-      {"keydiff",
-       [](const Evict& of) {
-         return of.by_scores(
-             [&](std::uint32_t layer) { return check(keydiff_scores(of.candidate_keys(layer), of.executor)); });
-       }},
+      {"knorm", [](const Evict& of) { return by_keys(of, knorm_scores); }},
+      {"keydiff", [](const Evict& of) { return by_keys(of, keydiff_scores); }},
       {"h2o", h2o},
       {"snapkv", [](const Evict& of) { return of.by_scores([&](std::uint32_t layer) { return of.snapkv(layer); }); }},
       {"snapkv_adaptive", [](const Evict& of) { return adaptive(of, &Evict::snapkv); }},
@@ -397,6 +434,8 @@ const std::map<std::string, Choose>& evictions() {
        [](const Evict& of) {
          return cake(of, {1.6, 0.4});
        }},
+      {"cake_dispersion", [](const Evict& of) { return cake(of, kDispersionAlone); }},
+      {"cake_dispersion_adaptive", [](const Evict& of) { return cake_adaptive(of, kDispersionAlone); }},
       {"windowkv", [](const Evict& of) { return windowkv(of, 1); }},
       {"windowkv_groups_of_6", [](const Evict& of) { return windowkv(of, 6); }},
   };

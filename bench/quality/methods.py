@@ -15,11 +15,14 @@ EVICTIONS = [
     "cake_uniform_adaptive",
     "cake",
     "cake_tau_1.6_0.4",
+    "cake_dispersion",
+    "cake_dispersion_adaptive",
     "windowkv",
     "windowkv_groups_of_6",
 ]
 
-# Codec chains over stored chunks of 256 tokens.
+# Codec chains over stored chunks of 256 tokens. minicache as it stands refuses pairs of layers at more than 45 degrees,
+# which are all here; max_angle=180 shows what that spares.
 CHAINS = [
     "raw",
     "raw | zstd",
@@ -28,23 +31,34 @@ CHAINS = [
     "int4",
     "int3",
     "int2",
+    "unrotate | int8",
+    "unrotate | int4",
+    "unrotate | int3",
+    "unrotate | int2",
     "minicache",
+    "minicache(max_angle=180)",
     "minicache | int8",
     "minicache | int4",
+    "minicache(max_angle=180) | int4",
     "centroid(ratio=0.75)",
     "centroid(ratio=0.5)",
     "centroid(ratio=0.25)",
+    "unrotate | centroid(ratio=0.5)",
     "centroid(ratio=0.75) | int8",
     "centroid(ratio=0.5) | int8",
+    "centroid(ratio=0.25) | int8",
     "centroid(ratio=0.75) | int4",
     "centroid(ratio=0.5) | int4",
     "centroid(ratio=0.25) | int4",
+    "centroid(ratio=0.5) | int3",
+    "int4 | zstd",
+    "int2 | zstd",
 ]
 
 # Survivors of an eviction in a chain; the share is that of the whole.
 COMBINATIONS = [
     f"{eviction}({share}) | {chain}"
-    for eviction in ("snapkv", "snapkv_adaptive", "cake", "keydiff", "streaming")
+    for eviction in ("snapkv", "snapkv_adaptive", "cake_dispersion_adaptive", "keydiff", "streaming")
     for chain in ("int8", "int4")
     for share in ("25%", "12.5%", "6.25%", "3.2%")
 ]
