@@ -203,6 +203,7 @@ Result<wire::Welcome> Client::State::greet(ControlClient& to) const {
   hello->mutable_versions()->set_protocol(kProtocolVersion);
   hello->mutable_versions()->set_container(kContainerVersion);
   hello->set_role(config.scheduler ? wire::ROLE_SCHEDULER : wire::ROLE_WORKER);
+  hello->mutable_attributes()->insert(config.attributes.begin(), config.attributes.end());
   hello->set_client_name(config.client_name.empty() ? "pid " + std::to_string(::getpid()) : config.client_name);
   hello->set_data_plane(plane_kind(config.data_plane));
   hello->set_staging_bytes(config.staging_bytes);

@@ -20,13 +20,14 @@
 namespace kvern {
 
 struct ClientConfig {
-  std::string address;              ///< "unix:///run/kvern/kvernd.sock" or "tcp://host:7070"
-  std::string data_plane = "auto";  ///< auto | shm | ucx
-  std::string server_key_file;      ///< public CURVE key of the daemon (TCP)
-  std::string client_key_file;      ///< own CURVE key pair (TCP), as `kvernctl keygen` writes it
-  bool insecure = false;            ///< TCP without CURVE
-  std::string client_name;          ///< for logs and `kvernctl status`
-  bool scheduler = false;           ///< role in the handshake: scheduler, otherwise worker
+  std::string address;                            ///< "unix:///run/kvern/kvernd.sock" or "tcp://host:7070"
+  std::string data_plane = "auto";                ///< auto | shm | ucx
+  std::string server_key_file;                    ///< public CURVE key of the daemon (TCP)
+  std::string client_key_file;                    ///< own CURVE key pair (TCP), as `kvernctl keygen` writes it
+  bool insecure = false;                          ///< TCP without CURVE
+  std::string client_name;                        ///< for logs and `kvernctl status`
+  std::map<std::string, std::string> attributes;  ///< of the engine, for `kvernctl status` and `doctor`: vllm, model, …
+  bool scheduler = false;                         ///< role in the handshake: scheduler, otherwise worker
   std::uint64_t staging_bytes = 256U << 20;
   std::uint32_t connect_timeout_ms = 2000;
   std::uint32_t call_timeout_ms = 10'000;

@@ -3,8 +3,11 @@
 import dataclasses
 import inspect
 
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
+# To tell people, never to decide by.
+VLLM_VERSION = getattr(vllm, "__version__", "unknown")
 # A base class that came later than the connector API itself.
 WorkerMetadataBase = getattr(base, "KVConnectorWorkerMetadata", object)
 TransferResults = getattr(base, "KVConnectorTransferResults", None)

@@ -38,6 +38,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         options = Options.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
         geometry, refusal = None, ""
         try:
+            self._engine = self._attributes(vllm_config)
             geometry = groups.analyse(vllm_config, kv_cache_config)
             if len(geometry.groups) > 1 and not compat.HAS_TRANSFER_RESULTS:
                 raise Refused("this vLLM cannot be told of failed loads of a model with several KV-cache groups")
@@ -56,7 +57,17 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             self._worker = WorkerSide(geometry, options, None, None, *self._ranks(geometry), refusal=refusal)
 
     @staticmethod
-    def _connect(options: Options, scheduler: bool):
+    def _attributes(vllm_config) -> dict[str, str]:
+        """What `kvernctl status` and `doctor` want to know of this engine."""
+        facts = {
+            "vllm": compat.VLLM_VERSION,
+            "model": getattr(vllm_config.model_config, "model", ""),
+            "kv_load_failure_policy": getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "recompute"),
+            "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
+        }
+        return {name: str(value) for name, value in facts.items()}
+
+    def _connect(self, options: Options, scheduler: bool):
         from kvern import _kvern as native
         from kvern import embedded
 
@@ -65,6 +76,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             address,
             scheduler=scheduler,
             client_name=f"{socket.gethostname()}:{os.getpid()}",
+            attributes=self._engine,
             data_plane=options.data_plane,
             server_key_file=options.server_key_file,
             client_key_file=options.client_key_file,

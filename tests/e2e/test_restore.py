@@ -170,3 +170,25 @@ def test_abort_during_a_load_frees_everything(stage, first):
     restored = first.generate(text)
     assert restored.cached_tokens == 992
     assert restored.tokens == cold.tokens, difference(restored, cold)
+
+
+def test_kvernctl_looks_at_a_serving_engine(stage, first):
+    first.generate(prose("kvernctl", length=300))
+    doctor = stage.daemon.ctl("doctor")
+    assert "recomputes what cannot be loaded" in doctor, doctor
+    assert "stored, found and loaded, bit for bit" in doctor, doctor
+    status = stage.daemon.ctl("status")
+    assert "scheduler" in status and "worker" in status, status
+    block = stage.daemon.ctl("inspect", "--limit", "1").splitlines()[0].split()[0]
+    assert "is stored" in stage.daemon.ctl("explain", block)
+    unknown = stage.daemon.start_ctl("explain", "00" * 32)
+    output, _ = unknown.communicate(timeout=60)
+    assert "not" in output, output
+
+
+def test_what_was_flushed_is_computed_again(stage, first):
+    text = prose("flushed", length=300)
+    first.generate(text)
+    stage.daemon.ctl("flush", "--all")
+    first.forget_kv()
+    assert first.generate(text).cached_tokens == 0
