@@ -278,11 +278,6 @@ struct Evict {
   TokenScores cake(std::uint32_t layer) const {
     return check(cake_scores(observed(layer, kWindow, true), text.heads, kCakeGamma, {}, executor));
   }
-  HeadRows candidate_keys(std::uint32_t layer) const {
-    HeadRows keys = text.prompt('K', layer);
-    keys.tokens = candidates();
-    return keys;
-  }
   std::vector<Selection> by_scores(const std::function<TokenScores(std::uint32_t)>& scores,
                                    const std::vector<std::uint32_t>& budgets) const {
     std::vector<Selection> kept;
@@ -376,15 +371,22 @@ std::vector<Selection> adaptive(const Evict& of, TokenScores (Evict::*score)(std
   return kept;
 }
 
-/// By scores of keys alone; the first tokens stay, too, as in the codec step.
-std::vector<Selection> by_keys(const Evict& of, Result<TokenScores> (*score)(const HeadRows&, Executor*)) {
-  return of.by_scores([&](std::uint32_t layer) {
-    TokenScores scores = check(score(of.candidate_keys(layer), of.executor));
+using ScoreKeys = Result<TokenScores> (*)(const HeadRows&, Executor*);
+
+/// By scores of keys alone, the first tokens and the newest `recent` apart, which stay, as in the codec step.
+std::vector<Selection> by_keys(const Evict& of, ScoreKeys score, std::uint32_t recent) {
+  const std::uint32_t budget = of.tokens - recent;
+  std::vector<Selection> kept;
+  for (std::uint32_t layer = 0; layer < of.text.layers; ++layer) {
+    HeadRows keys = of.text.prompt('K', layer);
+    keys.tokens -= recent;
+    TokenScores scores = check(score(keys, of.executor));
     for (std::uint32_t head = 0; head < scores.heads; ++head) {
       std::fill_n(scores.of(head).begin(), kSinks, std::numeric_limits<float>::max());
     }
-    return scores;
-  });
+    kept.push_back(check(select_best(scores, {&budget, 1}, recent, of.executor)));
+  }
+  return kept;
 }
 
 std::vector<Selection> h2o(const Evict& of) {
@@ -411,8 +413,10 @@ const std::map<std::string, Choose>& evictions() {
          return std::vector<Selection>(
              of.text.layers, select_sinks_and_recent(of.text.heads, of.text.tokens, kSinks, of.tokens - kSinks));
        }},
-      {"knorm", [](const Evict& of) { return by_keys(of, knorm_scores); }},
-      {"keydiff", [](const Evict& of) { return by_keys(of, keydiff_scores); }},
+      {"knorm", [](const Evict& of) { return by_keys(of, knorm_scores, kWindow); }},
+      {"knorm_recent", [](const Evict& of) { return by_keys(of, knorm_scores, of.tokens * 3 / 4); }},
+      {"keydiff", [](const Evict& of) { return by_keys(of, keydiff_scores, kWindow); }},
+      {"keydiff_recent", [](const Evict& of) { return by_keys(of, keydiff_scores, of.tokens * 3 / 4); }},
       {"h2o", h2o},
       {"snapkv", [](const Evict& of) { return of.by_scores([&](std::uint32_t layer) { return of.snapkv(layer); }); }},
       {"snapkv_adaptive", [](const Evict& of) { return adaptive(of, &Evict::snapkv); }},

@@ -6,7 +6,9 @@ EVICTIONS = [
     "random",
     "streaming",
     "knorm",
+    "knorm_recent",
     "keydiff",
+    "keydiff_recent",
     "h2o",
     "snapkv",
     "snapkv_adaptive",
@@ -20,6 +22,8 @@ EVICTIONS = [
     "windowkv",
     "windowkv_groups_of_6",
 ]
+
+QUERY_FREE = ("random", "streaming", "knorm", "keydiff")
 
 # Codec chains over stored chunks of 256 tokens. minicache as it stands refuses pairs of layers at more than 45 degrees,
 # which are all here; max_angle=180 shows what that spares.
@@ -58,7 +62,7 @@ CHAINS = [
 # Survivors of an eviction in a chain; the share is that of the whole.
 COMBINATIONS = [
     f"{eviction}({share}) | {chain}"
-    for eviction in ("snapkv", "snapkv_adaptive", "cake_dispersion_adaptive", "keydiff", "streaming")
+    for eviction in ("snapkv", "snapkv_adaptive", "cake_dispersion_adaptive", "keydiff_recent", "streaming")
     for chain in ("int8", "int4")
     for share in ("25%", "12.5%", "6.25%", "3.2%")
 ]

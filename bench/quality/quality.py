@@ -22,7 +22,7 @@ PLOT_REQUIREMENTS = pathlib.Path(__file__).with_name("requirements.txt")
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from capture import TEXTS, capture_all  # noqa: E402
-from methods import CHAINS, COMBINATIONS, EVICTIONS, SHARES  # noqa: E402
+from methods import CHAINS, COMBINATIONS, EVICTIONS, QUERY_FREE, SHARES  # noqa: E402
 
 
 def methods() -> list[str]:
@@ -94,8 +94,7 @@ def eviction_table(results: dict) -> list[str]:
 
 
 def write_document(results: dict) -> None:
-    query_free = [*CHAINS, *(f"{name}({share})" for name in ("knorm", "keydiff", "streaming") for share in SHARES)]
-    query_free += [name for name in COMBINATIONS if name.startswith(("keydiff", "streaming"))]
+    query_free = [name for name in methods() if name in CHAINS or name.startswith(QUERY_FREE)]
     parts = {
         "chains": table(results, CHAINS),
         "evictions": eviction_table(results),
