@@ -159,6 +159,16 @@ Result<Chain> parse_chain(std::string_view spec, std::string_view rotation) {
   return chain;
 }
 
+Result<Chain> parse_chunk_chain(std::string_view spec, std::string_view rotation) {
+  auto chain = parse_chain(spec, rotation);
+  if (!chain) return chain;
+  const CodecStep* evict = chain->find(StepKind::kEvict);
+  if (evict == nullptr) return chain;
+  return failure(Code::kInvalid, evict->name +
+                                     " picks tokens of a whole prompt: it makes compact caches and cannot store chunks "
+                                     "that other requests share");
+}
+
 std::uint32_t budget_tokens(const CodecStep& step, std::uint32_t prompt_tokens) {
   const std::string& text = *step.find("budget");
   if (text.ends_with('%')) {

@@ -45,6 +45,9 @@ struct Chain {
 /// its keys is a fact of the namespace, not of the configuration. Empty: not known.
 Result<Chain> parse_chain(std::string_view spec, std::string_view rotation = {});
 
+/// The same for the codec of chunks that requests share: kInvalid for a chain that picks tokens.
+Result<Chain> parse_chunk_chain(std::string_view spec, std::string_view rotation = {});
+
 /// Tokens that a step with a budget keeps of a prompt, per layer and head on average, protected ones included.
 std::uint32_t budget_tokens(const CodecStep& step, std::uint32_t prompt_tokens);
 

@@ -13,13 +13,8 @@ std::size_t Codec::max_bytes(const ShardShape& shape, const SectionExtent& exten
 }
 
 Result<std::shared_ptr<const Codec>> make_codec(std::string_view spec, std::string_view rotation) {
-  auto chain = parse_chain(spec, rotation);
+  auto chain = parse_chunk_chain(spec, rotation);
   if (!chain) return failure(chain.error());
-  if (const CodecStep* evict = chain->find(StepKind::kEvict); evict != nullptr) {
-    return failure(Code::kInvalid, evict->name +
-                                       " picks tokens of a whole prompt: it makes compact caches and cannot store "
-                                       "chunks that other requests share");
-  }
   if (chain->codec == nullptr) {
     return failure(Code::kInvalid,
                    "unrotate needs to know how the model turns its keys, and this model's namespace does not say; give "

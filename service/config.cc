@@ -17,7 +17,7 @@
 #include <thread>
 
 #include "base/keys.h"
-#include "kernels/codec.h"
+#include "kernels/chain.h"
 
 namespace kvern {
 namespace {
@@ -210,7 +210,7 @@ void read_rule(const toml::node& node, ServiceConfig& config, FileErrors& errors
   for (const auto& [key, value] : *table) {
     if (key == "codec" && value.is_string()) {
       rule.codec = value.as_string()->get();
-      if (const auto codec = make_codec(rule.codec); !codec) errors.add(value.source(), codec.error().message());
+      if (const auto codec = parse_chunk_chain(rule.codec); !codec) errors.add(value.source(), codec.error().message());
     } else if (key == "match" && value.is_table()) {
       for (const auto& [fact, pattern] : *value.as_table()) {
         if (!pattern.is_string()) {
@@ -374,8 +374,8 @@ Status ServiceConfig::validate() const {
   if (!server.tcp_listen.empty() && !server.insecure && server.allowed_clients_file.empty()) {
     return invalid("server.tcp_listen needs server.allowed_clients_file, or nobody could connect");
   }
-  if (!server.tcp_listen.empty() && (server.tcp_listen.rfind(':') == std::string::npos ||
-                                     server.tcp_listen.find("://") != std::string::npos)) {
+  if (!server.tcp_listen.empty() &&
+      (server.tcp_listen.rfind(':') == std::string::npos || server.tcp_listen.find("://") != std::string::npos)) {
     return invalid("server.tcp_listen must be host:port, not \"" + server.tcp_listen + "\"");
   }
   if (server.data_plane == "ucx" && server.ucx_listen.empty()) {
@@ -392,9 +392,10 @@ Status ServiceConfig::validate() const {
   if (store.index_slots != 0 && !std::has_single_bit(store.index_slots)) {
     return invalid("store.index_slots must be a power of two, not " + std::to_string(store.index_slots));
   }
-  if (const auto made = make_codec(codec.fallback); !made) return invalid("codec.default: " + made.error().message());
+  if (const auto made = parse_chunk_chain(codec.fallback); !made)
+    return invalid("codec.default: " + made.error().message());
   for (const CodecRule& rule : codec.rules) {
-    if (const auto made = make_codec(rule.codec); !made)
+    if (const auto made = parse_chunk_chain(rule.codec); !made)
       return invalid("[[namespace]] codec: " + made.error().message());
   }
   return Status::ok();

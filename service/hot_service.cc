@@ -247,7 +247,7 @@ Result<HotService::ReserveTerms> HotService::reserve_terms(Session& session, con
   const std::string spec = !request.codec_spec().empty() ? request.codec_spec()
                            : opaque                      ? "raw"
                                                          : terms.space->codec_spec;
-  auto codec = make_codec(spec);
+  auto codec = make_codec(spec, terms.space->fact("rotation"));
   if (!codec) return failure(Code::kRefused, codec.error().message());
   terms.codec = std::move(*codec);
   terms.info.codec_spec = terms.codec->spec();

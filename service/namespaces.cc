@@ -38,7 +38,7 @@ constexpr Number kNumbers[] = {
 };
 constexpr std::string_view kRequiredTexts[] = {"model",          "weights",   "dtype",  "kv_dtype",
                                                "hash_algorithm", "hash_seed", "groups", "rope"};
-constexpr std::string_view kOptional[] = {"lora", "quantization", "kv_scales", "epoch", "max_position"};
+constexpr std::string_view kOptional[] = {"rotation", "lora", "quantization", "kv_scales", "epoch", "max_position"};
 
 bool is_known(std::string_view name) {
   const auto names_it = [&](std::string_view known) { return known == name; };

@@ -34,7 +34,9 @@ namespace kvern {
 ///   key_dim, value_dim
 ///   groups           the KV-cache groups, as the engine side describes them
 ///   rope             parameters of the position encoding, "none" without one
-/// Optional: lora, quantization, kv_scales, epoch, max_position, extra.<anything>.
+/// Optional:
+///   rotation         how keys are turned, as the parameters of a codec chain's unrotate step (docs/format.md)
+///   lora, quantization, kv_scales, epoch, max_position, extra.<anything>
 /// Any other name is refused: a fact that this daemon does not know cannot be ignored safely.
 
 /// The facts that the daemon itself works with, parsed and within sane limits.

@@ -18,8 +18,9 @@ _UNIT = {
     "GB": 10**9,
     "TB": 10**12,
 }
-_CODEC = re.compile(r"^[a-z0-9_]+(?:[-+:.,;=/|>()a-z0-9_]*)$")
-_CODEC_CHARACTERS = 128
+# Characters of a codec chain such as "unrotate | int4(group=64)"; what it means is for the daemon to say.
+_CODEC = re.compile(r"^[a-z0-9_]+[-.,=|()%a-zA-Z0-9_ ]*$")
+_CODEC_CHARACTERS = 512
 DATA_PLANES = ("auto", "shm", "ucx")
 MINIMUM_STAGING = 16 << 20
 
@@ -85,7 +86,7 @@ def is_codec_spec(value) -> bool:
 
 def _parse_codec(key: str, value) -> str:
     if not is_codec_spec(value):
-        raise OptionError(f"{key} is {value!r}; it must name a codec, for instance 'raw' or 'int8'.")
+        raise OptionError(f"{key} is {value!r}; it must name a codec chain, for instance 'raw', 'int8' or 'unrotate | int4'.")
     return value
 
 

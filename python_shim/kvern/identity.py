@@ -207,6 +207,58 @@ def _model_name(model_config) -> str:
     return path.resolve().name if path.exists() else model_config.model
 
 
+# Models whose keys turn in pairs of neighbouring elements. All others pair the two halves of the turned part. A mistake
+# here costs compression, never correctness: what is turned back is turned forward in the same way.
+_NEIGHBOUR_PAIRS = ("ChatGLM", "Cohere", "Ernie4_5", "Glm", "GPTJ", "Llama4")
+_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn", "longrope": "longrope"}
+# Names of a scaling's numbers in the model's configuration and in the fact.
+_SCALING_NUMBERS = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original",
+        "low_freq_factor": "low",
+        "high_freq_factor": "high",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original",
+        "beta_fast": "fast",
+        "beta_slow": "slow",
+        "truncate": "truncate",
+    },
+}
+
+
+def _plain(value) -> str:
+    """A number or a truth value as the daemon reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def rotation(text_config, key_dim: int, architectures: list[str]) -> str:
+    """How the model turns its keys, for the daemon's unrotate step; empty where it does not or not in one way."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if not rope and getattr(text_config, "rope_theta", None):
+        rope = {"rope_theta": text_config.rope_theta, **(getattr(text_config, "rope_scaling", None) or {})}
+    theta = rope.get("rope_theta")
+    if not isinstance(theta, (int, float)):  # none, or one for each kind of layer
+        return ""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = "mrope" if "mrope_section" in rope else _SCALINGS.get(kind, "dynamic")
+    share = rope.get("partial_rotary_factor", getattr(text_config, "partial_rotary_factor", None)) or 1
+    dim = getattr(text_config, "rotary_dim", None) or int(key_dim * share)
+    neighbours = any(name.startswith(_NEIGHBOUR_PAIRS) for name in architectures)
+    parts = {"style": "interleaved" if neighbours else "neox", "theta": _plain(theta), "dim": str(dim)}
+    if scaling != "none":
+        parts["scaling"] = scaling
+    for name, ours in _SCALING_NUMBERS.get(scaling, {}).items():
+        if rope.get(name) is not None:
+            parts[ours] = _plain(rope[name])
+    return ",".join(f"{name}={value}" for name, value in parts.items())
+
+
 def namespace_facts(vllm_config, geometry: Geometry, weights: str, hash_seed: str) -> dict[str, str]:
     """The facts of the model itself; with_adapter and with_epoch add to them."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
@@ -238,6 +290,9 @@ def namespace_facts(vllm_config, geometry: Geometry, weights: str, hash_seed: st
     }
     if any(kind in facts["rope"] for kind in _LENGTH_DEPENDENT_ROPE):
         facts["extra.max_model_len"] = str(model_config.max_model_len)
+    turns = rotation(text_config, first.key_dim, getattr(model_config, "architectures", None) or [])
+    if turns:
+        facts["rotation"] = turns
     if getattr(model_config, "quantization", None):
         facts["quantization"] = str(model_config.quantization)
     return facts

@@ -26,7 +26,7 @@ def test_keys_of_others_are_left_alone():
         ({"kvern.threads": -1}, ["kvern.threads", "0 to 64"]),
         ({"kvern.threads": 1.5}, ["kvern.threads"]),
         ({"kvern.store_generated": "perhaps"}, ["true or false"]),
-        ({"kvern.codec": "in t8"}, ["kvern.codec", "int8"]),
+        ({"kvern.codec": "int8; raw"}, ["kvern.codec", "int8"]),
         ({"kvern.client_key_file": "/nowhere/key"}, ["not a file", "keygen"]),
         ({"kvern.address": "tcp://host:7070"}, ["server_key_file", "insecure"]),
     ],
@@ -49,7 +49,7 @@ def test_values_are_taken(tmp_path):
             "kvern.staging": "64MiB",
             "kvern.store_generated": "false",
             "kvern.threads": "3",
-            "kvern.codec": "int8",
+            "kvern.codec": "unrotate | int8(group=64)",
             "kvern.embedded_dram": "1.5GiB",
         }
     )

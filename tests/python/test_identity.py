@@ -119,3 +119,51 @@ def test_an_adapter_that_is_not_there_has_no_digest(tmp_path):
 
 def test_ranges_are_written_shortly():
     assert identity._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+def text_config(**fields):
+    return types.SimpleNamespace(**fields)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "Llama", "style=neox,theta=100000,dim=64"),
+        ({"rope_theta": 10000.0, "rope_scaling": None}, "GPTJ", "style=interleaved,theta=10000,dim=64"),
+        (
+            {"rope_parameters": LLAMA3},
+            "Llama",
+            "style=neox,theta=500000,dim=64,scaling=llama3,factor=8,original=8192,low=1,high=4",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4, "truncate": False,
+                                 "original_max_position_embeddings": 32768}},
+            "Qwen3",
+            "style=neox,theta=1000000,dim=64,scaling=yarn,factor=4,original=32768,truncate=false",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+            "Phi",
+            "style=neox,theta=10000,dim=16",
+        ),
+        ({"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.5}}, "Llama",
+         "style=neox,theta=10000,dim=64,scaling=linear,factor=2.5"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "Llama",
+         "style=neox,theta=10000,dim=64,scaling=dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+         "Gemma3", ""),
+        ({}, "Opt", ""),
+    ],
+)  # fmt: skip
+def test_the_rotation_says_how_keys_turn(config, architecture, expected):
+    assert identity.rotation(text_config(**config), 64, [architecture + "ForCausalLM"]) == expected

@@ -118,6 +118,8 @@ TEST(Config, ContradictionsAreRefused) {
       {"[sessions]\ntimeout_ms = 1000\nheartbeat_interval_ms = 900\n", "timeout_ms"},
       {"[store]\nindex_slots = 1000\n", "power of two"},
       {"[codec]\ndefault = \"zip\"\n", "codec.default"},
+      {"[codec]\ndefault = \"cake | int8\"\n", "compact caches"},
+      {"[codec]\ndefault = \"zstd | int8\"\n", "int8 comes before zstd"},
       {"[metrics]\nlisten = \"9464\"\n", "host:port"}};
   for (const auto& [text, said] : wrong) {
     EXPECT_THAT(parse_config(text, "f").errors, ElementsAre(HasSubstr(said))) << text;
@@ -138,6 +140,10 @@ TEST(Config, TheDumpSaysTheSameAgain) {
   EXPECT_THAT(again.errors, IsEmpty());
   for (const ConfigKey& key : config_keys()) EXPECT_EQ(key.get(again.config), key.get(loaded.config)) << key.name;
   EXPECT_EQ(dump_config(again.config), dump);
+}
+
+TEST(Config, AChainMayNeedFactsThatOnlyANamespaceKnows) {
+  EXPECT_THAT(parse_config("[codec]\ndefault = \"unrotate | int8 | zstd\"\n", "f").errors, IsEmpty());
 }
 
 TEST(Config, TheFirstRuleThatFitsChoosesTheCodec) {

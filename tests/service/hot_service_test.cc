@@ -202,6 +202,10 @@ TEST_F(HotServiceTest, ARequestThatDoesNotFitItsNamespaceIsRefusedWithTheReason)
   EXPECT_THAT(status_after([](wire::Reserve& r) { r.set_model_heads(4); }).message(), HasSubstr("KV heads"));
   EXPECT_THAT(status_after([](wire::Reserve& r) { r.set_block_tokens(8); }).message(), HasSubstr("tokens"));
   EXPECT_THAT(status_after([](wire::Reserve& r) { r.set_codec_spec("zip"); }).message(), HasSubstr("zip"));
+  EXPECT_THAT(status_after([](wire::Reserve& r) { r.set_codec_spec("cake | int8"); }).message(),
+              HasSubstr("compact caches"));
+  EXPECT_THAT(status_after([](wire::Reserve& r) { r.set_codec_spec("unrotate | int8"); }).message(),
+              HasSubstr("namespace does not say"));
   EXPECT_THAT(status_after([](wire::Reserve& r) { r.clear_items(); }).message(), HasSubstr("items"));
   EXPECT_THAT(status_after([](wire::Reserve& r) { r.set_group(70000); }).message(), HasSubstr("group"));
   const auto item_after = [&](auto change) {
@@ -214,6 +218,19 @@ TEST_F(HotServiceTest, ARequestThatDoesNotFitItsNamespaceIsRefusedWithTheReason)
   EXPECT_EQ(item_after([](wire::ReserveItem& i) { i.set_block_hashes("abc"); }).outcome(), wire::REFUSED);
   EXPECT_EQ(item_after([](wire::ReserveItem& i) { i.set_position(3); }).outcome(), wire::REFUSED);
   expect_nothing_held();
+}
+
+TEST_F(HotServiceTest, AChainLearnsFromTheNamespaceHowKeysTurn) {
+  auto facts = testing::model_facts();
+  facts["rotation"] = "style=neox,theta=10000,dim=8";
+  const NamespaceId turning = service.register_model(*session, facts);
+  auto request = ServiceFixture::reserve_request(turning, 7, 1);
+  request.mutable_reserve()->set_codec_spec("unrotate | int8 | zstd");
+  const auto item = service.ask(session->id(), request)->reserved().items(0);
+  ASSERT_EQ(item.outcome(), wire::RESERVED) << item.reason();
+  const std::string& spec = session->find_reservation(item.reservation_id())->info.codec_spec;
+  EXPECT_EQ(spec, "unrotate(style=neox,theta=10000,dim=8) | int8(group=64,version=1) | zstd(level=3)");
+  EXPECT_EQ(codec_label(spec), "unrotate | int8 | zstd");
 }
 
 TEST_F(HotServiceTest, OpaqueBytesAreKeptRawWhateverTheNamespacePrefers) {
