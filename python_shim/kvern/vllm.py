@@ -248,3 +248,18 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
 
     def build_connector_worker_meta(self):
         return self._worker.take_report() if self._worker is not None else None
+
+
+def _register() -> None:
+    """MultiConnector looks the class up by its name when it puts the connectors' stats together, and finds only names
+    that are registered, however the class was loaded."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if KvernConnector.__name__ not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(KvernConnector.__name__, __name__, KvernConnector.__name__)
+
+
+try:
+    _register()
+except Exception:  # another vLLM: only the stats beside other connectors need it
+    logger.debug("Kvern: cannot register with vLLM's connector factory.", exc_info=True)
