@@ -3,16 +3,15 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/observation.h"
-#include "kernels/element.h"
+#include "kernels/score_order.h"
 
 namespace kvern::evict {
 namespace {
 
-constexpr unsigned kWarp = 32;
 constexpr unsigned kWarps = 8;
 constexpr unsigned kThreads = kWarps * kWarp;
-constexpr unsigned kEveryLane = 0xFFFFFFFFU;
 /// Columns of a tile: one per lane.
 constexpr std::uint32_t kTileColumns = kWarp;
 /// Rows that a warp multiplies with a key at a time, so that the key is read once for them.
@@ -41,19 +40,6 @@ std::uint32_t columns_of_a_piece() {
   }
   return piece;
 }
-
-struct Float32 {
-  using Raw = std::uint32_t;
-  __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
-};
-struct BFloat16 {
-  using Raw = std::uint16_t;
-  __device__ static float to_float(Raw raw) { return from_bfloat16(raw); }
-};
-struct Float16 {
-  using Raw = std::uint16_t;
-  __device__ static float to_float(Raw raw) { return from_float16(raw); }
-};
 
 /// What the kernels share. A row is one of a KV head's: its query heads' rows one after the other.
 struct Problem {
@@ -122,12 +108,6 @@ __device__ float largest_of_warp(float value) {
   }
   return value;
 }
-template <typename T>
-__device__ T sum_of_warp(T value) {
-  for (unsigned offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kEveryLane, value, offset);
-  return value;
-}
-
 /// Pass 1: one block per piece of columns and KV head. Counts what is not finite.
 template <class E>
 __global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
@@ -260,25 +240,13 @@ __global__ void statistics(Problem problem, float* means, float* variances) {
   }
 }
 
-/// The sum that each thread of the block has a part of, in the same order every time; in thread 0.
-__device__ double sum_of_block(double value) {
-  __shared__ double of_warp[kWarps];
-  value = sum_of_warp(value);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sum = 0;
-  for (unsigned i = 0; i < kWarps; ++i) sum += of_warp[i];
-  return sum;
-}
-
 /// One block per query head.
 __global__ void add_variances(Problem problem, const float* variances) {
   double sum = 0;
   for (std::uint32_t column = threadIdx.x; column < problem.columns; column += kThreads) {
     sum += static_cast<double>(variances[std::size_t{blockIdx.x} * problem.columns + column]);
   }
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kWarps>(sum);
   if (threadIdx.x == 0) problem.shifts[blockIdx.x] = sum;
 }
 
@@ -289,8 +257,8 @@ __global__ void add_heads(Problem problem, double* out) {
   const std::uint32_t rows = problem.queries.heads * problem.queries.tokens;
   for (std::uint32_t i = threadIdx.x; i < rows; i += kThreads) dispersion += problem.dispersions[i];
   for (std::uint32_t i = threadIdx.x; i < problem.queries.heads; i += kThreads) shift += problem.shifts[i];
-  dispersion = sum_of_block(dispersion);
-  shift = sum_of_block(shift);
+  dispersion = sum_of_block<kWarps>(dispersion);
+  shift = sum_of_block<kWarps>(shift);
   if (threadIdx.x != 0) return;
   out[0] = dispersion;
   out[1] = shift;
@@ -318,10 +286,42 @@ __global__ void pool(const float* means, const float* variances, std::uint32_t s
   scores[std::size_t{blockIdx.y} * columns + column] = sum / static_cast<float>(sharing);
 }
 
-Status launched(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::ok();
-  return {Code::kInternal, std::string(what) + " kernel: " + cudaGetErrorString(error)};
+/// The mean of the `best` highest of a window, added best first; of all, in their order, where there are no more.
+__device__ float window_mean(const float* window, std::uint32_t size, std::uint32_t best) {
+  float sum = 0;
+  if (best >= size) {
+    for (std::uint32_t i = 0; i < size; ++i) sum += window[i];
+    return sum / static_cast<float>(size);
+  }
+  // The next after the one before, by rank and then by index: numbers of 64 bits that fall.
+  const auto place = [&](std::uint32_t i) {
+    return static_cast<std::uint64_t>(score_rank(window[i])) << 32 | (0xFFFFFFFFU - i);
+  };
+  std::uint64_t before = ~std::uint64_t{0};
+  for (std::uint32_t n = 0; n < best; ++n) {
+    std::uint64_t next = 0;
+    for (std::uint32_t i = 0; i < size; ++i) {
+      if (place(i) < before) next = max(next, place(i));
+    }
+    sum += window[0xFFFFFFFFU - static_cast<std::uint32_t>(next)];
+    before = next;
+  }
+  return sum / static_cast<float>(best);
+}
+
+/// One warp per window, its lanes take turns with the query heads.
+__global__ void score_windows(const float* means, std::uint32_t heads, std::uint32_t columns, std::uint32_t rows,
+                              WindowRule rule, float* scores) {
+  const std::uint32_t window = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const std::uint32_t begin = window * rule.tokens;
+  if (begin >= columns) return;
+  const std::uint32_t size = min(rule.tokens, columns - begin);
+  double sum = 0;
+  for (std::uint32_t head = threadIdx.x % kWarp; head < heads; head += kWarp) {
+    sum += static_cast<double>(window_mean(means + std::size_t{head} * columns + begin, size, rule.best));
+  }
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % kWarp == 0) scores[window] = static_cast<float>(sum / heads) * static_cast<float>(rows);
 }
 
 std::uint32_t pieces_of(std::uint32_t tokens) { return (tokens + kSmallestPiece - 1) / kSmallestPiece; }
@@ -386,10 +386,18 @@ Status cuda_observe(const HeadRows& queries, const HeadRows& keys, std::uint32_t
   problem.references = reinterpret_cast<float*>(problem.shifts + queries.heads);
   problem.totals = problem.references + rows;
   cudaMemsetAsync(out.not_finite, 0, sizeof *out.not_finite, stream);
-  if (keys.dtype == DType::kFloat32) observe_as<Float32>(problem, out, stream);
-  if (keys.dtype == DType::kFloat16) observe_as<Float16>(problem, out, stream);
-  if (keys.dtype == DType::kBFloat16) observe_as<BFloat16>(problem, out, stream);
+  with_element(keys.dtype, [&]<class E>(E) { observe_as<E>(problem, out, stream); });
   return launched("observation");
+}
+
+Status cuda_window_scores(const float* means, std::uint32_t query_heads, std::uint32_t columns, std::uint32_t rows,
+                          const WindowRule& rule, float* scores, CUstream_st* stream) {
+  if (Status status = rule.validate(); !status) return status;
+  const std::uint32_t windows = rule.count(columns);
+  if (windows == 0 || query_heads == 0) return Status::ok();
+  score_windows<<<(windows + kWarps - 1) / kWarps, kThreads, 0, stream>>>(means, query_heads, columns, rows, rule,
+                                                                          scores);
+  return launched("window");
 }
 
 Status cuda_cake_scores(const float* means, const float* variances, std::uint32_t query_heads, std::uint32_t kv_heads,

@@ -7,15 +7,16 @@
 #include "kernels/head_rows.h"
 #include "kernels/observation.h"
 #include "kernels/token_scores.h"
+#include "kernels/window_scores.h"
 
 struct CUstream_st;
 
 namespace kvern::evict {
 
-/// Scoring on the GPU, as kernels/observation.h and kernels/token_scores.h define it; sums are added in another order
-/// than on the CPU, and in the same order in every run. Calls queue their work on the stream and return; the caller
-/// keeps all memory alive until the stream has got there. They neither allocate nor synchronise. All pointers, those
-/// of the views too, are to memory that the device can reach.
+/// Scoring on the GPU, as kernels/observation.h, token_scores.h and window_scores.h define it; sums are added in
+/// another order than on the CPU, and in the same order in every run. Calls queue their work on the stream and return;
+/// the caller keeps all memory alive until the stream has got there. They neither allocate nor synchronise. All
+/// pointers, those of the views too, are to memory that the device can reach.
 
 /// Most rows of one query head: their attention to a tile of columns has to fit in shared memory.
 constexpr std::uint32_t kMaxCudaRows = 256;
@@ -43,5 +44,9 @@ Status cuda_observe(const HeadRows& queries, const HeadRows& keys, std::uint32_t
 /// [KV head][column].
 Status cuda_cake_scores(const float* means, const float* variances, std::uint32_t query_heads, std::uint32_t kv_heads,
                         std::uint32_t columns, float gamma, const Pooling& pooling, float* scores, CUstream_st* stream);
+
+/// window_scores(), from means [query head][column] of `rows` rows to rule.count(columns) scores.
+Status cuda_window_scores(const float* means, std::uint32_t query_heads, std::uint32_t columns, std::uint32_t rows,
+                          const WindowRule& rule, float* scores, CUstream_st* stream);
 
 }  // namespace kvern::evict

@@ -1,16 +1,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/selection.h"
 #include "kernels/score_order.h"
 
 namespace kvern::evict {
 namespace {
 
-constexpr unsigned kWarp = 32;
-constexpr unsigned kEveryLane = 0xFFFFFFFFU;
 /// Threads of a head's block: a whole block walks the scores of one head, so as many as there can be.
 constexpr unsigned kSelectThreads = 1024;
 constexpr unsigned kSelectWarps = kSelectThreads / kWarp;
@@ -102,12 +100,6 @@ __global__ void gather_kernel(HeadRows rows, const std::uint32_t* kept, std::uin
   const auto* source = reinterpret_cast<const Unit*>(rows.row(blockIdx.y, kept[to]));
   auto* target = reinterpret_cast<Unit*>(out) + to * units;
   for (std::uint32_t i = threadIdx.x % kWarp; i < units; i += kWarp) target[i] = source[i];
-}
-
-Status launched(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::ok();
-  return {Code::kInternal, std::string(what) + " kernel: " + cudaGetErrorString(error)};
 }
 
 }  // namespace

@@ -2,8 +2,10 @@
 #include <gtest/gtest.h>
 
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/key_scores.h"
 #include "kernels/cuda/observation.h"
 #include "kernels/cuda/selection.h"
+#include "kernels/key_scores.h"
 #include "kernels/selection.h"
 #include "tests/kernels/evict_samples.h"
 
@@ -93,6 +95,47 @@ TEST_F(CudaEvict, ObservesAndScoresAsTheCpu) {
       EXPECT_GE(download(out.not_finite, 1)[0], expected.not_finite);
       const auto expected_scores = cake_scores(expected, s.kv_heads, kCakeGamma, {}, nullptr);
       expect_near(download(scores, expected_scores->values.size()), expected_scores->values, 1e-6F, 2e-4F, "scores");
+    }
+  }
+}
+
+TEST_F(CudaEvict, ScoresWindowsAsTheCpu) {
+  const SampleRows queries(DType::kFloat32, 6, 16, 64, 1);
+  const SampleRows keys(DType::kFloat32, 3, 500, 64, 2);
+  const Observation seen = observed(queries.view(), keys.view());
+  const float* means = upload(seen.mean.data(), seen.mean.size());
+  for (const WindowRule rule : {WindowRule{8, 8}, WindowRule{8, 4}, WindowRule{32, 16}, WindowRule{1000, 1}}) {
+    const auto expected = window_scores(seen, rule, nullptr);
+    auto* scores = allocate<float>(expected->size());
+    ASSERT_TRUE(cuda_window_scores(means, 6, seen.columns, 16, rule, scores, nullptr));
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    expect_near(download(scores, expected->size()), *expected, 1e-7F, 1e-5F, "window scores");
+  }
+}
+
+TEST_F(CudaEvict, ScoresKeysAsTheCpu) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const std::uint32_t dim : {64U, 80U, 256U}) {
+      SampleRows keys(dtype, 3, 1100, dim, dim, 5);
+      keys.set_row(1, 7, 0);
+      keys.set(2, 9, 3, std::numeric_limits<float>::infinity());
+      const HeadRows device_keys = upload(keys.view());
+      auto* scores = allocate<float>(std::size_t{3} * 1100);
+      auto* scratch = allocate<std::byte>(cuda_keydiff_bytes(device_keys));
+      const auto compare = [&](const TokenScores& expected) {
+        ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+        const auto got = download(scores, expected.values.size());
+        for (std::size_t i = 0; i < got.size(); ++i) {
+          ASSERT_EQ(std::isnan(got[i]), std::isnan(expected.values[i])) << i;
+          if (!std::isnan(got[i])) {
+            ASSERT_NEAR(got[i], expected.values[i], 2e-6F + 1e-5F * std::abs(expected.values[i])) << i;
+          }
+        }
+      };
+      ASSERT_TRUE(cuda_knorm_scores(device_keys, scores, nullptr));
+      compare(*knorm_scores(keys.view(), nullptr));
+      ASSERT_TRUE(cuda_keydiff_scores(device_keys, scratch, scores, nullptr));
+      compare(*keydiff_scores(keys.view(), nullptr));
     }
   }
 }

@@ -142,6 +142,16 @@ TEST(PreferenceBudgets, C4FloorAndCap) {
   EXPECT_EQ(fair_budgets(preferences, {400, 200, 16}, 4), (Tokens{200, 16, 153, 31}));
 }
 
+TEST(PreferenceBudgets, ARoundingErrorDoesNotMoveAToken) {
+  // A hair above 1, 1 and 7, and a hair below 1, 1 and 4.
+  const std::vector<double> above = {0.1, 0.1, 0.7};
+  const std::vector<double> below = {0.1, 0.1, 0.4};
+  EXPECT_EQ(fair_budgets(above, {9, 100, 0}, 4), (Tokens{1, 1, 7}));
+  EXPECT_EQ(fair_budgets(above, {9, 100, 0}, 3), (Tokens{1, 1, 7}));
+  EXPECT_EQ(fair_budgets(below, {6, 100, 0}, 4), (Tokens{1, 1, 4}));
+  EXPECT_EQ(fair_budgets(below, {6, 100, 0}, 3), (Tokens{1, 1, 4}));
+}
+
 TEST(PreferenceBudgets, OfPreferencesThatSayNothingAreEqual) {
   for (const double nothing : {0.0, -1.0, static_cast<double>(kNaN), static_cast<double>(kInfinity)}) {
     EXPECT_EQ(fair_budgets(std::vector<double>(3, nothing), {30, 20, 0}, 3), (Tokens{10, 10, 10}));
