@@ -1,12 +1,12 @@
 #include "kernels/cluster.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <string>
 
 #include "base/parallel.h"
+#include "kernels/cluster_arithmetic.h"
 #include "kernels/cpu/cluster.h"
 
 namespace kvern::cluster {
@@ -58,17 +58,6 @@ struct Piece {
   std::uint32_t survivors = 0;
   std::uint32_t to = 0;  ///< number of the first survivor
 };
-
-std::uint32_t merges_of(std::uint32_t entries, std::uint32_t merges_per_chunk, std::uint32_t chunk) {
-  return std::min(entries / 2, entries * merges_per_chunk / chunk);
-}
-
-/// Larger for a higher similarity; equal ones by the lower index. Similarities are not NaN.
-std::uint64_t rank(float similarity, std::uint32_t index) {
-  const auto bits = std::bit_cast<std::uint32_t>(similarity + 0.0F);
-  const std::uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000U;
-  return (std::uint64_t{ordered} << 32) | ~index;
-}
 
 /// Decides which entries of the piece go where: into[i] is an entry of the piece. Returns how many survive.
 std::uint32_t match_piece(const Source& source, const Piece& piece, float min_similarity, MatchScratch& scratch,
@@ -213,15 +202,10 @@ struct Clusters::Storage {
   void cut(const Options& options, std::uint32_t merges) {
     pieces.clear();
     for (std::uint32_t head = 0; head < entries.size(); ++head) {
-      const std::uint32_t count = entries[head];
-      const std::uint32_t body = std::min(options.sinks, count);
-      const std::uint32_t body_end = std::max(body, count - std::min(options.recent, count));
-      for (std::uint32_t begin = 0; begin < count;) {
-        const std::uint32_t end = begin < body ? body : begin < body_end ? body_end : count;
-        const std::uint32_t size = std::min(end - begin, options.chunk);
-        const bool inside = begin >= body && begin < body_end;
-        pieces.push_back({head, begin, size, inside ? merges_of(size, merges, options.chunk) : 0, size, 0});
-        begin += size;
+      const Cut all = Cut::of(entries[head], options.sinks, options.recent, options.chunk, merges);
+      for (std::uint32_t number = 0; number < all.pieces(); ++number) {
+        const Span span = all.piece(number);
+        pieces.push_back({head, span.begin, span.count, span.merges, span.count, 0});
       }
     }
   }
@@ -337,7 +321,7 @@ struct OnlineClusters::State {
     const Options& clustering = options.clustering;
     const Source source{float_rows(head.keys.data(), key_dim), float_rows(head.values.data(), value_dim),
                         head.members.data()};
-    Piece piece{0, begin, count, merges_of(count, merges_per_chunk, clustering.chunk), count, 0};
+    Piece piece{0, begin, count, Cut::merges_of(count, merges_per_chunk, clustering.chunk), count, 0};
     if (piece.merges == 0) return count;
     std::uint32_t into[kMaxChunk];
     std::uint32_t numbers[kMaxChunk];
