@@ -89,9 +89,12 @@ class Tile {
 
   std::uint32_t most_heads() const { return most_heads_; }
 
-  /// Observes query heads [head, head + count), which share the KV head.
-  void observe(std::uint32_t kv_head, std::uint32_t head, std::uint32_t count, const float* packed) {
-    const ObservedRows rows{packed, count * groups_per_head_, groups_per_head_, out_.rows};
+  /// Observes query heads [head, head + count), which share the KV head. Of rows, queries and how they were packed are
+  /// given.
+  void observe(std::uint32_t kv_head, std::uint32_t head, std::uint32_t count, ObservedRows rows) {
+    rows.groups = count * groups_per_head_;
+    rows.groups_per_head = groups_per_head_;
+    rows.rows_per_head = out_.rows;
     const bool dispersion = !out_.variance.empty();
     parallel_for(executor_, chunks_.size(), [&](std::size_t i) {
       const bool observed = i < observed_chunks_;
@@ -200,18 +203,20 @@ Status observe(const HeadRows& queries, const HeadRows& keys, const ObservationO
     return Status::ok();
   }
   const float scale = options.scale.value_or(1.0F / std::sqrt(static_cast<float>(keys.dim)));
-  const std::size_t head_floats = std::size_t{round_up(queries.tokens, kGroupRows)} * keys.dim;
+  const float binary_scale = scale * std::numbers::log2e_v<float>;
+  const bool tiles = multiplies_in_tiles(queries.dtype, keys.dtype);
+  const std::size_t head_floats = round_up(queries.tokens, kGroupRows) / kGroupRows * group_floats(keys.dim, tiles);
   float* packed = aligned(workspace.queries, queries.heads * head_floats);
   parallel_for(executor, queries.heads, [&](std::size_t head) {
-    pack_queries(queries, static_cast<std::uint32_t>(head), scale * std::numbers::log2e_v<float>,
-                 packed + head * head_floats);
+    pack_queries(queries, static_cast<std::uint32_t>(head), binary_scale, tiles, packed + head * head_floats);
   });
   Tile tile(queries, keys, workspace, executor, out);
   const std::uint32_t sharing = queries.heads / keys.heads;
   for (std::uint32_t kv_head = 0; kv_head < keys.heads; ++kv_head) {
     for (std::uint32_t first = 0; first < sharing; first += tile.most_heads()) {
       const std::uint32_t head = kv_head * sharing + first;
-      tile.observe(kv_head, head, std::min(tile.most_heads(), sharing - first), packed + head * head_floats);
+      tile.observe(kv_head, head, std::min(tile.most_heads(), sharing - first),
+                   {.queries = packed + head * head_floats, .tiles = tiles, .scale = binary_scale});
     }
   }
   return Status::ok();

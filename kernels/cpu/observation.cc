@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/targets.h"
 
 // clang-format off
@@ -96,11 +98,82 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT queries, const float* HW
   }
 }
 
-template <std::uint32_t kGroups>
-void multiply_block(const float* queries, const float* keys, std::uint32_t dim, std::uint32_t columns, float** out) {
-  for (std::uint32_t column = 0; column < columns; column += kTileColumns) {
-    multiply_tile<kGroups>(queries, keys, dim, out, column);
+// Products with vectors: a block of keys as floats, queries as floats that are scaled already.
+template <class E>
+class VectorProducts {
+ public:
+  VectorProducts(const ObservedRows& rows, const HeadRows& keys)
+      // Keys of the last block that do not exist are zero or old, and what they give is not looked at.
+      : rows_(rows), keys_(keys), block_(std::size_t{kBlockColumns} * keys.dim) {}
+
+  void load(std::uint32_t kv_head, ColumnRange columns) { load_keys<E>(keys_, kv_head, columns, block_.data()); }
+
+  // Logits of `groups` groups, kTileGroups at most, with the block's first `columns` keys.
+  void multiply(std::uint32_t group, std::uint32_t groups, std::uint32_t columns, float** out) const {
+    const float* queries = rows_.queries + group * group_floats(keys_.dim, false);
+    for (std::uint32_t column = 0; column < columns; column += kTileColumns) {
+      if (groups == kTileGroups) {
+        multiply_tile<kTileGroups>(queries, block_.data(), keys_.dim, out, column);
+      } else {
+        multiply_tile<1>(queries, block_.data(), keys_.dim, out, column);
+      }
+    }
   }
+
+ private:
+  const ObservedRows& rows_;
+  const HeadRows& keys_;
+  std::vector<float> block_;
+};
+
+#if HWY_TARGET == HWY_AVX3
+constexpr bool kHasTiles = true;
+
+// Products with tile registers: bf16 keys as they are, bf16 queries as they are.
+class TileProducts {
+ public:
+  TileProducts(const ObservedRows& rows, const HeadRows& keys)
+      : rows_(rows), keys_(keys), dim_(tile_dim(keys.dim)), memory_(kBlockColumns * dim_ + kAlignment) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
+    block_ = memory_.data() + (kAlignment - address / sizeof(std::uint16_t) % kAlignment) % kAlignment;
+  }
+
+  void load(std::uint32_t kv_head, ColumnRange columns) {
+    for (std::uint32_t i = 0; i < columns.end - columns.begin; ++i) {
+      std::memcpy(block_ + std::size_t{i} * dim_, keys_.row(kv_head, columns.begin + i),
+                  keys_.dim * sizeof(std::uint16_t));
+    }
+  }
+
+  void multiply(std::uint32_t group, std::uint32_t groups, std::uint32_t columns, float** out) const {
+    const auto* queries = reinterpret_cast<const std::uint16_t*>(rows_.queries + group * group_floats(keys_.dim, true));
+    float* const of_group[2] = {out[0], groups == 2 ? out[1] : nullptr};
+    amx::multiply(block_, queries, dim_, of_group);
+    const VF scale = hn::Set(DF(), rows_.scale);
+    for (std::uint32_t i = 0; i < groups; ++i) {
+      for (std::uint32_t at = 0; at < columns * kGroupRows; at += kLanes) {
+        hn::Store(hn::Mul(hn::Load(DF(), out[i] + at), scale), DF(), out[i] + at);
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64 / sizeof(std::uint16_t);
+  static_assert(kBlockColumns == amx::kKeys && kGroupRows == amx::kTileRows && kTileGroups == 2);
+
+  const ObservedRows& rows_;
+  const HeadRows& keys_;
+  const std::uint32_t dim_;
+  std::vector<std::uint16_t> memory_;
+  std::uint16_t* block_ = nullptr;
+  const amx::Session session_;
+};
+#else
+constexpr bool kHasTiles = false;
+#endif
+
+bool multiplies_in_tiles_any(DType queries, DType keys) {
+  return kHasTiles && queries == DType::kBFloat16 && keys == DType::kBFloat16 && amx::available();
 }
 
 // Masks keys that come after the query: column c may be seen by rows from first_seen + c on.
@@ -168,14 +241,11 @@ HWY_INLINE void add_block(float* HWY_RESTRICT logits, std::uint32_t columns, flo
   hn::Store(hn::MulAdd(hn::MulAdd(change, old_sum, old_weighted), factor, weighted), d, totals + 2 * kGroupRows);
 }
 
-template <class E>
-std::uint64_t observe_columns_as(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
-                                 ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
-                                 float* references, std::size_t references_stride, float* totals) {
-  const std::uint32_t dim = keys.dim;
-  const std::size_t group_floats = std::size_t{dim} * kGroupRows;
-  // Keys of the last block that do not exist are zero, and what they give is not looked at.
-  std::vector<float> key_block(std::size_t{kBlockColumns} * dim);
+template <class Products>
+std::uint64_t observe_columns_with(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
+                                   ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
+                                   float* references, std::size_t references_stride, float* totals) {
+  Products products(rows, keys);
   HWY_ALIGN float scratch[kTileGroups][kBlockColumns * kGroupRows];
   HWY_ALIGN float scratch_reference[kGroupRows];
   for (std::uint32_t group = 0; group < rows.groups; ++group) {
@@ -188,7 +258,7 @@ std::uint64_t observe_columns_as(const ObservedRows& rows, const HeadRows& keys,
   for (std::uint32_t begin = columns.begin; begin < columns.end; begin += kBlockColumns, ++block) {
     const std::uint32_t end = std::min(columns.end, begin + kBlockColumns);
     const std::uint32_t count = end - begin;
-    load_keys<E>(keys, kv_head, {begin, end}, key_block.data());
+    products.load(kv_head, {begin, end});
     const std::uint32_t padded = (count + kTileColumns - 1) / kTileColumns * kTileColumns;
     for (std::uint32_t group = 0; group < rows.groups;) {
       const std::uint32_t groups = std::min(kTileGroups, rows.groups - group);
@@ -198,12 +268,7 @@ std::uint64_t observe_columns_as(const ObservedRows& rows, const HeadRows& keys,
                                             : exponentials + (group + i) * exponentials_stride +
                                                   std::size_t{block} * kBlockColumns * kGroupRows;
       }
-      const float* queries = rows.queries + group * group_floats;
-      if (groups == kTileGroups) {
-        multiply_block<kTileGroups>(queries, key_block.data(), dim, padded, logits);
-      } else {
-        multiply_block<1>(queries, key_block.data(), dim, padded, logits);
-      }
+      products.multiply(group, groups, padded, logits);
       for (std::uint32_t i = 0; i < groups; ++i, ++group) {
         const std::uint32_t first_row = group % rows.groups_per_head * kGroupRows;
         const std::uint32_t used = std::min(kGroupRows, rows.rows_per_head - first_row);
@@ -225,16 +290,20 @@ std::uint64_t observe_columns_as(const ObservedRows& rows, const HeadRows& keys,
 std::uint64_t observe_columns_any(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
                                   ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
                                   float* references, std::size_t references_stride, float* totals) {
+  const auto with = [&]<class Products>() {
+    return observe_columns_with<Products>(rows, keys, kv_head, columns, exponentials, exponentials_stride, references,
+                                          references_stride, totals);
+  };
+#if HWY_TARGET == HWY_AVX3
+  if (rows.tiles) return with.template operator()<TileProducts>();
+#endif
   switch (keys.dtype) {
     case DType::kFloat32:
-      return observe_columns_as<Float32>(rows, keys, kv_head, columns, exponentials, exponentials_stride, references,
-                                         references_stride, totals);
+      return with.template operator()<VectorProducts<Float32>>();
     case DType::kFloat16:
-      return observe_columns_as<Float16>(rows, keys, kv_head, columns, exponentials, exponentials_stride, references,
-                                         references_stride, totals);
+      return with.template operator()<VectorProducts<Float16>>();
     case DType::kBFloat16:
-      return observe_columns_as<BFloat16>(rows, keys, kv_head, columns, exponentials, exponentials_stride, references,
-                                          references_stride, totals);
+      return with.template operator()<VectorProducts<BFloat16>>();
     case DType::kOpaqueBytes:
       break;
   }
@@ -338,7 +407,20 @@ void pack_queries_as(const HeadRows& queries, std::uint32_t head, float scale, f
   }
 }
 
-void pack_queries_any(const HeadRows& queries, std::uint32_t head, float scale, float* packed) {
+// bf16 as it is, neighbours of a row side by side: [dim / 2][row][2].
+void pack_tiles(const HeadRows& queries, std::uint32_t head, float* packed) {
+  const std::size_t floats = group_floats(queries.dim, true);
+  const std::uint32_t groups = (queries.tokens + kGroupRows - 1) / kGroupRows;
+  std::fill_n(packed, groups * floats, 0.0F);
+  for (std::uint32_t row = 0; row < queries.tokens; ++row) {
+    const auto* elements = reinterpret_cast<const std::uint16_t*>(queries.row(head, row));
+    auto* out = reinterpret_cast<std::uint16_t*>(packed + row / kGroupRows * floats) + row % kGroupRows * 2;
+    for (std::uint32_t i = 0; i < queries.dim; ++i) out[std::size_t{i / 2} * 2 * kGroupRows + i % 2] = elements[i];
+  }
+}
+
+void pack_queries_any(const HeadRows& queries, std::uint32_t head, float scale, bool tiles, float* packed) {
+  if (tiles) return pack_tiles(queries, head, packed);
   switch (queries.dtype) {
     case DType::kFloat32:
       return pack_queries_as<Float32>(queries, head, scale, packed);
@@ -358,12 +440,17 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace kvern::evict {
 
+HWY_EXPORT(multiplies_in_tiles_any);
 HWY_EXPORT(pack_queries_any);
 HWY_EXPORT(observe_columns_any);
 HWY_EXPORT(column_statistics_any);
 
-void pack_queries(const HeadRows& queries, std::uint32_t head, float scale, float* packed) {
-  HWY_DYNAMIC_DISPATCH(pack_queries_any)(queries, head, scale, packed);
+bool multiplies_in_tiles(DType queries, DType keys) {
+  return HWY_DYNAMIC_DISPATCH(multiplies_in_tiles_any)(queries, keys);
+}
+
+void pack_queries(const HeadRows& queries, std::uint32_t head, float scale, bool tiles, float* packed) {
+  HWY_DYNAMIC_DISPATCH(pack_queries_any)(queries, head, scale, tiles, packed);
 }
 
 std::uint64_t observe_columns(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cpu/amx.h"
 #include "kernels/head_rows.h"
 
 /// The inner loops of observe() (kernels/observation.h), one instruction set chosen at run time.
@@ -21,15 +22,31 @@ constexpr std::uint32_t kBlockColumns = 48;
 /// Running sums over columns, kGroupRows each per group: [reference M][sum of 2^(y - M)][sum of (y - M) 2^(y - M)].
 constexpr std::uint32_t kTotals = 3 * kGroupRows;
 
+/// True where products of these types go through tile registers (amx.h), on the instruction set in use.
+bool multiplies_in_tiles(DType queries, DType keys);
+
+/// A row in tiles is filled up with zeros to this.
+constexpr std::uint32_t tile_dim(std::uint32_t dim) {
+  return (dim + amx::kTileDim - 1) / amx::kTileDim * amx::kTileDim;
+}
+
+/// Floats that a group of packed queries takes.
+constexpr std::size_t group_floats(std::uint32_t dim, bool tiles) {
+  return std::size_t{tiles ? tile_dim(dim) / 2 : dim} * kGroupRows;
+}
+
 struct ObservedRows {
-  const float* queries = nullptr;  ///< [group][dim][kGroupRows], times scale / ln 2; 64-byte aligned
+  const float* queries = nullptr;  ///< groups as pack_queries() leaves them; 64-byte aligned
+  bool tiles = false;              ///< as they were packed
+  float scale = 1;                 ///< of logits in tiles: scale / ln 2
   std::uint32_t groups = 0;
   std::uint32_t groups_per_head = 0;
   std::uint32_t rows_per_head = 0;  ///< at most groups_per_head * kGroupRows; the others are no rows
 };
 
-/// Rows of one query head as ObservedRows wants them.
-void pack_queries(const HeadRows& queries, std::uint32_t head, float scale, float* packed);
+/// Rows of one query head as ObservedRows wants them: [group][dim][kGroupRows], times `scale`, which includes 1 / ln 2;
+/// in tiles bf16 [group][dim / 2][kGroupRows][2], not scaled.
+void pack_queries(const HeadRows& queries, std::uint32_t head, float scale, bool tiles, float* packed);
 
 struct ColumnRange {
   std::uint32_t begin = 0;
