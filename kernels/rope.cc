@@ -192,9 +192,8 @@ Turns Turns::at_fp32_angles(std::span<const double> inverse_frequencies, std::sp
   });
 }
 
-Status rotate(const HeadRows& rows, TurnsView turns, Style style, Direction direction, DType out_dtype, std::byte* out,
-              Executor* executor) {
-  if (rows.dim > kMaxDim || 2 * turns.pairs > rows.dim || (turns.rows != 1 && turns.rows != rows.tokens)) {
+Status check_turns(const HeadRows& rows, TurnsView turns, DType out_dtype) {
+  if (rows.dim > kMaxDim || turns.pairs > rows.dim / 2 || (turns.rows != 1 && turns.rows != rows.tokens)) {
     return {Code::kInvalid, "rows of " + std::to_string(rows.dim) + " elements and " + std::to_string(rows.tokens) +
                                 " tokens cannot be turned in " + std::to_string(turns.pairs) + " pairs by " +
                                 std::to_string(turns.rows) + " turns"};
@@ -202,6 +201,12 @@ Status rotate(const HeadRows& rows, TurnsView turns, Style style, Direction dire
   if (rows.dtype == DType::kOpaqueBytes || out_dtype == DType::kOpaqueBytes) {
     return {Code::kInvalid, "opaque bytes cannot be turned"};
   }
+  return Status::ok();
+}
+
+Status rotate(const HeadRows& rows, TurnsView turns, Style style, Direction direction, DType out_dtype, std::byte* out,
+              Executor* executor) {
+  if (Status status = check_turns(rows, turns, out_dtype); !status) return status;
   const RowTurn turn{turns.cosines, turns.sines, turns.pairs, style, direction};
   const std::size_t out_head_bytes = std::size_t{rows.tokens} * rows.dim * dtype_bytes(out_dtype);
   parallel_for(executor, rows.heads, [&](std::size_t head) {

@@ -80,6 +80,9 @@ struct Turns {
   operator TurnsView() const { return view(0, rows); }
 };
 
+/// kInvalid, with the reason, when the turns do not fit the rows or one of the dtypes holds no numbers.
+Status check_turns(const HeadRows& rows, TurnsView turns, DType out_dtype);
+
 enum class Direction : std::uint8_t { kForward, kBack };
 
 /// Rows up to this long: what the kernel keeps on the stack.
