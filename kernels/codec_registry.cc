@@ -17,6 +17,11 @@
   CLUSTER(centroid)                                                     \
   QUANTISE(raw)                                                         \
   QUANTISE(int8)                                                        \
+  QUANTISE(fp8)                                                         \
+  QUANTISE(int4)                                                        \
+  QUANTISE(int3)                                                        \
+  QUANTISE(int2)                                                        \
+  QUANTISE(int8r)                                                       \
   ENTROPY(zstd)
 
 namespace kvern {

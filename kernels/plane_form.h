@@ -56,6 +56,11 @@ class PlaneForm {
   /// finite. Never reads outside payload.
   virtual Status decode(const PlaneShape& plane, std::span<const std::byte> payload, TokenRange tokens,
                         std::byte* rows) const = 0;
+
+  /// Forms in layers: the first base_bytes() of a section are the section of the form base_spec(), byte for byte, so
+  /// that dropping the rest demotes it. Empty and 0 for all others. See kernels/demote.h.
+  virtual std::string_view base_spec() const { return {}; }
+  virtual std::size_t base_bytes(const PlaneShape&) const { return 0; }
 };
 
 }  // namespace kvern
