@@ -58,7 +58,7 @@ class EngineProcess:
                 max_tokens=request["max_tokens"],
                 ignore_eos=True,
                 detokenize=False,
-                logprobs=5,
+                logprobs=request.get("logprobs", 5),
                 skip_reading_prefix_cache=request.get("skip_reading_prefix_cache"),
                 **extra,
             )
