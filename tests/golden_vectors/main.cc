@@ -25,6 +25,8 @@ Methods all_methods() {
   add_evict_methods(methods);
   add_merge_methods(methods);
   add_cluster_methods(methods);
+  add_quantise_methods(methods);
+  add_rotate_methods(methods);
   return methods;
 }
 
