@@ -3,7 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
 
 #include "base/parallel.h"
 #include "kernels/cpu/align.h"
@@ -85,6 +91,30 @@ bool orthogonal(std::span<const float> matrix, std::size_t n) {
   return true;
 }
 
+constexpr std::string_view kSuffix = ".kvernprofile";
+constexpr const char* kFolderVariable = "KVERN_PROFILES";
+
+/// Profiles by name; they stay until the process ends, since codecs of that name may come at any time.
+struct Known {
+  std::mutex mutex;
+  std::map<std::string, std::shared_ptr<const ModelProfile>> profiles;
+};
+Known& known() {
+  static Known all;
+  return all;
+}
+
+/// The checksum at the end of a profile, as names have it.
+std::string checksum_text(std::span<const std::byte> bytes) {
+  std::uint32_t checksum = 0;
+  if (bytes.size() >= sizeof checksum) {
+    std::memcpy(&checksum, bytes.data() + bytes.size() - sizeof checksum, sizeof checksum);
+  }
+  char text[9];
+  std::snprintf(text, sizeof text, "%08x", checksum);
+  return text;
+}
+
 float value_at(DType dtype, const std::byte* row, std::size_t index) {
   if (dtype == DType::kFloat32) {
     float value = 0;
@@ -139,8 +169,8 @@ Result<ModelProfile> ModelProfile::parse(std::span<const std::byte> bytes) {
     fields.take_floats(pair.whole, width * width);
     fields.take_floats(pair.blocks, profile.heads * block);
     if (!fields.good()) return corrupt("it is cut off");
-    if (pair.layer + 1 >= profile.layers || (i > 0 && pair.layer <= profile.pairs.back().layer)) {
-      return corrupt("its pairs are not layers in order");
+    if (pair.layer + 1 >= profile.layers || (i > 0 && pair.layer <= profile.pairs.back().layer + 1)) {
+      return corrupt("its pairs are not layers in order, each in one pair");
     }
     bool good = orthogonal(pair.whole, width);
     for (std::uint32_t head = 0; head < profile.heads; ++head) {
@@ -156,6 +186,41 @@ Result<ModelProfile> ModelProfile::parse(std::span<const std::byte> bytes) {
 const Pair* ModelProfile::find(std::uint32_t layer) const {
   const auto pair = std::ranges::lower_bound(pairs, layer, {}, &Pair::layer);
   return pair != pairs.end() && pair->layer == layer ? &*pair : nullptr;
+}
+
+Result<std::string> add_profile(const std::string& prefix, std::span<const std::byte> bytes) {
+  auto profile = ModelProfile::parse(bytes);
+  if (!profile) return failure(profile.error());
+  std::string name = prefix + "-" + checksum_text(bytes);
+  const std::lock_guard lock(known().mutex);
+  known().profiles.try_emplace(name, std::make_shared<const ModelProfile>(*std::move(profile)));
+  return name;
+}
+
+Result<std::shared_ptr<const ModelProfile>> find_profile(const std::string& name) {
+  const auto in_memory = [&]() -> std::shared_ptr<const ModelProfile> {
+    const std::lock_guard lock(known().mutex);
+    const auto found = known().profiles.find(name);
+    return found == known().profiles.end() ? nullptr : found->second;
+  };
+  if (auto profile = in_memory()) return profile;
+  const char* folder = std::getenv(kFolderVariable);
+  if (folder == nullptr) {
+    return failure(Code::kNotFound, "there is no model profile " + name + "; set " + kFolderVariable +
+                                        " to the folder with " + name + std::string(kSuffix));
+  }
+  const std::string path = std::string(folder) + "/" + name + std::string(kSuffix);
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return failure(Code::kNotFound, "there is no model profile " + path);
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  const auto bytes = std::as_bytes(std::span(text));
+  const std::string checksum = checksum_text(bytes);
+  if (!name.ends_with("-" + checksum)) {
+    return failure(Code::kCorrupt, "the model profile " + path + " has the checksum " + checksum);
+  }
+  const auto added = add_profile(name.substr(0, name.size() - checksum.size() - 1), bytes);
+  if (!added) return failure(added.error().code(), path + ": " + added.error().message());
+  return in_memory();
 }
 
 Status multiply_rows(const HeadRows& rows, std::span<const float> matrix, std::span<float> out, Executor* executor) {

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -36,7 +37,7 @@ struct ModelProfile {
   std::uint32_t layers = 0;
   std::uint32_t heads = 0;  ///< KV heads of the whole model
   std::uint32_t dim = 0;
-  std::vector<Pair> pairs;  ///< by rising layer
+  std::vector<Pair> pairs;  ///< by rising layer; no layer is in two
 
   /// kCorrupt for bytes that are not a profile: cut, damaged, matrices that are not orthogonal. kRefused for a newer
   /// version. Safe on any input.
@@ -44,6 +45,14 @@ struct ModelProfile {
   /// nullptr where there is none.
   const Pair* find(std::uint32_t layer) const;
 };
+
+/// The profile of that name, "<anything>-<checksum in 8 hexadecimal digits>", so that a name always means the same
+/// matrices: from memory, or from the file <name>.kvernprofile in the folder that the environment variable
+/// KVERN_PROFILES names. kNotFound, saying where it was looked for; kCorrupt for a file that is not what its name says.
+/// Thread-safe.
+Result<std::shared_ptr<const ModelProfile>> find_profile(const std::string& name);
+/// Makes a profile known; returns its name, which begins with prefix. bytes as for parse().
+Result<std::string> add_profile(const std::string& prefix, std::span<const std::byte> bytes);
 
 /// out = rows times matrix, in fp32: a row is the elements of all heads of one token, one head after the other; matrix
 /// [n][n] with n = heads * dim, n a multiple of 16. out [head][token][dim] without gaps. Bitwise equal for every

@@ -4,6 +4,7 @@
 #include <numbers>
 #include <optional>
 
+#include "kernels/align.h"
 #include "kernels/codec_step.h"
 #include "kernels/element.h"
 #include "kernels/finite.h"
@@ -17,6 +18,9 @@ namespace {
 constexpr std::size_t kAlignment = 64;
 /// Restored rows of one layer wait here for the sink, as in plane_codec.cc.
 constexpr std::size_t kTileBytes = 16384;
+
+/// Tokens that are turned back together.
+constexpr std::uint32_t kAlignedTokens = 256;
 
 constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -85,6 +89,31 @@ struct Parameters {
   bool keys = false;
   bool values = true;
   double max_angle_degrees = 45;
+  std::shared_ptr<const align::ModelProfile> profile;  ///< null: keys are merged as they are
+};
+
+/// Rows of both layers of a section, kept until they are complete: [layer][head][token].
+class Collector final : public RowSink {
+ public:
+  Collector(const SectionExtent& extent, TokenRange tokens, std::size_t row_bytes)
+      : extent_(extent),
+        tokens_(tokens),
+        row_bytes_(row_bytes),
+        rows_(std::size_t{2} * extent.heads * (tokens.end - tokens.begin) * row_bytes) {}
+  void write(std::uint32_t layer, Part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+             const std::byte* rows) override {
+    std::memcpy(row(layer - extent_.layer, head - extent_.head, token), rows, count * row_bytes_);
+  }
+  std::byte* row(std::uint32_t layer, std::uint32_t head, std::uint32_t token) {
+    const std::size_t count = tokens_.end - tokens_.begin;
+    return rows_.data() + ((std::size_t{layer} * extent_.heads + head) * count + token - tokens_.begin) * row_bytes_;
+  }
+
+ private:
+  SectionExtent extent_;
+  TokenRange tokens_;
+  std::size_t row_bytes_;
+  std::vector<std::byte> rows_;
 };
 
 /// MiniCache: K or V of two adjacent layers as one plane of directions and two lengths per token. A section is a pair
@@ -106,6 +135,7 @@ class MinicacheCodec final : public Codec {
     if (shape.dtype == DType::kOpaqueBytes) {
       return {Code::kRefused, "minicache needs numbers, but the cache is stored as opaque bytes; use raw"};
     }
+    if (Status status = accepts_profile(shape); !status) return status;
     for (const Part part : {Part::kKey, Part::kValue}) {
       const std::uint32_t dim = part == Part::kKey ? shape.key_dim : shape.value_dim;
       if (merges(part) && dim > merge::kMaxDim) {
@@ -125,10 +155,13 @@ class MinicacheCodec final : public Codec {
         if (plane.bytes() == 0) continue;
         const bool key = part == Part::kKey;
         const std::uint32_t together = merges(part) ? layers : 1;
+        const std::uint32_t heads = together == 2 && key ? heads_together(shape) : 1;
         for (std::uint32_t first = layer; first < layer + layers; first += together) {
-          for (std::uint32_t head = 0; head < shape.heads; ++head) {
-            sections.push_back({{first, together, head, 1, key, !key},
-                                together == 2 ? pair_max_bytes(plane) : form_->max_bytes(plane)});
+          for (std::uint32_t head = 0; head < shape.heads; head += heads) {
+            const SectionExtent extent{first, together, head, heads, key, !key};
+            sections.push_back({extent, is_aligned(extent) ? aligned_max_bytes(plane, heads)
+                                        : together == 2    ? pair_max_bytes(plane)
+                                                           : form_->max_bytes(plane)});
           }
         }
       }
@@ -141,6 +174,7 @@ class MinicacheCodec final : public Codec {
                              std::span<std::byte> out) const override {
     if (extent.layers == 1) return planes_.encode(shape, extent, planes, out);
     const PlaneShape plane = plane_of(shape, part_of(extent));
+    if (is_aligned(extent)) return encode_aligned(shape, extent, planes, out);
     if (planes.size() != 2 * plane.bytes() || out.size() < pair_max_bytes(plane)) {
       return failure(Code::kInvalid, "the buffers do not have the size of the section's planes");
     }
@@ -153,28 +187,11 @@ class MinicacheCodec final : public Codec {
     if (tokens.begin > tokens.end || tokens.end > shape.tokens) {
       return {Code::kInvalid, "the token range lies outside the chunk"};
     }
-    if (extent.head < head_begin || extent.head >= head_end || tokens.begin == tokens.end) return Status::ok();
-    Header header;
-    if (payload.size() < kHeaderBytes) return {Code::kCorrupt, "a minicache section is shorter than its header"};
-    std::memcpy(&header, payload.data(), sizeof header);
-    const std::size_t room = payload.size() - kHeaderBytes;
-    if (header.kind == Kind::kApart) {
-      if (header.first_bytes > room || aligned(header.first_bytes) > room) {
-        return {Code::kCorrupt, "the planes of a minicache section do not fit it"};
-      }
-      const std::size_t second = kHeaderBytes + aligned(header.first_bytes);
-      SectionExtent layer = extent;
-      layer.layers = 1;
-      if (Status status = planes_.decode(shape, layer, payload.subspan(kHeaderBytes, header.first_bytes), tokens,
-                                         head_begin, head_end, sink);
-          !status) {
-        return status;
-      }
-      ++layer.layer;
-      return planes_.decode(shape, layer, payload.subspan(second), tokens, head_begin, head_end, sink);
+    if (extent.head + extent.heads <= head_begin || extent.head >= head_end || tokens.begin == tokens.end) {
+      return Status::ok();
     }
-    if (header.kind != Kind::kMerged) return {Code::kCorrupt, "a minicache section of an unknown kind"};
-    return decode_pair(plane_of(shape, part_of(extent)), extent, header, payload, tokens, sink);
+    if (is_aligned(extent)) return decode_aligned(shape, extent, payload, tokens, head_begin, head_end, sink);
+    return decode_section(shape, extent, payload, tokens, sink);
   }
 
  private:
@@ -184,11 +201,45 @@ class MinicacheCodec final : public Codec {
   }
   bool merges(Part part) const { return part == Part::kKey ? parameters_.keys : parameters_.values; }
 
+  /// Sections of keys that are multiplied with a matrix.
+  bool is_aligned(const SectionExtent& extent) const {
+    return parameters_.profile != nullptr && extent.layers == 2 && extent.has_key;
+  }
+  std::uint32_t heads_together(const ShardShape& shape) const {
+    return parameters_.profile != nullptr && shape.heads == parameters_.profile->heads ? shape.heads : 1;
+  }
+  std::span<const float> matrix_of(const ShardShape& shape, const SectionExtent& extent) const {
+    const align::Pair& pair = *parameters_.profile->find(shape.layer_begin + extent.layer);
+    if (heads_together(shape) == extent.heads && extent.heads > 1) return pair.whole;
+    const std::size_t block = std::size_t{shape.key_dim} * shape.key_dim;
+    return std::span(pair.blocks).subspan((shape.head_begin + extent.head) * block, block);
+  }
+
+  static Status not_position_free() {
+    return {Code::kRefused, "minicache with a profile merges position-free keys in fp32: put unrotate before it"};
+  }
+
+  Status accepts_profile(const ShardShape& shape) const {
+    if (parameters_.profile == nullptr) return Status::ok();
+    const align::ModelProfile& profile = *parameters_.profile;
+    if (shape.key_dim != profile.dim || shape.key_dim % 16 != 0 || shape.head_begin + shape.heads > profile.heads ||
+        shape.layer_begin + shape.layers > profile.layers) {
+      return {Code::kRefused, "the profile of minicache is of another model: it has " + std::to_string(profile.layers) +
+                                  " layers, " + std::to_string(profile.heads) + " KV heads of dimension " +
+                                  std::to_string(profile.dim)};
+    }
+    return Status::ok();
+  }
+
   /// Pairs are counted in the layers of the group, so that shards of it agree. One that a shard holds half of is left
   /// alone there.
   bool begins_pair(const ShardShape& shape, std::uint32_t layer) const {
     const std::uint32_t start = parameters_.start.value_or(shape.layer_begin + shape.layers / 2);
     const std::uint32_t number = shape.layer_begin + layer;
+    if (parameters_.profile != nullptr) {
+      return number >= parameters_.start.value_or(0) && parameters_.profile->find(number) != nullptr &&
+             layer + 1 < shape.layers;
+    }
     return number >= start && (number - start) % 2 == 0 && layer + 1 < shape.layers;
   }
 
@@ -202,6 +253,121 @@ class MinicacheCodec final : public Codec {
     const std::size_t merged = kHeaderBytes + retained * (sizeof(std::uint32_t) + 2 * plane.row_bytes()) +
                                2 * plane.tokens * dtype_bytes(plane.dtype);
     return std::max(aligned(merged) + form_->max_bytes(plane), kHeaderBytes + 2 * aligned(form_->max_bytes(plane)));
+  }
+
+  std::size_t aligned_max_bytes(const PlaneShape& plane, std::uint32_t heads) const {
+    return aligned(heads * sizeof(std::uint64_t)) + heads * aligned(pair_max_bytes(plane));
+  }
+
+  /// The sizes of the heads' pairs, then these, each aligned; the first layer's rows are multiplied with the matrix.
+  Result<std::size_t> encode_aligned(const ShardShape& shape, const SectionExtent& extent,
+                                     std::span<const std::byte> planes, std::span<std::byte> out) const {
+    const PlaneShape plane = plane_of(shape, Part::kKey);
+    if (plane.dtype != DType::kFloat32) return failure(not_position_free());
+    const std::size_t layer = extent.heads * plane.bytes();
+    if (planes.size() != 2 * layer || out.size() < aligned_max_bytes(plane, extent.heads)) {
+      return failure(Code::kInvalid, "the buffers do not have the size of the section's planes");
+    }
+    std::vector<float> turned(layer / sizeof(float));
+    const HeadRows x = HeadRows::contiguous(planes.data(), plane.dtype, extent.heads, plane.tokens, plane.dim);
+    if (Status status = align::multiply_rows(x, matrix_of(shape, extent), turned, nullptr); !status) {
+      return failure(status);
+    }
+    const auto turned_bytes = std::as_bytes(std::span(turned));
+    // A number that is none would spread over all heads.
+    if (!all_finite(plane.dtype, turned_bytes) || !all_finite(plane.dtype, planes)) {
+      return failure(Code::kInvalid, "minicache with a profile cannot carry NaN or infinity");
+    }
+    std::size_t at = aligned(extent.heads * sizeof(std::uint64_t));
+    std::fill_n(out.begin(), at, std::byte{0});
+    std::size_t end = at;
+    for (std::size_t head = 0; head < extent.heads; ++head) {
+      std::memset(out.data() + end, 0, at - end);
+      const auto bytes = encode_pair(plane, turned_bytes.subspan(head * plane.bytes(), plane.bytes()),
+                                     planes.subspan(layer + head * plane.bytes(), plane.bytes()), out.subspan(at));
+      if (!bytes) return bytes;
+      const std::uint64_t size = *bytes;
+      std::memcpy(out.data() + head * sizeof size, &size, sizeof size);
+      end = at + *bytes;
+      at = aligned(end);
+    }
+    return end;
+  }
+
+  Status decode_aligned(const ShardShape& shape, const SectionExtent& extent, std::span<const std::byte> payload,
+                        TokenRange tokens, std::uint32_t head_begin, std::uint32_t head_end, RowSink& sink) const {
+    const PlaneShape plane = plane_of(shape, Part::kKey);
+    if (plane.dtype != DType::kFloat32) return not_position_free();
+    std::vector<std::span<const std::byte>> pairs;
+    std::size_t at = aligned(extent.heads * sizeof(std::uint64_t));
+    std::size_t end = at;
+    for (std::size_t head = 0; head < extent.heads; ++head) {
+      std::uint64_t size = 0;
+      if (at > payload.size()) return {Code::kCorrupt, "an aligned minicache section is cut off"};
+      std::memcpy(&size, payload.data() + head * sizeof size, sizeof size);
+      if (size > payload.size() - at) return {Code::kCorrupt, "a pair of an aligned minicache section does not fit it"};
+      pairs.push_back(payload.subspan(at, size));
+      end = at + size;
+      at = aligned(end);
+    }
+    if (end != payload.size()) {
+      return {Code::kCorrupt, "an aligned minicache section does not have the size of its parts"};
+    }
+    const std::uint32_t width = extent.heads * plane.dim;
+    const std::vector<float> back = align::transposed(matrix_of(shape, extent), width);
+    const std::uint32_t preferred = sink.preferred_rows();
+    for (std::uint32_t begin = tokens.begin; begin < tokens.end;) {
+      std::uint32_t count = std::min(tokens.end - begin, kAlignedTokens);
+      if (preferred > 0) count = std::min(count, preferred - begin % preferred);
+      Collector rows(extent, {begin, begin + count}, plane.row_bytes());
+      for (std::uint32_t head = 0; head < extent.heads; ++head) {
+        SectionExtent one = extent;
+        one.head = extent.head + head;
+        one.heads = 1;
+        if (Status status = decode_section(shape, one, pairs[head], {begin, begin + count}, rows); !status)
+          return status;
+      }
+      std::vector<float> x(std::size_t{count} * width);
+      const HeadRows turned = HeadRows::contiguous(rows.row(0, 0, begin), plane.dtype, extent.heads, count, plane.dim);
+      if (Status status = align::multiply_rows(turned, back, x, nullptr); !status) return status;
+      if (!all_finite(plane.dtype, std::as_bytes(std::span(x)))) {
+        return {Code::kCorrupt, "rows of an aligned minicache section are too large"};
+      }
+      for (std::uint32_t head = 0; head < extent.heads; ++head) {
+        if (extent.head + head < head_begin || extent.head + head >= head_end) continue;
+        const float* first = x.data() + std::size_t{head} * count * plane.dim;
+        sink.write(extent.layer, plane.part, extent.head + head, begin, count,
+                   reinterpret_cast<const std::byte*>(first));
+        sink.write(extent.layer + 1, plane.part, extent.head + head, begin, count, rows.row(1, head, begin));
+      }
+      begin += count;
+    }
+    return Status::ok();
+  }
+
+  /// A pair of one head.
+  Status decode_section(const ShardShape& shape, const SectionExtent& extent, std::span<const std::byte> payload,
+                        TokenRange tokens, RowSink& sink) const {
+    Header header;
+    if (payload.size() < kHeaderBytes) return {Code::kCorrupt, "a minicache section is shorter than its header"};
+    std::memcpy(&header, payload.data(), sizeof header);
+    if (header.kind == Kind::kMerged) {
+      return decode_pair(plane_of(shape, part_of(extent)), extent, header, payload, tokens, sink);
+    }
+    if (header.kind != Kind::kApart) return {Code::kCorrupt, "a minicache section of an unknown kind"};
+    const std::size_t room = payload.size() - kHeaderBytes;
+    if (header.first_bytes > room || aligned(header.first_bytes) > room) {
+      return {Code::kCorrupt, "the planes of a minicache section do not fit it"};
+    }
+    const auto x = payload.subspan(kHeaderBytes, header.first_bytes);
+    const auto y = payload.subspan(kHeaderBytes + aligned(header.first_bytes));
+    SectionExtent layer = extent;
+    layer.layers = 1;
+    if (Status status = planes_.decode(shape, layer, x, tokens, extent.head, extent.head + 1, sink); !status) {
+      return status;
+    }
+    ++layer.layer;
+    return planes_.decode(shape, layer, y, tokens, extent.head, extent.head + 1, sink);
   }
 
   Result<std::size_t> encode_apart(const PlaneShape& plane, std::span<const std::byte> x, std::span<const std::byte> y,
@@ -395,7 +561,8 @@ class MinicacheCodec final : public Codec {
 
 Result<std::shared_ptr<const Codec>> make_minicache_reducer(const CodecStep& step,
                                                             std::shared_ptr<const PlaneForm> inner) {
-  if (Status names = step.check_names({"start", "t", "retain", "rule", "k", "v", "max_angle", "version"}); !names) {
+  if (Status names = step.check_names({"start", "t", "retain", "rule", "k", "v", "max_angle", "profile", "version"});
+      !names) {
     return failure(names);
   }
   constexpr std::uint32_t kMostLayers = 65535;
@@ -415,15 +582,22 @@ Result<std::shared_ptr<const Codec>> make_minicache_reducer(const CodecStep& ste
   if (!retain) return failure(retain.error());
   const auto rule = step.word("rule", "topk", {"topk", "range"});
   if (!rule) return failure(rule.error());
-  const auto keys = step.number("k", 0, {0, 1});
+  // Keys merge well when they are aligned, values do when they are not.
+  const std::string* profile = step.find("profile");
+  const auto keys = step.number("k", profile != nullptr ? 1 : 0, {0, 1});
   if (!keys) return failure(keys.error());
-  const auto values = step.number("v", 1, {0, 1});
+  const auto values = step.number("v", profile != nullptr ? 0 : 1, {0, 1});
   if (!values) return failure(values.error());
   const auto max_angle = step.decimal("max_angle", 45, 0, 180);
   if (!max_angle) return failure(max_angle.error());
   if (const auto version = step.number("version", 1, {1}); !version) return failure(version.error());
   if (*keys == 0 && *values == 0) {
     return failure(Code::kInvalid, "codec minicache with k=0 and v=0 merges nothing; leave it out");
+  }
+  if (profile != nullptr) {
+    auto found = align::find_profile(*profile);
+    if (!found) return failure(found.error().code(), "codec minicache: " + found.error().message());
+    parameters.profile = *std::move(found);
   }
   parameters.merge.weight = static_cast<float>(*weight);
   parameters.merge.retain = *retain;
@@ -435,7 +609,7 @@ Result<std::shared_ptr<const Codec>> make_minicache_reducer(const CodecStep& ste
                                 ",t=" + decimal_text(*weight) + ",retain=" + decimal_text(*retain) +
                                 ",rule=" + std::string(*rule) + ",k=" + std::to_string(*keys) +
                                 ",v=" + std::to_string(*values) + ",max_angle=" + decimal_text(*max_angle) +
-                                ",version=1)";
+                                (profile != nullptr ? ",profile=" + *profile : "") + ",version=1)";
   return std::make_shared<MinicacheCodec>(parameters, canonical, std::move(inner));
 }
 

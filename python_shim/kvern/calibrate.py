@@ -1,12 +1,14 @@
 """Learns how keys of adjacent layers are brought together (aligned MiniCache) and writes a model profile.
 
-usage: python -m kvern.calibrate MODEL --text FILE [--output PROFILE] [--tokens 4096] [--start LAYER]
+usage: python -m kvern.calibrate MODEL --text FILE [--output FOLDER] [--tokens 4096] [--start LAYER]
 
 MODEL is a folder or a name that transformers loads. For each pair of layers (start, start+1), (start+2, start+3) …
 one orthogonal matrix R takes the position-free keys X of the first to those of the second, Y: R = U V^T of the SVD of
 X^T Y, over all tokens of the text but the first four, means not removed; once for rows over all heads, once for each
-head by itself, for shards that do not hold all heads. The matrices belong to the model, not to the text. Needs numpy,
-torch and transformers.
+head by itself, for shards that do not hold all heads. The matrices belong to the model, not to the text. The file is
+named after the model and its checksum; the name is what the codec step minicache(profile=NAME) takes, and daemon and
+engines find the file in the folder that the environment variable KVERN_PROFILES names. Needs numpy, torch and
+transformers.
 """
 
 import argparse
@@ -72,6 +74,12 @@ def encode_profile(model: str, layers: int, pairs: dict[int, dict]) -> bytes:
     return body + struct.pack("<I", zlib.crc32(body))
 
 
+def profile_name(model: str, data: bytes) -> str:
+    """A name that a codec step can carry, with the profile's checksum."""
+    plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "_" for letter in model)
+    return f"{plain[:64]}-{struct.unpack('<I', data[-4:])[0]:08x}"
+
+
 def unrotated(keys, cos, sin):
     """Keys [heads, tokens, dim] that were turned by cos, sin [tokens, rotary dim], halves paired (NeoX)."""
     import torch
@@ -123,7 +131,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--text", type=pathlib.Path, required=True, help="a text like those that the model will read")
-    parser.add_argument("--output", type=pathlib.Path, help="default: <name of the model>.kvernprofile")
+    parser.add_argument("--output", type=pathlib.Path, default=".", help="folder; default: this one")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text")
     parser.add_argument("--start", type=int, help="first layer of the first pair; default: half of the layers")
     arguments = parser.parse_args()
@@ -147,9 +155,11 @@ def main() -> None:
         )
     if not pairs:
         sys.exit("calibrate: there is no pair of layers; use a smaller --start")
-    output = arguments.output or pathlib.Path(f"{folder.name}.kvernprofile")
-    output.write_bytes(encode_profile(model, len(keys), pairs))
-    print(f"calibrate: {output} ({output.stat().st_size} bytes)")
+    data = encode_profile(model, len(keys), pairs)
+    name = profile_name(folder.name, data)
+    path = arguments.output / f"{name}.kvernprofile"
+    path.write_bytes(data)
+    print(f"calibrate: {path} ({len(data)} bytes); use it as unrotate | minicache(profile={name}) | int8")
 
 
 if __name__ == "__main__":

@@ -5,84 +5,22 @@
 #include <rapidcheck/gtest.h>
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <random>
 
 #include "base/executor.h"
+#include "profile_samples.h"
 #include "samples.h"
 #include "targets.h"
 
 namespace kvern::align {
 namespace {
 
-std::vector<float> random_rows(std::size_t count, std::uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> rows(count);
-  for (float& value : rows) value = normal(generator);
-  return rows;
-}
-
-/// A product of reflections.
-std::vector<float> orthogonal(std::uint32_t n, std::uint32_t seed) {
-  std::vector<float> matrix(std::size_t{n} * n);
-  for (std::size_t i = 0; i < n; ++i) matrix[i * n + i] = 1;
-  for (std::uint32_t reflection = 0; reflection < 4; ++reflection) {
-    const auto axis = random_rows(n, seed * 16 + reflection);
-    float square = 0;
-    for (const float value : axis) square += value * value;
-    for (std::size_t row = 0; row < n; ++row) {
-      float product = 0;
-      for (std::size_t i = 0; i < n; ++i) product += matrix[row * n + i] * axis[i];
-      for (std::size_t i = 0; i < n; ++i) matrix[row * n + i] -= 2 * product / square * axis[i];
-    }
-  }
-  return matrix;
-}
-
 HeadRows view(const std::vector<float>& rows, std::uint32_t heads, std::uint32_t tokens, std::uint32_t dim) {
   return HeadRows::contiguous(reinterpret_cast<const std::byte*>(rows.data()), DType::kFloat32, heads, tokens, dim);
-}
-
-template <typename T>
-void put(Bytes& bytes, const T& value) {
-  const auto* from = reinterpret_cast<const std::byte*>(&value);
-  bytes.insert(bytes.end(), from, from + sizeof value);
-}
-void put_floats(Bytes& bytes, const std::vector<float>& values) {
-  for (const float value : values) put(bytes, value);
-}
-void put_text(Bytes& bytes, std::string_view text) {
-  for (const char letter : text) bytes.push_back(static_cast<std::byte>(letter));
-}
-
-std::uint32_t bitwise_crc(const Bytes& bytes) {
-  std::uint32_t crc = 0xFFFFFFFFU;
-  for (const std::byte byte : bytes) {
-    crc ^= static_cast<std::uint32_t>(byte);
-    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) != 0 ? 0xEDB88320U : 0U);
-  }
-  return ~crc;
-}
-
-Bytes profile_of(const std::vector<std::uint32_t>& layers, std::uint32_t heads = 2, std::uint32_t dim = 16,
-                 float stretch = 1) {
-  Bytes bytes;
-  put_text(bytes, "KVERNPRF");
-  for (const std::uint32_t field : {1U, 5U, 12U, heads, dim, static_cast<std::uint32_t>(layers.size())})
-    put(bytes, field);
-  put_text(bytes, "model");
-  for (const std::uint32_t layer : layers) {
-    put(bytes, layer);
-    put(bytes, 20.5F);
-    put(bytes, 25.5F);
-    auto whole = orthogonal(heads * dim, layer);
-    for (float& value : whole) value *= stretch;
-    put_floats(bytes, whole);
-    for (std::uint32_t head = 0; head < heads; ++head) put_floats(bytes, orthogonal(dim, layer + head));
-  }
-  put(bytes, bitwise_crc(bytes));
-  return bytes;
 }
 
 TEST(Align, CrcIsThatOfZlib) {
@@ -166,9 +104,39 @@ TEST(ModelProfile, DamageIsNoticed) {
 }
 
 TEST(ModelProfile, MatricesThatStretchAndLayersOutOfOrderAreRefused) {
-  for (const Bytes& bytes : {profile_of({4}, 2, 16, 1.01F), profile_of({6, 4}), profile_of({11}), profile_of({4, 4})}) {
+  for (const Bytes& bytes : {profile_of({4}, 2, 16, 1.01F), profile_of({6, 4}), profile_of({11}), profile_of({4, 5})}) {
     EXPECT_EQ(ModelProfile::parse(bytes).error().code(), Code::kCorrupt);
   }
+}
+
+TEST(ModelProfile, NameSaysWhatItHolds) {
+  const Bytes bytes = profile_of({4, 6});
+  const auto name = add_profile("test", bytes);
+  ASSERT_TRUE(name);
+  EXPECT_THAT(*name, testing::MatchesRegex("test-[0-9a-f]{8}"));
+  EXPECT_EQ((*find_profile(*name))->find(4)->whole, orthogonal(32, 4));
+  EXPECT_EQ(find_profile("test-00000000").error().code(), Code::kNotFound);
+}
+
+TEST(ModelProfile, FilesAreFoundInTheFolderAndCheckedAgainstTheirName) {
+  const Bytes bytes = profile_of({2, 8});
+  std::uint32_t checksum = 0;
+  std::memcpy(&checksum, bytes.data() + bytes.size() - 4, 4);
+  char text[9];
+  std::snprintf(text, sizeof text, "%08x", checksum);
+  const std::string folder = testing::TempDir();
+  const std::string good = std::string("model.7b-") + text;
+  for (const std::string& name : {good, std::string("model.7b-00000001")}) {
+    std::ofstream(folder + "/" + name + ".kvernprofile", std::ios::binary)
+        .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  }
+  ASSERT_EQ(setenv("KVERN_PROFILES", folder.c_str(), 1), 0);
+  const auto found = find_profile(good);
+  ASSERT_TRUE(found) << found.error().to_string();
+  EXPECT_EQ((*found)->find(8)->whole, orthogonal(32, 8));
+  EXPECT_EQ(*find_profile(good), *found);
+  EXPECT_EQ(find_profile("model.7b-00000001").error().code(), Code::kCorrupt);
+  unsetenv("KVERN_PROFILES");
 }
 
 RC_GTEST_PROP(ModelProfile, AnySizesUnderAGoodChecksumAreSafe, ()) {

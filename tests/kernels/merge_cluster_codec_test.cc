@@ -6,8 +6,10 @@
 #include <cstring>
 #include <random>
 
+#include "kernels/align.h"
 #include "kernels/codec.h"
 #include "kernels/container.h"
+#include "profile_samples.h"
 #include "samples.h"
 #include "targets.h"
 
@@ -76,7 +78,7 @@ Bytes encoded(const Codec& codec, const ShardShape& shape, const SectionPlan& se
     for (const Part part : {Part::kKey, Part::kValue}) {
       if (part == Part::kKey ? !section.extent.has_key : !section.extent.has_value) continue;
       const auto* from = canonical.data() + shape.plane_offset(layer, part, section.extent.head);
-      planes.insert(planes.end(), from, from + shape.plane_bytes(part));
+      planes.insert(planes.end(), from, from + section.extent.heads * shape.plane_bytes(part));
     }
   }
   AlignedBytes in(planes);
@@ -198,6 +200,138 @@ TEST(MinicacheCodec, SpecIsCanonical) {
         "minicache(rule=all) | raw", "minicache(max_angle=200) | raw"}) {
     EXPECT_EQ(make_codec(spec).error().code(), Code::kInvalid) << spec;
   }
+}
+
+/// A profile of 12 layers and 2 heads of 64 with the pair (3, 4).
+std::string aligned_step(const std::string& parameters = "") {
+  return "minicache(profile=" + align::add_profile("sample", profile_of({3}, 2, 64)).value() + parameters + ")";
+}
+
+/// Layer 4 is layer 3 times the matrix, nearly: of all heads together, or of each head by itself.
+Bytes turned_layers(const ShardShape& shape, bool whole, std::uint32_t seed) {
+  Bytes bytes = sample_canonical(shape, seed);
+  const auto noise = random_rows(shape.layer_bytes() / sizeof(float), seed);
+  const std::uint32_t together = whole ? shape.heads : 1;
+  for (std::uint32_t head = 0; head < shape.heads; head += together) {
+    const HeadRows x = HeadRows::contiguous(bytes.data() + shape.plane_offset(0, Part::kKey, head), DType::kFloat32,
+                                            together, shape.tokens, 64);
+    std::vector<float> y(std::size_t{together} * shape.tokens * 64);
+    const auto matrix = whole ? orthogonal(128, 3) : orthogonal(64, 3 + shape.head_begin + head);
+    EXPECT_TRUE(align::multiply_rows(x, matrix, y, nullptr));
+    for (std::size_t i = 0; i < y.size(); ++i) y[i] += 0.3F * noise[i];
+    std::memcpy(bytes.data() + shape.plane_offset(1, Part::kKey, head), y.data(), y.size() * sizeof(float));
+  }
+  return bytes;
+}
+
+TEST(AlignedMinicacheCodec, KeysThatOneMatrixBringsTogetherAreMerged) {
+  // All heads of the model, and the second one alone.
+  for (const ShardShape& shape :
+       {ShardShape{DType::kFloat32, 3, 2, 0, 2, 100, 64, 64}, ShardShape{DType::kFloat32, 3, 2, 1, 1, 100, 64, 64}}) {
+    const bool whole = shape.heads == 2;
+    const Bytes canonical = turned_layers(shape, whole, 20);
+    for (const std::string inner : {"raw", "int8"}) {
+      const auto codec = codec_of(aligned_step() + " | " + inner);
+      const Bytes back = round_trip(*codec, shape, canonical);
+      for (const std::uint32_t layer : {0U, 1U}) {
+        EXPECT_LT(
+            relative_error(floats_of(shape, back, layer, Part::kKey), floats_of(shape, canonical, layer, Part::kKey)),
+            0.15F)
+            << inner;
+      }
+      const ContainerInfo info = sample_info(shape, shape.tokens);
+      EXPECT_LT(encode_sample(*codec, info, canonical).size(),
+                encode_sample(*codec_of(inner), info, canonical).size() * 9 / 10);
+    }
+    // Values are exact, and the keys are not near without the matrix.
+    const Bytes back = round_trip(*codec_of(aligned_step() + " | raw"), shape, canonical);
+    EXPECT_EQ(floats_of(shape, back, 1, Part::kValue), floats_of(shape, canonical, 1, Part::kValue));
+    EXPECT_EQ(round_trip(*codec_of("minicache(start=3,k=1,v=0) | raw"), shape, canonical), canonical);
+  }
+}
+
+TEST(AlignedMinicacheCodec, KeysThatItDoesNotBringTogetherAreStoredApart) {
+  const ShardShape shape{DType::kFloat32, 3, 2, 0, 2, 64, 64, 64};
+  const Bytes canonical = sample_canonical(shape, 21);
+  const Bytes back = round_trip(*codec_of(aligned_step() + " | raw"), shape, canonical);
+  EXPECT_LT(relative_error(floats_of(shape, back, 0, Part::kKey), floats_of(shape, canonical, 0, Part::kKey)), 1e-5F);
+  EXPECT_EQ(floats_of(shape, back, 1, Part::kKey), floats_of(shape, canonical, 1, Part::kKey));
+}
+
+TEST(AlignedMinicacheCodec, PairsAreThoseOfTheProfile) {
+  const ShardShape shape{DType::kFloat32, 2, 6, 0, 2, 32, 64, 64};
+  std::vector<std::uint32_t> pairs;
+  for (const SectionPlan& section : codec_of(aligned_step() + " | raw")->plan(shape)) {
+    if (section.extent.layers == 2) pairs.push_back(section.extent.layer);
+  }
+  EXPECT_EQ(pairs, std::vector<std::uint32_t>{1});
+}
+
+TEST(AlignedMinicacheCodec, PositionsAreTakenOutOfTheKeysBefore) {
+  const ShardShape shape{DType::kBFloat16, 3, 2, 0, 2, 96, 64, 64};
+  const Bytes canonical = sample_canonical(shape, 22);
+  const auto codec = codec_of("unrotate(theta=10000,dim=64) | " + aligned_step(",max_angle=180,retain=1") + " | raw");
+  const Bytes back = round_trip(*codec, shape, canonical);
+  EXPECT_LT(relative_error(floats_of(shape, back, 0, Part::kKey), floats_of(shape, canonical, 0, Part::kKey)), 1e-3F);
+  EXPECT_LT(relative_error(floats_of(shape, back, 1, Part::kKey), floats_of(shape, canonical, 1, Part::kKey)), 1e-3F);
+}
+
+TEST(AlignedMinicacheCodec, OtherModelsAndKeysWithPositionsAreRefused) {
+  const auto codec = codec_of(aligned_step() + " | raw");
+  EXPECT_TRUE(codec->accepts({DType::kFloat32, 0, 12, 0, 2, 32, 64, 64}));
+  const ShardShape turned{DType::kBFloat16, 3, 2, 0, 2, 32, 64, 64};
+  const ContainerInfo info = sample_info(turned, 32);
+  AlignedBytes out(container_max_bytes(*codec, info));
+  const auto size = encode_container(*codec, info, sample_canonical(turned, 1), {}, out.span());
+  ASSERT_FALSE(size);
+  EXPECT_THAT(size.error().message(), HasSubstr("unrotate"));
+  EXPECT_THAT(codec->accepts({DType::kFloat32, 0, 12, 0, 2, 32, 80, 64}).message(), HasSubstr("another model"));
+  EXPECT_THAT(codec->accepts({DType::kFloat32, 0, 13, 0, 2, 32, 64, 64}).message(), HasSubstr("another model"));
+  EXPECT_THAT(codec->accepts({DType::kFloat32, 0, 12, 1, 2, 32, 64, 64}).message(), HasSubstr("another model"));
+  EXPECT_EQ(make_codec("minicache(profile=none-00000000) | raw").error().code(), Code::kNotFound);
+}
+
+RC_GTEST_PROP(AlignedMinicacheCodec, AnyTokensAndHeadsDecodeToTheirPartOfTheWhole, ()) {
+  const auto tokens = *rc::gen::element(1U, 50U, 257U, 300U);
+  const auto first_head = *rc::gen::inRange(0U, 2U);
+  const ShardShape shape{DType::kFloat32, 3, 2, first_head, 2 - first_head, tokens, 64, 0};
+  const Bytes canonical = turned_layers(shape, first_head == 0, *rc::gen::inRange(0U, 1000U));
+  const auto codec = codec_of(aligned_step() + " | int8");
+  AlignedBytes container(encode_sample(*codec, sample_info(shape, tokens), canonical));
+  const auto reader = ContainerReader::parse(container.span());
+  RC_ASSERT(reader.has_value());
+  CollectingSink whole(shape);
+  RC_ASSERT(bool(decode_all(*reader, whole)));
+  RC_ASSERT(whole.every_byte_written_once());
+  const auto begin = *rc::gen::inRange(0U, tokens);
+  const auto end = *rc::gen::inRange(begin, tokens) + 1;
+  CollectingSink part(shape, *rc::gen::element(0U, 16U));
+  RC_ASSERT(bool(reader->decode(4, 5, 1, 2, {begin, end}, part)));
+  RC_ASSERT(!part.misplaced());
+  const std::size_t at = shape.plane_offset(1, Part::kKey, shape.heads - 1);
+  for (std::size_t i = 0; i < part.written().size(); ++i) {
+    const bool wanted = i >= at + begin * 256 && i < at + end * 256;
+    RC_ASSERT(part.written()[i] == (wanted ? 1 : 0));
+    RC_ASSERT(part.bytes()[i] == (wanted ? whole.bytes()[i] : std::byte{0}));
+  }
+}
+
+RC_GTEST_PROP(AlignedMinicacheCodec, CorruptSectionsNeverReadOutOfBounds, ()) {
+  const ShardShape shape{DType::kFloat32, 3, 2, 0, 2, *rc::gen::inRange(1U, 60U), 64, 0};
+  const auto codec = codec_of(aligned_step() + *rc::gen::element<std::string>(" | raw", " | int8"));
+  const SectionPlan section = codec->plan(shape).front();
+  Bytes bytes = encoded(*codec, shape, section, turned_layers(shape, true, 23));
+  for (auto changes = *rc::gen::inRange(0, 5); changes > 0; --changes) {
+    const auto reach = *rc::gen::element<std::size_t>(16, 96, 200, 1U << 20);
+    bytes[*rc::gen::inRange<std::size_t>(0, std::min(reach, bytes.size()))] =
+        static_cast<std::byte>(*rc::gen::element(0, 1, 0x7F, 0x80, 0xFF));
+  }
+  bytes.resize(*rc::gen::element<std::size_t>(bytes.size(), bytes.size(), bytes.size() - 1, bytes.size() / 2, 3));
+  AlignedBytes payload(bytes);
+  CollectingSink sink(shape);
+  const Status status = codec->decode(shape, section.extent, payload.span(), {0, shape.tokens}, 0, 2, sink);
+  RC_ASSERT(!sink.misplaced());
+  RC_ASSERT((status.is_ok() || status.code() == Code::kCorrupt));
 }
 
 TEST(CentroidCodec, EveryTokenGetsTheCentroidOfItsCluster) {

@@ -55,6 +55,7 @@ def test_profile_is_laid_out_as_documented():
     assert struct.unpack_from("<Iff", data, 37)[0] == 6
     assert len(data) == 37 + 12 + 4 * (32 * 32 + 2 * 16 * 16) + 4
     assert struct.unpack("<I", data[-4:])[0] == zlib.crc32(data[:-4])
+    assert calibrate.profile_name("a model/7B", data) == f"a_model_7B-{zlib.crc32(data[:-4]):08x}"
 
 
 def test_positions_are_taken_out_of_keys():
