@@ -47,8 +47,8 @@ struct Layout {
   std::size_t element = 0;
   std::size_t row = 0;
 
-  Layout(const PlaneShape& plane, std::size_t kept)
-      : retained(kept), shared(plane.tokens - kept), element(dtype_bytes(plane.dtype)), row(plane.row_bytes()) {}
+  Layout(const PlaneShape& plane, DType exact, std::size_t kept)
+      : retained(kept), shared(plane.tokens - kept), element(dtype_bytes(exact)), row(plane.dim * element) {}
   static std::size_t tokens_at() { return kHeaderBytes; }
   std::size_t x_lengths_at() const { return kHeaderBytes + retained * sizeof(std::uint32_t); }
   std::size_t y_lengths_at() const { return x_lengths_at() + shared * element; }
@@ -57,24 +57,37 @@ struct Layout {
   std::size_t directions_at() const { return aligned(y_rows_at() + retained * row); }
 };
 
-void put_length(DType dtype, float length, std::byte* to) {
+void put_value(DType dtype, float value, std::byte* to) {
   if (dtype == DType::kFloat32) {
-    std::memcpy(to, &length, sizeof length);
+    std::memcpy(to, &value, sizeof value);
     return;
   }
-  const std::uint16_t bits = dtype == DType::kFloat16 ? to_float16(length) : to_bfloat16(length);
+  const std::uint16_t bits = dtype == DType::kFloat16 ? to_float16(value) : to_bfloat16(value);
   std::memcpy(to, &bits, sizeof bits);
 }
 
-float get_length(DType dtype, const std::byte* from) {
+float get_value(DType dtype, const std::byte* from) {
   if (dtype == DType::kFloat32) {
-    float length = 0;
-    std::memcpy(&length, from, sizeof length);
-    return length;
+    float value = 0;
+    std::memcpy(&value, from, sizeof value);
+    return value;
   }
   std::uint16_t bits = 0;
   std::memcpy(&bits, from, sizeof bits);
   return dtype == DType::kFloat16 ? from_float16(bits) : from_bfloat16(bits);
+}
+
+/// Elements of one dtype as another: the same, or fp32 as bfloat16, saturating, and back.
+void convert(DType from_dtype, const std::byte* from, DType to_dtype, std::size_t count, std::byte* to) {
+  if (from_dtype == to_dtype) {
+    std::memcpy(to, from, count * dtype_bytes(to_dtype));
+    return;
+  }
+  const float most = largest_finite(DType::kBFloat16);
+  for (std::size_t i = 0; i < count; ++i) {
+    const float value = get_value(from_dtype, from + i * dtype_bytes(from_dtype));
+    put_value(to_dtype, std::clamp(value, -most, most), to + i * dtype_bytes(to_dtype));
+  }
 }
 
 /// Lengths that the dtype holds to its full precision, with room for what quantised directions lack in length.
@@ -178,7 +191,7 @@ class MinicacheCodec final : public Codec {
     if (planes.size() != 2 * plane.bytes() || out.size() < pair_max_bytes(plane)) {
       return failure(Code::kInvalid, "the buffers do not have the size of the section's planes");
     }
-    return encode_pair(plane, planes.first(plane.bytes()), planes.subspan(plane.bytes()), out);
+    return encode_pair(plane, plane.dtype, planes.first(plane.bytes()), planes.subspan(plane.bytes()), out);
   }
 
   Status decode(const ShardShape& shape, const SectionExtent& extent, std::span<const std::byte> payload,
@@ -207,6 +220,11 @@ class MinicacheCodec final : public Codec {
   }
   std::uint32_t heads_together(const ShardShape& shape) const {
     return parameters_.profile != nullptr && shape.heads == parameters_.profile->heads ? shape.heads : 1;
+  }
+  /// The dtype of lengths and retained rows: the cache's. Keys that were multiplied with a matrix are not the cache's
+  /// numbers any more, and as fp32 would outweigh the directions: where these are rounded, so are they.
+  DType exact_dtype(const PlaneShape& plane, const SectionExtent& extent) const {
+    return is_aligned(extent) && !form_->lossless() ? DType::kBFloat16 : plane.dtype;
   }
   std::span<const float> matrix_of(const ShardShape& shape, const SectionExtent& extent) const {
     const align::Pair& pair = *parameters_.profile->find(shape.layer_begin + extent.layer);
@@ -283,8 +301,9 @@ class MinicacheCodec final : public Codec {
     std::size_t end = at;
     for (std::size_t head = 0; head < extent.heads; ++head) {
       std::memset(out.data() + end, 0, at - end);
-      const auto bytes = encode_pair(plane, turned_bytes.subspan(head * plane.bytes(), plane.bytes()),
-                                     planes.subspan(layer + head * plane.bytes(), plane.bytes()), out.subspan(at));
+      const auto bytes =
+          encode_pair(plane, exact_dtype(plane, extent), turned_bytes.subspan(head * plane.bytes(), plane.bytes()),
+                      planes.subspan(layer + head * plane.bytes(), plane.bytes()), out.subspan(at));
       if (!bytes) return bytes;
       const std::uint64_t size = *bytes;
       std::memcpy(out.data() + head * sizeof size, &size, sizeof size);
@@ -384,8 +403,8 @@ class MinicacheCodec final : public Codec {
     return second + *y_bytes;
   }
 
-  Result<std::size_t> encode_pair(const PlaneShape& plane, std::span<const std::byte> x, std::span<const std::byte> y,
-                                  std::span<std::byte> out) const {
+  Result<std::size_t> encode_pair(const PlaneShape& plane, DType exact, std::span<const std::byte> x,
+                                  std::span<const std::byte> y, std::span<std::byte> out) const {
     if (!form_->lossless() && !(all_finite(plane.dtype, x) && all_finite(plane.dtype, y))) {
       return failure(Code::kInvalid, "minicache over a lossy form cannot carry NaN or infinity");
     }
@@ -411,27 +430,28 @@ class MinicacheCodec final : public Codec {
     std::vector<bool> is_retained(tokens);
     for (const std::uint32_t token : merge::retained_tokens(angles, parameters_.merge)) is_retained[token] = true;
     for (std::uint32_t token = 0; token < tokens; ++token) {
-      if (!storable(plane.dtype, x_lengths[token]) || !storable(plane.dtype, y_lengths[token])) {
+      if (!storable(exact, x_lengths[token]) || !storable(exact, y_lengths[token])) {
         is_retained[token] = true;
       }
     }
     const auto retained = static_cast<std::uint32_t>(std::ranges::count(is_retained, true));
     if (retained > most_retained(plane)) return encode_apart(plane, x, y, out);
 
-    const Layout layout(plane, retained);
+    const Layout layout(plane, exact, retained);
     std::fill_n(out.begin(), layout.directions_at(), std::byte{0});
     std::uint32_t kept = 0;
     std::uint32_t shared = 0;
     for (std::uint32_t token = 0; token < tokens; ++token) {
-      const std::size_t row = token * layout.row;
+      const std::size_t row = token * plane.row_bytes();
       if (is_retained[token]) {
         std::memcpy(out.data() + Layout::tokens_at() + kept * sizeof token, &token, sizeof token);
-        std::memcpy(out.data() + layout.x_rows_at() + kept * layout.row, x.data() + row, layout.row);
-        std::memcpy(out.data() + layout.y_rows_at() + kept * layout.row, y.data() + row, layout.row);
+        const std::size_t at = kept * layout.row;
+        convert(plane.dtype, x.data() + row, exact, plane.dim, out.data() + layout.x_rows_at() + at);
+        convert(plane.dtype, y.data() + row, exact, plane.dim, out.data() + layout.y_rows_at() + at);
         ++kept;
         continue;
       }
-      if (shared != token) std::memcpy(directions + shared * layout.row, directions + row, layout.row);
+      if (shared != token) std::memcpy(directions + shared * plane.row_bytes(), directions + row, plane.row_bytes());
       x_lengths[shared] = x_lengths[token];
       y_lengths[shared] = y_lengths[token];
       ++shared;
@@ -455,11 +475,11 @@ class MinicacheCodec final : public Codec {
         return failure(status);
       }
     }
-    const float most = largest_finite(plane.dtype) / 2;
+    const float most = largest_finite(exact) / 2;
     for (std::uint32_t i = 0; i < shared; ++i) {
       const std::size_t at = i * layout.element;
-      put_length(plane.dtype, std::min(x_lengths[i], most), out.data() + layout.x_lengths_at() + at);
-      put_length(plane.dtype, std::min(y_lengths[i], most), out.data() + layout.y_lengths_at() + at);
+      put_value(exact, std::min(x_lengths[i], most), out.data() + layout.x_lengths_at() + at);
+      put_value(exact, std::min(y_lengths[i], most), out.data() + layout.y_lengths_at() + at);
     }
     std::memcpy(out.data(), &header, sizeof header);
     return layout.directions_at() + header.first_bytes;
@@ -468,7 +488,8 @@ class MinicacheCodec final : public Codec {
   Status decode_pair(const PlaneShape& plane, const SectionExtent& extent, const Header& header,
                      std::span<const std::byte> payload, TokenRange tokens, RowSink& sink) const {
     if (header.retained > plane.tokens) return {Code::kCorrupt, "a minicache section retains more tokens than it has"};
-    const Layout layout(plane, header.retained);
+    const DType exact = exact_dtype(plane, extent);
+    const Layout layout(plane, exact, header.retained);
     if (payload.size() < layout.directions_at() || payload.size() - layout.directions_at() != header.first_bytes) {
       return {Code::kCorrupt, "a minicache section does not have the size of its parts"};
     }
@@ -481,7 +502,7 @@ class MinicacheCodec final : public Codec {
       return {Code::kCorrupt, "the retained tokens of a minicache section are not tokens in order"};
     }
     const auto retained_rows = payload.subspan(layout.x_rows_at(), 2 * layout.retained * layout.row);
-    if (!form_->lossless() && !all_finite(plane.dtype, retained_rows)) {
+    if (!form_->lossless() && !all_finite(exact, retained_rows)) {
       return {Code::kCorrupt, "a retained row of a minicache section is not finite"};
     }
     PlaneShape left = plane;
@@ -490,7 +511,7 @@ class MinicacheCodec final : public Codec {
 
     alignas(64) std::byte shared_rows[kTileBytes];
     alignas(64) std::byte tile[kTileBytes];
-    const auto tile_rows = static_cast<std::uint32_t>(kTileBytes / layout.row);
+    const auto tile_rows = static_cast<std::uint32_t>(kTileBytes / plane.row_bytes());
     std::vector<float> lengths(tile_rows);
     const std::uint32_t preferred = sink.preferred_rows();
     for (std::uint32_t begin = tokens.begin; begin < tokens.end;) {
@@ -505,14 +526,15 @@ class MinicacheCodec final : public Codec {
       }
       for (const std::uint32_t layer : {0U, 1U}) {
         const std::byte* stored = payload.data() + (layer == 0 ? layout.x_lengths_at() : layout.y_lengths_at());
-        const float most = largest_finite(plane.dtype);
+        const float most = largest_finite(exact);
         for (std::uint32_t i = shared.begin; i < shared.end; ++i) {
-          const float length = get_length(plane.dtype, stored + i * layout.element);
+          const float length = get_value(exact, stored + i * layout.element);
           if (!(length >= 0 && length <= most)) return {Code::kCorrupt, "a length of a minicache section is not one"};
           lengths[i - shared.begin] = length;
         }
-        const std::byte* exact = payload.data() + (layer == 0 ? layout.x_rows_at() : layout.y_rows_at());
-        if (Status status = restore(plane, {begin, begin + count}, retained, first, shared_rows, lengths, exact, tile);
+        const std::byte* kept = payload.data() + (layer == 0 ? layout.x_rows_at() : layout.y_rows_at());
+        if (Status status =
+                restore(plane, {begin, begin + count}, retained, first, shared_rows, lengths, exact, kept, tile);
             !status) {
           return status;
         }
@@ -526,14 +548,14 @@ class MinicacheCodec final : public Codec {
   /// Rows of one layer: runs of shared tokens, and the retained ones between them.
   static Status restore(const PlaneShape& plane, TokenRange tokens, std::span<const std::uint32_t> retained,
                         std::uint32_t next_retained, const std::byte* shared_rows, std::span<const float> lengths,
-                        const std::byte* exact, std::byte* out) {
+                        DType exact, const std::byte* kept, std::byte* out) {
     const std::size_t row = plane.row_bytes();
     std::uint32_t shared = 0;
     for (std::uint32_t token = tokens.begin; token < tokens.end;) {
       const std::uint32_t end =
           next_retained < retained.size() ? std::min(retained[next_retained], tokens.end) : tokens.end;
       if (token == end) {
-        std::memcpy(out, exact + next_retained * row, row);
+        convert(exact, kept + next_retained * plane.dim * dtype_bytes(exact), plane.dtype, plane.dim, out);
         ++next_retained;
         ++token;
         out += row;
