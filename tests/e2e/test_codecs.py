@@ -29,7 +29,7 @@ class Chain:
 
 
 CHAINS = [
-    Chain("raw | zstd", 0.85, least_agreement=1.0),
+    Chain("raw | zstd", 0.75, least_agreement=1.0),
     Chain("int8", 0.55, least_agreement=0.2),
     Chain("int8 | zstd", 0.55, full=True),
     Chain("fp8", 0.55, full=True),
