@@ -97,19 +97,17 @@ class Tile {
     rows.rows_per_head = out_.rows;
     const bool dispersion = !out_.variance.empty();
     parallel_for(executor_, chunks_.size(), [&](std::size_t i) {
-      const bool observed = i < observed_chunks_;
-      not_finite_[i] = observe_columns(rows, keys_, kv_head, chunks_[i],
-                                       observed ? exponentials_ + std::size_t{chunks_[i].begin} * kGroupRows : nullptr,
-                                       exponentials_stride(), observed ? references_of(chunks_[i]) : nullptr,
-                                       references_stride(), totals_of(i, rows.groups));
+      const KeptColumns kept = i < observed_chunks_ ? kept_of(chunks_[i]) : KeptColumns{};
+      not_finite_[i] = observe_columns(rows, keys_, kv_head, chunks_[i], kept, totals_of(i, rows.groups));
     });
     parallel_for(executor_, rows.groups, [&](std::size_t group) { finish_rows(rows, head, group); });
     parallel_for(executor_, observed_chunks_, [&](std::size_t i) {
       const std::size_t first = std::size_t{head} * out_.columns + chunks_[i].begin;
-      column_statistics(rows, chunks_[i], exponentials_ + std::size_t{chunks_[i].begin} * kGroupRows,
-                        exponentials_stride(), references_of(chunks_[i]), references_stride(), finals_,
-                        out_.mean.data() + first, dispersion ? out_.variance.data() + first : nullptr, out_.columns,
-                        shift_.data() + i * count);
+      column_statistics(rows, chunks_[i], kept_of(chunks_[i]), finals_,
+                        {.means = out_.mean.data() + first,
+                         .variances = dispersion ? out_.variance.data() + first : nullptr,
+                         .stride = out_.columns,
+                         .shifts = shift_.data() + i * count});
     });
     out_.not_finite = std::accumulate(not_finite_.begin(), not_finite_.end(), out_.not_finite);
     if (!dispersion) return;
@@ -120,10 +118,15 @@ class Tile {
  private:
   static constexpr std::size_t kFinals = 2 * kGroupRows;
 
+  /// Floats per group.
   std::size_t exponentials_stride() const { return std::size_t{blocks_} * kBlockColumns * kGroupRows; }
   std::size_t references_stride() const { return std::size_t{blocks_} * kGroupRows; }
-  float* references_of(ColumnRange chunk) {
-    return references_ + std::size_t{chunk.begin} / kBlockColumns * kGroupRows;
+  /// Chunks are whole blocks, but for the last.
+  KeptColumns kept_of(ColumnRange chunk) const {
+    return {.exponentials = exponentials_ + std::size_t{chunk.begin} * kGroupRows,
+            .group_stride = exponentials_stride(),
+            .references = references_ + std::size_t{chunk.begin} / kBlockColumns * kGroupRows,
+            .reference_stride = references_stride()};
   }
   float* totals_of(std::size_t chunk, std::size_t groups) { return totals_ + chunk * groups * kTotals; }
 

@@ -243,8 +243,7 @@ HWY_INLINE void add_block(float* HWY_RESTRICT logits, std::uint32_t columns, flo
 
 template <class Products>
 std::uint64_t observe_columns_with(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
-                                   ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
-                                   float* references, std::size_t references_stride, float* totals) {
+                                   ColumnRange columns, const KeptColumns& kept, float* totals) {
   Products products(rows, keys);
   HWY_ALIGN float scratch[kTileGroups][kBlockColumns * kGroupRows];
   HWY_ALIGN float scratch_reference[kGroupRows];
@@ -264,9 +263,9 @@ std::uint64_t observe_columns_with(const ObservedRows& rows, const HeadRows& key
       const std::uint32_t groups = std::min(kTileGroups, rows.groups - group);
       float* logits[kTileGroups];
       for (std::uint32_t i = 0; i < groups; ++i) {
-        logits[i] = exponentials == nullptr ? scratch[i]
-                                            : exponentials + (group + i) * exponentials_stride +
-                                                  std::size_t{block} * kBlockColumns * kGroupRows;
+        logits[i] = kept.exponentials == nullptr ? scratch[i]
+                                                 : kept.exponentials + (group + i) * kept.group_stride +
+                                                       std::size_t{block} * kBlockColumns * kGroupRows;
       }
       products.multiply(group, groups, padded, logits);
       for (std::uint32_t i = 0; i < groups; ++i, ++group) {
@@ -276,8 +275,9 @@ std::uint64_t observe_columns_with(const ObservedRows& rows, const HeadRows& key
         // Row r of this group stands at position keys.tokens - rows_per_head + first_row + r.
         const std::int64_t first_seen = std::int64_t{begin} + rows.rows_per_head - keys.tokens - first_row;
         if (first_seen + count > 1) mask_future(logits[i], count, first_seen);
-        float* reference =
-            references == nullptr ? scratch_reference : references + group * references_stride + block * kGroupRows;
+        float* reference = kept.references == nullptr
+                               ? scratch_reference
+                               : kept.references + group * kept.reference_stride + std::size_t{block} * kGroupRows;
         for (std::uint32_t lane = 0; lane < kGroupRows; lane += kLanes) {
           add_block(logits[i] + lane, count, reference + lane, totals + std::size_t{group} * kTotals + lane);
         }
@@ -288,11 +288,9 @@ std::uint64_t observe_columns_with(const ObservedRows& rows, const HeadRows& key
 }
 
 std::uint64_t observe_columns_any(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
-                                  ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
-                                  float* references, std::size_t references_stride, float* totals) {
+                                  ColumnRange columns, const KeptColumns& kept, float* totals) {
   const auto with = [&]<class Products>() {
-    return observe_columns_with<Products>(rows, keys, kv_head, columns, exponentials, exponentials_stride, references,
-                                          references_stride, totals);
+    return observe_columns_with<Products>(rows, keys, kv_head, columns, kept, totals);
   };
 #if HWY_TARGET == HWY_AVX3
   if (rows.tiles) return with.template operator()<TileProducts>();
@@ -355,17 +353,15 @@ HWY_INLINE void statistics_of_columns(const ObservedRows& rows, const float* HWY
   }
 }
 
-void column_statistics_any(const ObservedRows& rows, ColumnRange columns, const float* exponentials,
-                           std::size_t exponentials_stride, const float* references, std::size_t references_stride,
-                           const float* finals, float* means, float* variances, std::size_t statistics_stride,
-                           double* sums) {
+void column_statistics_any(const ObservedRows& rows, ColumnRange columns, const KeptColumns& kept, const float* finals,
+                           const ColumnStatistics& out) {
   const DF d;
   std::vector<float> factors(std::size_t{rows.groups_per_head} * kGroupRows);
   const std::uint32_t count = columns.end - columns.begin;
   for (std::uint32_t head = 0; head * rows.groups_per_head < rows.groups; ++head) {
     const std::size_t first_group = std::size_t{head} * rows.groups_per_head;
-    float* means_of_head = means + head * statistics_stride;
-    float* variances_of_head = variances == nullptr ? nullptr : variances + head * statistics_stride;
+    float* means_of_head = out.means + head * out.stride;
+    float* variances_of_head = out.variances == nullptr ? nullptr : out.variances + head * out.stride;
     double sum = 0;
     for (std::uint32_t column = 0; column < count; column += kLanes) {
       const std::uint32_t block = column / kBlockColumns;
@@ -373,24 +369,24 @@ void column_statistics_any(const ObservedRows& rows, ColumnRange columns, const 
         for (std::uint32_t i = 0; i < rows.groups_per_head * kGroupRows; i += kLanes) {
           const std::size_t group = first_group + i / kGroupRows;
           const float* of_row = finals + group * 2 * kGroupRows + i % kGroupRows;
-          const VF reference =
-              hn::Load(d, references + group * references_stride + std::size_t{block} * kGroupRows + i % kGroupRows);
+          const VF reference = hn::Load(
+              d, kept.references + group * kept.reference_stride + std::size_t{block} * kGroupRows + i % kGroupRows);
           const VF power = scale_by_power(hn::Set(d, 1.0F), hn::Sub(reference, hn::Load(d, of_row)));
           hn::StoreU(hn::Mul(power, hn::Load(d, of_row + kGroupRows)), d, factors.data() + i);
         }
       }
       const std::uint32_t used = std::min(kLanes, count - column);
-      const float* of_columns = exponentials + first_group * exponentials_stride + std::size_t{column} * kGroupRows;
+      const float* of_columns = kept.exponentials + first_group * kept.group_stride + std::size_t{column} * kGroupRows;
       if (variances_of_head == nullptr) {
-        statistics_of_columns<false>(rows, of_columns, exponentials_stride, used, factors.data(),
-                                     means_of_head + column, nullptr);
+        statistics_of_columns<false>(rows, of_columns, kept.group_stride, used, factors.data(), means_of_head + column,
+                                     nullptr);
       } else {
-        statistics_of_columns<true>(rows, of_columns, exponentials_stride, used, factors.data(), means_of_head + column,
+        statistics_of_columns<true>(rows, of_columns, kept.group_stride, used, factors.data(), means_of_head + column,
                                     variances_of_head + column);
         for (std::uint32_t i = 0; i < used; ++i) sum += static_cast<double>(variances_of_head[column + i]);
       }
     }
-    sums[head] = sum;
+    out.shifts[head] = sum;
   }
 }
 
@@ -454,19 +450,14 @@ void pack_queries(const HeadRows& queries, std::uint32_t head, float scale, bool
 }
 
 std::uint64_t observe_columns(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
-                              ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
-                              float* references, std::size_t references_stride, float* totals) {
-  return HWY_DYNAMIC_DISPATCH(observe_columns_any)(rows, keys, kv_head, columns, exponentials, exponentials_stride,
-                                                   references, references_stride, totals);
+                              ColumnRange columns, const KeptColumns& kept, float* totals) {
+  return HWY_DYNAMIC_DISPATCH(observe_columns_any)(rows, keys, kv_head, columns, kept, totals);
 }
 
-void column_statistics(const ObservedRows& rows, ColumnRange columns, const float* exponentials,
-                       std::size_t exponentials_stride, const float* references, std::size_t references_stride,
-                       const float* finals, float* means, float* variances, std::size_t statistics_stride,
-                       double* sums) {
+void column_statistics(const ObservedRows& rows, ColumnRange columns, const KeptColumns& kept, const float* finals,
+                       const ColumnStatistics& out) {
   HWY_DYNAMIC_DISPATCH(column_statistics_any)
-  (rows, columns, exponentials, exponentials_stride, references, references_stride, finals, means, variances,
-   statistics_stride, sums);
+  (rows, columns, kept, finals, out);
 }
 
 }  // namespace kvern::evict

@@ -53,19 +53,31 @@ struct ColumnRange {
   std::uint32_t end = 0;
 };
 
-/// Pass 1 over columns [begin, end) of one KV head: totals[group] over them, causal, and, unless exponentials is null,
-/// 2^(y - M) as [group][column rounded up to blocks][row] (strides in floats; column 0 is `begin`) and the M of each
-/// block as [group][block][row]. Returns the number of logits that were not finite.
-std::uint64_t observe_columns(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
-                              ColumnRange columns, float* exponentials, std::size_t exponentials_stride,
-                              float* references, std::size_t references_stride, float* totals);
+/// What pass 1 keeps of a range of columns for pass 2, column 0 being the first of the range. All null: nothing.
+struct KeptColumns {
+  float* exponentials = nullptr;  ///< 2^(y - M), [group][column, rounded up to whole blocks][row]
+  std::size_t group_stride = 0;   ///< floats between groups of exponentials
+  float* references = nullptr;    ///< M, [group][block][row]
+  std::size_t reference_stride = 0;
+};
 
-/// Pass 2 over the same columns: means and, unless null, variances per query head, strides in floats. finals holds per
-/// group [M of the whole row][1 / sum over the whole row, 0 for what is no row]. sums[head] receives the sum of the
-/// variances.
-void column_statistics(const ObservedRows& rows, ColumnRange columns, const float* exponentials,
-                       std::size_t exponentials_stride, const float* references, std::size_t references_stride,
-                       const float* finals, float* means, float* variances, std::size_t statistics_stride,
-                       double* sums);
+/// Pass 1 over columns [begin, end) of one KV head: what is kept of them, and totals[group] over them, causal. Returns
+/// the number of logits that were not finite.
+std::uint64_t observe_columns(const ObservedRows& rows, const HeadRows& keys, std::uint32_t kv_head,
+                              ColumnRange columns, const KeptColumns& kept, float* totals);
+
+/// Where pass 2 puts its results: of query head and column at head * stride + column, column 0 being the first of the
+/// range.
+struct ColumnStatistics {
+  float* means = nullptr;
+  float* variances = nullptr;  ///< null: not wanted
+  std::size_t stride = 0;
+  double* shifts = nullptr;  ///< per query head, the sum of its variances
+};
+
+/// Pass 2 over the same columns. finals holds per group [M of the whole row][1 / sum over the whole row, 0 for what is
+/// no row].
+void column_statistics(const ObservedRows& rows, ColumnRange columns, const KeptColumns& kept, const float* finals,
+                       const ColumnStatistics& out);
 
 }  // namespace kvern::evict
