@@ -32,10 +32,18 @@ Bytes golden_canonical() {
   return bytes;
 }
 
-class GoldenContainer : public ::testing::TestWithParam<const char*> {
+struct Sample {
+  const char* name;
+  const char* spec;
+  std::uint64_t decoded;      ///< checksum of what the first version decoded
+  bool written_alike = true;  ///< false where another version of a library may write other bytes
+};
+
+std::ostream& operator<<(std::ostream& out, const Sample& sample) { return out << sample.spec; }
+
+class GoldenContainer : public ::testing::TestWithParam<Sample> {
  protected:
-  std::string codec() const { return GetParam(); }
-  Bytes stored() const { return golden("container_v1_" + codec() + ".bin"); }
+  Bytes stored() const { return golden(std::string("container_v1_") + GetParam().name + ".bin"); }
 };
 
 TEST_P(GoldenContainer, StaysReadable) {
@@ -51,18 +59,22 @@ TEST_P(GoldenContainer, StaysReadable) {
   EXPECT_TRUE(sink.every_byte_written_once());
   if (reader->codec().lossless()) {
     EXPECT_EQ(sink.bytes(), golden_canonical());
-  } else {
-    // What the first version decoded.
-    EXPECT_EQ(checksum64(as_uint8(sink.bytes())), 0xbf06c142fa2c008fU);
   }
+  EXPECT_EQ(checksum64(as_uint8(sink.bytes())), GetParam().decoded);
 }
 
 TEST_P(GoldenContainer, IsWhatIsWrittenToday) {
-  const Bytes written = encode_sample(*make_codec(codec()).value(), sample_info(golden_shape(), 4), golden_canonical());
+  if (!GetParam().written_alike) GTEST_SKIP() << "depends on the version of a library";
+  const Bytes written =
+      encode_sample(*make_codec(GetParam().spec).value(), sample_info(golden_shape(), 4), golden_canonical());
   EXPECT_EQ(written, stored());
 }
 
-INSTANTIATE_TEST_SUITE_P(Version1, GoldenContainer, ::testing::Values("raw", "int8"));
+INSTANTIATE_TEST_SUITE_P(
+    Version1, GoldenContainer,
+    ::testing::Values(Sample{"raw", "raw", 0x8bad4f886e34f95aU}, Sample{"int8", "int8", 0xbf06c142fa2c008fU},
+                      Sample{"zstd", "raw | zstd", 0x8bad4f886e34f95aU, false},
+                      Sample{"unrotate", "unrotate(theta=10000,dim=32) | int8", 0x9e5c4926ec3c6ea5U}));
 
 }  // namespace
 }  // namespace kvern
