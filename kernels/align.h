@@ -31,7 +31,7 @@ struct Pair {
   std::vector<float> blocks;
 };
 
-/// A model profile, as `python -m kvern.calibrate` writes it (docs/format.md).
+/// A model profile, as `kvern calibrate` writes it (docs/format.md).
 struct ModelProfile {
   std::string model;  ///< fingerprint of the model that it was learnt on
   std::uint32_t layers = 0;

@@ -1,6 +1,6 @@
 """Learns how keys of adjacent layers are brought together (aligned MiniCache) and writes a model profile.
 
-usage: python -m kvern.calibrate MODEL --text FILE [--output FOLDER] [--tokens 4096] [--start LAYER]
+usage: kvern calibrate MODEL --text FILE [--output FOLDER] [--tokens 4096] [--start LAYER]
 
 MODEL is a folder or a name that transformers loads. For each pair of layers (start, start+1), (start+2, start+3) …
 one orthogonal matrix R takes the position-free keys X of the first to those of the second, Y: R = U V^T of the SVD of
@@ -125,16 +125,16 @@ def capture_keys(model_name: str, text: str, tokens: int):
     return [unrotated(keys[layer], cos, sin).numpy() for layer in sorted(keys)]
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="kvern calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text", type=pathlib.Path, required=True, help="a text like those that the model will read")
     parser.add_argument("--output", type=pathlib.Path, default=".", help="folder; default: this one")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text")
     parser.add_argument("--start", type=int, help="first layer of the first pair; default: half of the layers")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
 
     from kvern.identity import fingerprint_files, weight_files
 

@@ -1,4 +1,4 @@
-"""The programs that the package brings along: kvernd and kvernctl."""
+"""The programs that the package brings along: kvernd and kvernctl, and the commands of kvern."""
 
 import os
 import pathlib
@@ -35,3 +35,11 @@ def kvernd() -> None:
 
 def kvernctl() -> None:
     _run("kvernctl")
+
+
+def kvern() -> None:
+    if sys.argv[1:2] != ["calibrate"]:
+        sys.exit("usage: kvern calibrate MODEL --text FILE    (see kvern calibrate --help)")
+    from kvern import calibrate
+
+    calibrate.main(sys.argv[2:])

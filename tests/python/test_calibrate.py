@@ -67,3 +67,15 @@ def test_positions_are_taken_out_of_keys():
     turned = rows[..., :8] * cos + torch.cat((-second, first), dim=-1) * sin
     got = calibrate.unrotated(torch.cat((turned, rows[..., 8:]), dim=-1), cos * 1.2, sin * 1.2)
     assert torch.allclose(got, rows, atol=1e-4)
+
+
+def test_the_command_says_how_it_is_called(monkeypatch, capsys):
+    from kvern import programs
+
+    monkeypatch.setattr("sys.argv", ["kvern"])
+    with pytest.raises(SystemExit, match="usage: kvern calibrate"):
+        programs.kvern()
+    monkeypatch.setattr("sys.argv", ["kvern", "calibrate", "--help"])
+    with pytest.raises(SystemExit):
+        programs.kvern()
+    assert "--text" in capsys.readouterr().out
