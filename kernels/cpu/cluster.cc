@@ -44,21 +44,37 @@ void load_columns(const Rows& rows, std::uint32_t count, std::byte* elements, fl
   for (std::size_t i = 0; i < std::size_t{width} * rows.dim; i += kLanes) hn::Store(E::load(raw + i), DF(), out + i);
 }
 
-// 1 / |column|, or NaN for what must not be merged: a similarity that is NaN is never the largest.
+// 1 / |column| of kCount vectors of columns, or NaN for what must not be merged: a similarity that is NaN is never the
+// largest.
+template <std::uint32_t kCount>
+HWY_INLINE void inverse_lengths_of(const float* HWY_RESTRICT columns, std::uint32_t width, std::uint32_t dim,
+                                   float* HWY_RESTRICT inverses) {
+  VF squares[kCount];
+  for (auto& square : squares) square = hn::Zero(DF());
+  for (std::uint32_t row = 0; row < dim; ++row) {
+    for (std::uint32_t i = 0; i < kCount; ++i) {
+      const VF value = hn::Load(DF(), columns + std::size_t{row} * width + i * kLanes);
+      squares[i] = hn::Add(squares[i], hn::Mul(value, value));
+    }
+  }
+  for (std::uint32_t i = 0; i < kCount; ++i) {
+    const auto usable = hn::And(hn::Ge(squares[i], hn::Set(DF(), merge::kMinSquaredLength)),
+                                hn::Le(squares[i], hn::Set(DF(), merge::kMaxSquaredLength)));
+    const VF inverse = hn::Div(hn::Set(DF(), 1.0F), hn::Sqrt(squares[i]));
+    const VF none = hn::Set(DF(), std::numeric_limits<float>::quiet_NaN());
+    hn::Store(hn::IfThenElse(usable, inverse, none), DF(), inverses + i * kLanes);
+  }
+}
+
+// Of 32 columns at a time, since a sum waits for the one before it.
 void inverse_lengths(const float* HWY_RESTRICT columns, std::uint32_t width, std::uint32_t dim,
                      float* HWY_RESTRICT inverses) {
-  for (std::uint32_t column = 0; column < width; column += kLanes) {
-    VF squares = hn::Zero(DF());
-    for (std::uint32_t row = 0; row < dim; ++row) {
-      const VF value = hn::Load(DF(), columns + std::size_t{row} * width + column);
-      squares = hn::Add(squares, hn::Mul(value, value));
-    }
-    const auto usable = hn::And(hn::Ge(squares, hn::Set(DF(), merge::kMinSquaredLength)),
-                                hn::Le(squares, hn::Set(DF(), merge::kMaxSquaredLength)));
-    const VF inverse = hn::Div(hn::Set(DF(), 1.0F), hn::Sqrt(squares));
-    const VF none = hn::Set(DF(), std::numeric_limits<float>::quiet_NaN());
-    hn::Store(hn::IfThenElse(usable, inverse, none), DF(), inverses + column);
+  constexpr std::uint32_t kTwo = 2 * kColumns;
+  std::uint32_t column = 0;
+  for (; column + kTwo <= width; column += kTwo) {
+    inverse_lengths_of<2 * kParts>(columns + column, width, dim, inverses + column);
   }
+  if (column < width) inverse_lengths_of<kParts>(columns + column, width, dim, inverses + column);
 }
 
 // The best target of 16 sources: similarity * |source| and its number.
