@@ -260,6 +260,24 @@ RC_GTEST_PROP(ZstdCodec, NeverTripsOverFlippedBits, ()) {
   RC_ASSERT(code == Code::kOk || code == Code::kCorrupt);
 }
 
+// ---------------------------------------------------------------- sections of several layers
+
+TEST(ContainerReader, GivesOnlyTheLayersThatWereAskedForWhenASectionHoldsAPair) {
+  const ShardShape shape = sample_shape(DType::kBFloat16, 32, 64, 64, 2, 1);  // layers 3 and 4 of the group
+  const auto codec = make_codec("minicache(start=1,v=1,max_angle=180) | int8");
+  ASSERT_TRUE(codec) << codec.error().message();
+  const auto plan = (*codec)->plan(shape);
+  ASSERT_TRUE(std::ranges::any_of(plan, [](const SectionPlan& section) { return section.extent.layers == 2; }));
+  AlignedBytes bytes(encode_sample(**codec, sample_info(shape, 16), sample_canonical(shape, 4)));
+  const auto reader = ContainerReader::parse(bytes.span());
+  ASSERT_TRUE(reader) << reader.error().message();
+  CollectingSink second(shape);
+  ASSERT_TRUE(reader->decode(4, 5, 0, 1000, {0, shape.tokens}, second));
+  for (std::size_t i = 0; i < shape.raw_bytes(); ++i) {
+    ASSERT_EQ(second.written()[i], i < shape.layer_bytes() ? 0 : 1) << i;
+  }
+}
+
 // ---------------------------------------------------------------- unrotate
 
 double mean_square_error(const ShardShape& shape, Part part, const Bytes& got, const Bytes& expected) {
