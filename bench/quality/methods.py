@@ -25,7 +25,7 @@ EVICTIONS = [
 
 QUERY_FREE = ("random", "streaming", "knorm", "keydiff")
 
-# Codec chains over stored chunks of 256 tokens. minicache as it stands refuses pairs of layers at more than 45 degrees,
+# Codec chains over stored chunks of 256 tokens. PROFILE is learnt on the other text, by kvern.calibrate. minicache as it stands refuses pairs of layers at more than 45 degrees,
 # which are all here; max_angle=180 shows what that spares.
 CHAINS = [
     "raw",
@@ -44,10 +44,13 @@ CHAINS = [
     "minicache | int8",
     "minicache | int4",
     "minicache(max_angle=180) | int4",
+    "unrotate | minicache(profile=PROFILE) | int8",
+    "unrotate | minicache(profile=PROFILE) | int4",
     "centroid(ratio=0.75)",
     "centroid(ratio=0.5)",
     "centroid(ratio=0.25)",
-    "unrotate | centroid(ratio=0.5)",
+    "unrotate | centroid(ratio=0.5) | int8",
+    "unrotate | centroid(ratio=0.5) | int4",
     "centroid(ratio=0.75) | int8",
     "centroid(ratio=0.5) | int8",
     "centroid(ratio=0.25) | int8",
@@ -55,14 +58,18 @@ CHAINS = [
     "centroid(ratio=0.5) | int4",
     "centroid(ratio=0.25) | int4",
     "centroid(ratio=0.5) | int3",
+    "int8r",
+    "int8 | zstd",
     "int4 | zstd",
+    "unrotate | int4 | zstd",
+    "centroid(ratio=0.75) | int4 | zstd",
     "int2 | zstd",
 ]
 
 # Survivors of an eviction in a chain; the share is that of the whole.
 COMBINATIONS = [
     f"{eviction}({share}) | {chain}"
-    for eviction in ("snapkv", "snapkv_adaptive", "cake_dispersion_adaptive", "keydiff_recent", "streaming")
+    for eviction in ("snapkv", "snapkv_adaptive", "cake_dispersion_adaptive", "keydiff_recent", "knorm_recent", "streaming")
     for chain in ("int8", "int4")
     for share in ("25%", "12.5%", "6.25%", "3.2%")
 ]

@@ -21,7 +21,7 @@ DOCUMENT = ROOT / "docs" / "quality.md"
 PLOT_REQUIREMENTS = pathlib.Path(__file__).with_name("requirements.txt")
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from capture import TEXTS, capture_all  # noqa: E402
+from capture import TEXTS, capture_all, smollm2  # noqa: E402
 from methods import CHAINS, COMBINATIONS, EVICTIONS, QUERY_FREE, SHARES  # noqa: E402
 
 
@@ -30,13 +30,32 @@ def methods() -> list[str]:
     return [*CHAINS, *COMBINATIONS, *evictions]
 
 
-def measure(program: pathlib.Path, file: pathlib.Path, wanted: list[str]) -> dict:
+def profile(text: str, tokens: int) -> str:
+    """The name of the model profile that is learnt on a text, made where it is missing."""
+    folder = OUT / "profiles" / f"{text}-{tokens}"
+    if not list(folder.glob("*.kvernprofile")):
+        print(f"quality: calibrating on {text}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "text.txt").write_text(TEXTS[text]())
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "python_shim")}
+        command = ["-m", "kvern.calibrate", str(smollm2("float32")), "--text", str(folder / "text.txt")]
+        command += ["--output", str(folder), "--tokens", str(tokens)]
+        subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, check=True)
+    (file,) = folder.glob("*.kvernprofile")
+    return file.stem
+
+
+def measure(program: pathlib.Path, file: pathlib.Path, wanted: list[str], calibrated_on: str, tokens: int) -> dict:
     if not wanted:
         return {}
+    name = profile(calibrated_on, tokens)
     print(f"quality: {len(wanted)} methods on {file.stem}", flush=True)
-    done = subprocess.run([str(program), str(file), *wanted], stdout=subprocess.PIPE, text=True, check=True)
+    specs = {method.replace("PROFILE", name): method for method in wanted}
+    environment = {**os.environ, "KVERN_PROFILES": str(OUT / "profiles" / f"{calibrated_on}-{tokens}")}
+    command = [str(program), str(file), *specs]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line.pop("method"): line for line in lines}
+    return {specs[line.pop("method")]: line for line in lines}
 
 
 def plots(results: pathlib.Path) -> None:
@@ -70,14 +89,16 @@ def table(results: dict, names: list[str]) -> list[str]:
 
 
 def frontier(results: dict, names: list[str]) -> list[str]:
-    """Methods that no other one beats in both bytes and error, from exact to smallest."""
+    """Methods that no other one beats in both bytes and error, from exact to smallest. Of those that differ by less
+    than 2 % in bytes the most exact one stands for all."""
     known = [name for name in names if mean(results, name, "error") is not None]
-    by_bytes = sorted(known, key=lambda n: (mean(results, n, "bytes"), mean(results, n, "error")))
-    best, kept = float("inf"), []
-    for name in by_bytes:
-        if mean(results, name, "error") < best:
-            best = mean(results, name, "error")
-            kept.append(name)
+    kept = []
+    for name in sorted(known, key=lambda n: (mean(results, n, "bytes"), mean(results, n, "error"))):
+        if kept and mean(results, name, "error") >= mean(results, kept[-1], "error"):
+            continue
+        if kept and mean(results, name, "bytes") < 1.02 * mean(results, kept[-1], "bytes"):
+            kept.pop()
+        kept.append(name)
     return kept[::-1]
 
 
@@ -124,7 +145,8 @@ def main() -> None:
     for name, file in zip(TEXTS, capture_all(arguments.tokens, OUT)):
         of_text = results.setdefault(name, {})
         wanted = arguments.only or [name for name in methods() if "error" not in of_text.get(name, {})]
-        measured = measure(arguments.build / "bin" / "kvern_quality", file, wanted)
+        (other,) = set(TEXTS) - {name}
+        measured = measure(arguments.build / "bin" / "kvern_quality", file, wanted, other, arguments.tokens)
         for method, result in measured.items():
             if arguments.only or "refused" in result:
                 print(f"quality: {method}: {result}", flush=True)
