@@ -53,7 +53,8 @@ void print_sessions(const json& sessions, std::ostream& out) {
         << bytes_text(session, "staging_used_bytes") << " of " << bytes_text(session, "staging_bytes") << ", "
         << text(session, "leases") << " leases, heard of " << static_cast<int>(session.value("silent_seconds", 0.0))
         << " s ago\n";
-    for (const auto& [name, value] : session.value("attributes", json::object()).items()) {
+    const json attributes = session.value("attributes", json::object());
+    for (const auto& [name, value] : attributes.items()) {
       out << "             " << name << " " << (value.is_string() ? value.get<std::string>() : value.dump()) << "\n";
     }
   }
