@@ -302,6 +302,14 @@ TEST(Merge, LayersOfDifferentShapeAreRefused) {
   EXPECT_EQ(measure_angles(wide, wide, angles, nullptr).code(), Code::kInvalid);
 }
 
+TEST(Merge, OptionsThatMakeNoSenseAreRefused) {
+  EXPECT_TRUE(Options{}.validate());
+  EXPECT_EQ((Options{.weight = 1.5F}).validate().code(), Code::kInvalid);
+  EXPECT_EQ((Options{.retain = -0.1}).validate().code(), Code::kInvalid);
+  EXPECT_TRUE(StreamingOptions{}.validate());
+  EXPECT_EQ((StreamingOptions{.block_tokens = 0}).validate().code(), Code::kInvalid);
+}
+
 TEST(Merge, StreamMergesWholeBlocksBeforeTheRecentTail) {
   const StreamingOptions options{.recent_tokens = 10, .block_tokens = 4};
   EXPECT_FALSE(next_block(options, 0, 13).has_value());
