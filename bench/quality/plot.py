@@ -41,33 +41,49 @@ def save(figure, axes, name: str) -> None:
     plt.close(figure)
 
 
+def colours(axis) -> None:
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+
+
 def evictions(results: dict) -> None:
     figure, axes = panels(results, "evictions")
     for axis, of_text in zip(axes, results.values()):
-        for index, name in enumerate(EVICTIONS):
-            style = "-" if index < 10 else "--"
-            axis.plot(*points(of_text, [f"{name}({share})" for share in SHARES]), style, marker=".", label=name)
+        colours(axis)
+        for name in EVICTIONS:
+            axis.plot(*points(of_text, [f"{name}({share})" for share in SHARES]), marker=".", label=name)
     save(figure, axes, "evictions")
 
 
 def chains(results: dict) -> None:
+    """Points with a letter each: chains do not form lines."""
     figure, axes = panels(results, "chains")
-    families = {"quantisers": ["fp8", "int8", "int4", "int3", "int2"]}
-    for name in CHAINS:
-        if "centroid" in name or "minicache" in name:
-            head, _, form = name.partition(" | ")
-            families.setdefault(f"{head.split('(')[0]} | {form or 'raw'}", []).append(name)
+    letters = {name: letter for name, letter in zip(CHAINS, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOP")}
+    for axis, of_text in zip(axes, results.values()):
+        axis.set_xlim(7, 110)
+        for name in CHAINS:
+            result = of_text.get(name, {})
+            if result.get("error", 0) > 0:
+                label = f"{letters[name]}  {name}"
+                axis.plot(100 * result["bytes"], result["error"], marker=f"${letters[name]}$", ls="", label=label)
+    save(figure, axes, "chains")
+
+
+def combinations(results: dict) -> None:
+    figure, axes = panels(results, "evictions with a quantiser")
+    families = {}
     for name in COMBINATIONS:
         head, _, form = name.partition(" | ")
         families.setdefault(f"{head.split('(')[0]} | {form}", []).append(name)
     for axis, of_text in zip(axes, results.values()):
-        for index, (family, names) in enumerate(families.items()):
-            axis.plot(*points(of_text, names), "-" if index < 10 else "--", marker=".", label=family)
+        colours(axis)
+        for family, names in families.items():
+            axis.plot(*points(of_text, names), "--" if family.endswith("int8") else "-", marker=".", label=family)
         axis.plot(*points(of_text, [f"snapkv({share})" for share in SHARES]), "k:", marker=".", label="snapkv | raw")
-    save(figure, axes, "chains")
+    save(figure, axes, "combinations")
 
 
 if __name__ == "__main__":
     loaded = json.loads(pathlib.Path(sys.argv[1]).read_text())
     evictions(loaded)
     chains(loaded)
+    combinations(loaded)
