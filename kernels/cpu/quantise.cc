@@ -10,6 +10,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/quantise.cc"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
+#include <hwy/cache_control.h>
 // clang-format on
 
 #include "kernels/cpu/pairs-inl.h"
@@ -631,7 +632,10 @@ bool encode_per_channel(const Form& form, const typename E::Raw* plane, std::byt
                               {scales + index, offsets == nullptr ? nullptr : offsets + index, inverses, biases});
         const Pair<D> inverse = load_pair(d, inverses);
         const Pair<D> bias = load_pair(d, biases);
+        // The group's rows are in the cache; those of the next one come while they are encoded.
+        const std::size_t ahead = std::size_t{std::min(form.group, form.tokens - first - count)} * parts.dim;
         for (std::uint32_t row = 0; row < count; ++row) {
+          hwy::Prefetch(rows + std::size_t{row} * parts.dim + ahead);
           encode_pair<E, kKind>(d, rows + std::size_t{row} * parts.dim, inverse, bias,
                                 parts.mutable_codes(first + row, channel));
         }
@@ -673,6 +677,7 @@ bool encode_per_token(const Form& form, const typename E::Raw* plane, std::byte*
     const std::size_t index = form.scale_index(first, 0);
     make_groups<E, kKind>(form, lows, highs, count * groups,
                           {scales + index, offsets == nullptr ? nullptr : offsets + index, inverses, biases});
+    const std::size_t ahead = std::size_t{std::min(kRows, form.tokens - first - count)} * parts.dim;
     for (std::uint32_t row = 0; row < count; ++row) {
       for (std::uint32_t group = 0; group < groups; ++group) {
         const std::uint32_t start = group * form.group;
@@ -681,6 +686,7 @@ bool encode_per_token(const Form& form, const typename E::Raw* plane, std::byte*
           const auto inverse = hn::Set(d, inverses[row * groups + group]);
           const auto bias = hn::Set(d, biases[row * groups + group]);
           for_each_block<2 * hn::MaxLanes(D())>(columns, [&](std::uint32_t column) HWY_ATTR {
+            hwy::Prefetch(rows + std::size_t{row} * parts.dim + start + column + ahead);
             encode_pair<E, kKind>(d, rows + std::size_t{row} * parts.dim + start + column, Pair<D>{inverse, inverse},
                                   Pair<D>{bias, bias}, parts.mutable_codes(first + row, start + column));
           });
