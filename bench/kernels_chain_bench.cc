@@ -31,13 +31,14 @@ constexpr ShardShape kShape = {DType::kBFloat16, 0, 4, 0, 4, 256, 128, 128};
 constexpr std::uint32_t kBlockTokens = 32;
 constexpr std::string_view kRotation = "style=neox,theta=500000,dim=128";
 
-ContainerInfo describe() {
+/// Chunks follow one another in a prompt.
+ContainerInfo describe(std::size_t chunk) {
   ContainerInfo info;
   info.shape = kShape;
   info.block_tokens = kBlockTokens;
   info.group_layers = kShape.layers;
   info.model_heads = kShape.heads;
-  info.position = 8192;
+  info.position = chunk * kShape.tokens;
   const std::vector<std::uint8_t> hash(32, 1);
   info.block_hashes.assign(kShape.tokens / kBlockTokens, BlockHash(std::span<const std::uint8_t>(hash)));
   info.key.last_block = info.block_hashes.back();
@@ -142,17 +143,16 @@ int main(int argc, char** argv) {
                                         chunk_of(output, chunk).data()));
                    },
                    {}});
-  const ContainerInfo info = describe();
   std::vector<std::unique_ptr<Scratch>> memory;
   for (const std::string& chain : chains) {
     const auto codec = value_of(make_codec(chain, kRotation));
-    const std::size_t room = (container_max_bytes(*codec, info) + 63) / 64 * 64;
+    const std::size_t room = (container_max_bytes(*codec, describe(0)) + 63) / 64 * 64;
     const Scratch& containers = *memory.emplace_back(std::make_unique<Scratch>(chunks * room));
     const auto container_of = [&containers, room](std::size_t chunk) {
       return containers.first((chunk + 1) * room).subspan(chunk * room);
     };
     const auto encode = [&, codec, container_of](std::size_t chunk) {
-      return value_of(encode_container(*codec, info, chunk_of(input, chunk), {}, container_of(chunk)));
+      return value_of(encode_container(*codec, describe(chunk), chunk_of(input, chunk), {}, container_of(chunk)));
     };
     std::size_t bytes = 0;
     for (std::size_t chunk = 0; chunk < chunks; ++chunk) bytes = encode(chunk);
