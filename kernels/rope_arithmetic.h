@@ -19,9 +19,10 @@ KVERN_HOST_DEVICE inline CosineSine cosine_sine(double angle) {
   constexpr double kPi1 = 1.57079632673412561417e+00;
   constexpr double kPi2 = 6.07710050630396597660e-11;
   constexpr double kPi3 = 2.02226624871116645580e-21;
-  // Adding and taking away 1.5 * 2^52 rounds to a whole number.
+  // Adding 1.5 * 2^52 leaves a whole number in the lowest bits; taking it away rounds to that.
   constexpr double kRounder = 6755399441055744.0;
-  const double quarters = (angle * kTwoOverPi + kRounder) - kRounder;
+  const double shifted = angle * kTwoOverPi + kRounder;
+  const double quarters = shifted - kRounder;
   const double x = ((angle - quarters * kPi1) - quarters * kPi2) - quarters * kPi3;
   const double z = x * x;
   const double sine = x + x * z *
@@ -37,7 +38,7 @@ KVERN_HOST_DEVICE inline CosineSine cosine_sine(double angle) {
                                   z * (2.48015872894767294178e-05 +
                                        z * (-2.75573143513906633035e-07 +
                                             z * (2.08757232129817482790e-09 + z * -1.13596475577881948265e-11)))));
-  const auto quadrant = static_cast<long long>(quarters) & 3;
+  const auto quadrant = std::bit_cast<std::uint64_t>(shifted) & 3U;
   const double c = (quadrant & 1) == 0 ? cosine : sine;
   const double s = (quadrant & 1) == 0 ? sine : cosine;
   return {static_cast<float>(quadrant == 1 || quadrant == 2 ? -c : c), static_cast<float>(quadrant >= 2 ? -s : s)};
