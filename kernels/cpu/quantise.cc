@@ -610,6 +610,36 @@ HWY_INLINE hn::VFromD<D> factor(D d, hn::VFromD<D> scale) {
   return scale;
 }
 
+// encode_pair() of count pairs that lie so many elements and bytes of codes apart, with nothing but registers in the
+// loop. Fetches what lies ahead of each.
+template <class E, Kind kKind, class D>
+HWY_INLINE void encode_run(D d, const typename E::Raw* from, std::size_t from_step, std::size_t ahead, Pair<D> inverse,
+                           Pair<D> bias, Codes to, std::size_t first_step, std::size_t second_step,
+                           std::uint32_t count) {
+  for (; count > 0; --count) {
+    hwy::Prefetch(from + ahead);
+    encode_pair<E, kKind>(d, from, inverse, bias, to);
+    from += from_step;
+    to.first += first_step;
+    to.second += second_step;
+  }
+}
+
+// decode_pair() of count pairs.
+template <class E, Kind kKind, class D>
+HWY_INLINE void decode_run(D d, ConstCodes from, std::size_t first_step, std::size_t second_step, Pair<D> scale,
+                           Pair<D> offset, typename E::Raw* to, std::size_t to_step, std::uint32_t count,
+                           NanCodes<D>& nans) {
+  NanCodes<D> seen = nans;
+  for (; count > 0; --count) {
+    decode_pair<E, kKind>(d, from, scale, offset, to, seen);
+    from.first += first_step;
+    from.second += second_step;
+    to += to_step;
+  }
+  nans = seen;
+}
+
 template <class E, Kind kKind>
 bool encode_per_channel(const Form& form, const typename E::Raw* plane, std::byte* section) {
   const Parts<kKind> parts(form, section);
@@ -632,13 +662,10 @@ bool encode_per_channel(const Form& form, const typename E::Raw* plane, std::byt
                               {scales + index, offsets == nullptr ? nullptr : offsets + index, inverses, biases});
         const Pair<D> inverse = load_pair(d, inverses);
         const Pair<D> bias = load_pair(d, biases);
-        // The group's rows are in the cache; those of the next one come while they are encoded.
+        // The group's rows are in the cache; those of the next one come while these are encoded.
         const std::size_t ahead = std::size_t{std::min(form.group, form.tokens - first - count)} * parts.dim;
-        for (std::uint32_t row = 0; row < count; ++row) {
-          hwy::Prefetch(rows + std::size_t{row} * parts.dim + ahead);
-          encode_pair<E, kKind>(d, rows + std::size_t{row} * parts.dim, inverse, bias,
-                                parts.mutable_codes(first + row, channel));
-        }
+        encode_run<E, kKind>(d, rows, parts.dim, ahead, inverse, bias, parts.mutable_codes(first, channel),
+                             first_bytes<kKind>(parts.dim), second_bytes<kKind>(parts.dim), count);
       });
       if (!finite) return;
     }
@@ -715,10 +742,9 @@ bool decode_per_channel(const Form& form, const std::byte* section, std::uint32_
         Pair<D> scale = load_pair(d, line_scales + channel);
         scale = {factor<kKind>(d, scale.even), factor<kKind>(d, scale.odd)};
         const Pair<D> offset = load_pair(d, line_offsets + channel);
-        for (std::uint32_t row = token; row < last; ++row) {
-          decode_pair<E, kKind>(d, parts.codes(row, channel), scale, offset,
-                                rows + std::size_t{row - begin} * parts.dim + channel, nans);
-        }
+        decode_run<E, kKind>(d, parts.codes(token, channel), first_bytes<kKind>(parts.dim),
+                             second_bytes<kKind>(parts.dim), scale, offset,
+                             rows + std::size_t{token - begin} * parts.dim + channel, parts.dim, last - token, nans);
       });
       token = last;
     }
