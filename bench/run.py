@@ -91,9 +91,10 @@ def rivals() -> dict:
 
 
 def run_lines(command: list[str]) -> dict:
-    """Of a program that prints lines of a key and a number."""
+    """Of a program that prints lines of a key and a number, and comments."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {key: float(value) for key, value in (line.split() for line in done.stdout.splitlines())}
+    lines = [line.split() for line in done.stdout.splitlines() if not line.startswith("#")]
+    return {key: float(value) for key, value in lines}
 
 
 def kernels() -> dict:

@@ -23,7 +23,7 @@ HEADS, QUERY_HEADS, DIM = 8, 32, 128
 GROUP = QUERY_HEADS // HEADS
 TOKENS, LONG = 4096, 32768
 WINDOW = 32
-KEEP = 1024
+KEEP = 2048
 CHUNK = 64
 WORKING_SET = 128 << 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -134,13 +134,19 @@ def restore_minicache(e, nx, ny):
     return e * nx, e * ny
 
 
-def match_centroid(k, v):
-    """Within chunks of 64: even entries find their most similar odd one, the best half is averaged into it."""
-    keys, values = k.unflatten(1, (-1, CHUNK)).flatten(0, 1), v.unflatten(1, (-1, CHUNK)).flatten(0, 1)
-    unit = F.normalize(keys, dim=-1)
+def match_centroid(k):
+    """Within chunks of 64: even entries find their most similar odd one; the best half of the pairs counts."""
+    unit = F.normalize(k.unflatten(1, (-1, CHUNK)).flatten(0, 1), dim=-1)
     best, target = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
     edges = best.topk(CHUNK // 4, -1).indices
-    into = target.gather(1, edges).unsqueeze(-1).expand(-1, -1, DIM)
+    return edges, target.gather(1, edges)
+
+
+def cluster_centroid(k, v):
+    """The same, and each pair becomes its mean."""
+    edges, into = match_centroid(k)
+    into = into.unsqueeze(-1).expand(-1, -1, DIM)
+    keys, values = k.unflatten(1, (-1, CHUNK)).flatten(0, 1), v.unflatten(1, (-1, CHUNK)).flatten(0, 1)
     counts = torch.ones(into.shape[0], CHUNK // 2, 1, dtype=keys.dtype)
     counts.scatter_add_(1, into[..., :1], torch.ones_like(into[..., :1], dtype=keys.dtype))
     merged = []
@@ -225,7 +231,10 @@ def steps():
         "decode_fp8": decoding(fp8, fp8, int8_decode),
         "merge_minicache": Step(merged, TOKENS),
         "restore_minicache": Step(restoring, TOKENS),
-        "match_centroid": Step(lambda dtype, seed: (match_centroid, merged(dtype, seed)[1]), TOKENS, compiled=False),
+        "match_centroid": Step(
+            lambda dtype, seed: (match_centroid, (rows(HEADS, TOKENS, dtype, seed),)), TOKENS, parts=1
+        ),
+        "cluster_centroid": Step(lambda dtype, seed: (cluster_centroid, merged(dtype, seed)[1]), TOKENS, compiled=False),
         "select_gather": Step(selecting, TOKENS, compiled=False),
         "attend_full": Step(attending(LONG), LONG, compiled=False),
         "attend_1_32": Step(attending(LONG // 32), LONG // 32, compiled=False),
