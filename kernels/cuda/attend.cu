@@ -317,7 +317,8 @@ __global__ void attend_pieces(const __grid_constant__ Segments segments, Shared 
 }
 
 /// One block per query and KV head: its pieces in order.
-__global__ void combine_pieces(const __grid_constant__ FirstPieces first, Shared shared, std::uint32_t first_head, float* output, float* lse) {
+__global__ void combine_pieces(const __grid_constant__ FirstPieces first, Shared shared, std::uint32_t first_head,
+                               float* output, float* lse) {
   const std::uint32_t query = blockIdx.x;
   const std::uint32_t begin = first.of[blockIdx.y];
   const std::uint32_t end = first.of[blockIdx.y + 1];
