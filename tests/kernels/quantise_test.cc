@@ -558,6 +558,36 @@ TEST(QuantisedContainer, SurvivesAnyDamageToAPayload) {
   }
 }
 
+/// Finite bf16 values by a rule that no library can change.
+Bytes ruled_canonical(const ShardShape& shape) {
+  Bytes bytes(shape.raw_bytes());
+  std::uint64_t state = 20;
+  for (std::size_t i = 0; i < bytes.size() / 2; ++i) {
+    state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+    const auto bits = static_cast<std::uint16_t>(state >> 48);
+    // Exponents of 2^-3 to 2^4, so that codes of every size occur.
+    const auto value = static_cast<std::uint16_t>((bits & 0x807FU) | ((124U + (bits >> 7 & 7U)) << 7));
+    std::memcpy(bytes.data() + 2 * i, &value, sizeof value);
+  }
+  return bytes;
+}
+
+TEST(QuantisedContainer, HoldsTheBytesOfVersionOneForEver) {
+  const ShardShape shape = sample_shape(DType::kBFloat16, 12, 32, 16, 2, 2);
+  const std::vector<std::pair<std::string, std::uint64_t>> stored = {
+      {"fp8", 0xa27baf0362b56d3dU},
+      {"int4", 0x1c19c73768bdb856U},
+      {"int4(scheme=symmetric)", 0xd8c830233d578b76U},
+      {"int3", 0x5f86386e54beccafU},
+      {"int2", 0xe75ed6aa4cfcadadU},
+      {"int8r", 0xf76985b64676b025U},
+      {"int8r(group=32,scheme=symmetric)", 0xb74f581eb2e81dc4U}};
+  for (const auto& [spec, checksum] : stored) {
+    const Bytes container = encode_sample(*codec_of(spec), sample_info(shape, 4), ruled_canonical(shape));
+    EXPECT_EQ(checksum64(as_uint8(container)), checksum) << spec;
+  }
+}
+
 TEST(QuantisedContainer, TakesWhatTheFormSays) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 256, 128, 128, 4, 8);
   const Bytes canonical = sample_canonical(shape, 1);
