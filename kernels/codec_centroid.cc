@@ -148,12 +148,12 @@ class CentroidCodec final : public Codec {
     for (std::uint32_t token = tokens.begin; token < tokens.end; ++token) {
       numbers[token - tokens.begin] = packing.get(payload.data() + sizeof header, token);
     }
-    const auto [least, most] = std::ranges::minmax(numbers);
-    if (most >= header.entries) return {Code::kCorrupt, "a token of a centroid section belongs to no entry"};
+    const auto entries = std::ranges::minmax(numbers);
+    if (entries.max >= header.entries) return {Code::kCorrupt, "a token of a centroid section belongs to no entry"};
     const auto emit = [&](Part part, std::span<const std::byte> encoded) {
       PlaneShape plane = plane_of(shape, part);
       plane.tokens = header.entries;
-      return restore(plane, encoded, {least, most + 1}, extent, numbers, tokens, sink);
+      return restore(plane, encoded, {entries.min, entries.max + 1}, extent, numbers, tokens, sink);
     };
     if (Status status = emit(Part::kKey, payload.subspan(at, header.key_bytes)); !status) return status;
     if (shape.value_dim == 0) return Status::ok();
