@@ -14,7 +14,9 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_COMP
   exit 1
 }
 ninja -C "$build" kvern_fuzzers
-mkdir -p "$build/crashes"
+seeds=$build/seeds
+mkdir -p "$build/crashes" "$seeds"
+cp tests/golden/container_*.bin "$seeds"
 count=0
 for fuzzer in "$build"/tests/fuzz/*_fuzz; do
   [[ -x $fuzzer && -f $fuzzer ]] || continue
@@ -23,7 +25,7 @@ for fuzzer in "$build"/tests/fuzz/*_fuzz; do
   mkdir -p "$corpus"
   log=$build/$name.log
   if ! "$fuzzer" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -artifact_prefix="$build/crashes/$name-" \
-    -print_final_stats=1 "$corpus" tests/golden >"$log" 2>&1; then
+    -print_final_stats=1 "$corpus" "$seeds" >"$log" 2>&1; then
     tail -n 40 "$log"
     echo "fuzz: $name failed; input in $build/crashes, log in $log" >&2
     exit 1
