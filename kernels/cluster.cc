@@ -76,7 +76,7 @@ std::uint32_t match_piece(const Source& source, const Piece& piece, float min_si
   if (merges < candidates) std::nth_element(ranks, ranks + merges, ranks + candidates, std::greater<>());
   for (std::uint32_t i = 0; i < merges; ++i) {
     const std::uint32_t a = ~static_cast<std::uint32_t>(ranks[i]);
-    into[2 * a] = 2 * scratch.partners[a].target + 1;
+    into[std::size_t{2} * a] = 2 * scratch.partners[a].target + 1;
   }
   return piece.count - merges;
 }

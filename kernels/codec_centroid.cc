@@ -113,14 +113,14 @@ class CentroidCodec final : public Codec {
     for (std::size_t token = 0; token < head.assignment.size(); ++token) {
       packing.put(out.data() + sizeof(Header), token, head.assignment[token]);
     }
-    const auto key_bytes = encode_entries(key, head.keys, head.entries, out.subspan(at));
+    auto key_bytes = encode_entries(key, head.keys, head.entries, out.subspan(at));
     if (!key_bytes) return key_bytes;
     const Header header{head.entries, 0, *key_bytes};
     std::memcpy(out.data(), &header, sizeof header);
     if (value.dim == 0) return at + *key_bytes;
     const std::size_t values_at = at + aligned(*key_bytes);
     std::memset(out.data() + at + *key_bytes, 0, values_at - at - *key_bytes);
-    const auto value_bytes = encode_entries(value, head.values, head.entries, out.subspan(values_at));
+    auto value_bytes = encode_entries(value, head.values, head.entries, out.subspan(values_at));
     if (!value_bytes) return value_bytes;
     return values_at + *value_bytes;
   }

@@ -269,7 +269,7 @@ class MinicacheCodec final : public Codec {
   std::size_t pair_max_bytes(const PlaneShape& plane) const {
     const std::size_t retained = most_retained(plane);
     const std::size_t merged = kHeaderBytes + retained * (sizeof(std::uint32_t) + 2 * plane.row_bytes()) +
-                               2 * plane.tokens * dtype_bytes(plane.dtype);
+                               std::size_t{2} * plane.tokens * dtype_bytes(plane.dtype);
     return std::max(aligned(merged) + form_->max_bytes(plane), kHeaderBytes + 2 * aligned(form_->max_bytes(plane)));
   }
 
@@ -301,7 +301,7 @@ class MinicacheCodec final : public Codec {
     std::size_t end = at;
     for (std::size_t head = 0; head < extent.heads; ++head) {
       std::memset(out.data() + end, 0, at - end);
-      const auto bytes =
+      auto bytes =
           encode_pair(plane, exact_dtype(plane, extent), turned_bytes.subspan(head * plane.bytes(), plane.bytes()),
                       planes.subspan(layer + head * plane.bytes(), plane.bytes()), out.subspan(at));
       if (!bytes) return bytes;
@@ -392,13 +392,13 @@ class MinicacheCodec final : public Codec {
   Result<std::size_t> encode_apart(const PlaneShape& plane, std::span<const std::byte> x, std::span<const std::byte> y,
                                    std::span<std::byte> out) const {
     std::fill_n(out.begin(), kHeaderBytes, std::byte{0});
-    const auto x_bytes = form_->encode(plane, x, out.subspan(kHeaderBytes));
+    auto x_bytes = form_->encode(plane, x, out.subspan(kHeaderBytes));
     if (!x_bytes) return x_bytes;
     const Header header{Kind::kApart, 0, *x_bytes};
     std::memcpy(out.data(), &header, sizeof header);
     const std::size_t second = kHeaderBytes + aligned(*x_bytes);
     std::memset(out.data() + kHeaderBytes + *x_bytes, 0, second - kHeaderBytes - *x_bytes);
-    const auto y_bytes = form_->encode(plane, y, out.subspan(second));
+    auto y_bytes = form_->encode(plane, y, out.subspan(second));
     if (!y_bytes) return y_bytes;
     return second + *y_bytes;
   }
@@ -462,7 +462,7 @@ class MinicacheCodec final : public Codec {
       PlaneShape left = plane;
       left.tokens = shared;
       const std::span<std::byte> payload = out.subspan(layout.directions_at());
-      const auto bytes = form_->encode(left, {directions, left.bytes()}, payload);
+      auto bytes = form_->encode(left, {directions, left.bytes()}, payload);
       if (!bytes) return bytes;
       header.first_bytes = *bytes;
       if (Status status = form_->decode(left, payload.first(*bytes), {0, shared}, directions); !status) {
@@ -555,7 +555,7 @@ class MinicacheCodec final : public Codec {
       const std::uint32_t end =
           next_retained < retained.size() ? std::min(retained[next_retained], tokens.end) : tokens.end;
       if (token == end) {
-        convert(exact, kept + next_retained * plane.dim * dtype_bytes(exact), plane.dtype, plane.dim, out);
+        convert(exact, kept + std::size_t{next_retained} * plane.dim * dtype_bytes(exact), plane.dtype, plane.dim, out);
         ++next_retained;
         ++token;
         out += row;

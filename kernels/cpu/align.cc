@@ -33,7 +33,7 @@ HWY_INLINE void multiply_some(const float* HWY_RESTRICT rows, const float* HWY_R
   }
   for (std::uint32_t i = 0; i < n; ++i) {
     for (std::uint32_t part = 0; part < kParts; ++part) {
-      const auto factor = hn::LoadU(D(), matrix + std::size_t{i} * n + column + part * kLanes);
+      const auto factor = hn::LoadU(D(), matrix + std::size_t{i} * n + column + std::size_t{part} * kLanes);
       for (std::uint32_t row = 0; row < kCount; ++row) {
         const auto value = hn::Set(D(), rows[std::size_t{row} * n + i]);
         sums[row][part] = hn::Add(sums[row][part], hn::Mul(value, factor));
@@ -42,7 +42,7 @@ HWY_INLINE void multiply_some(const float* HWY_RESTRICT rows, const float* HWY_R
   }
   for (std::uint32_t row = 0; row < kCount; ++row) {
     for (std::uint32_t part = 0; part < kParts; ++part) {
-      hn::StoreU(sums[row][part], D(), out + std::size_t{row} * n + column + part * kLanes);
+      hn::StoreU(sums[row][part], D(), out + std::size_t{row} * n + column + std::size_t{part} * kLanes);
     }
   }
 }

@@ -91,12 +91,12 @@ HWY_INLINE void add_columns(const typename E::Raw* const* HWY_RESTRICT rows, std
   VF sum[kCount][kVectors];
   for (std::uint32_t query = 0; query < kCount; ++query) {
     for (std::uint32_t i = 0; i < kVectors; ++i) {
-      sum[query][i] = hn::LoadU(DF(), sums + std::size_t{query} * dim + column + i * kLanes);
+      sum[query][i] = hn::LoadU(DF(), sums + std::size_t{query} * dim + column + std::size_t{i} * kLanes);
     }
   }
   for (std::uint32_t token = 0; token < tokens; ++token) {
     VF values[kVectors];
-    for (std::uint32_t i = 0; i < kVectors; ++i) values[i] = E::load(rows[token] + column + i * kLanes);
+    for (std::uint32_t i = 0; i < kVectors; ++i) values[i] = E::load(rows[token] + column + std::size_t{i} * kLanes);
     for (std::uint32_t query = 0; query < kCount; ++query) {
       const VF weight = hn::Set(DF(), weights[std::size_t{query} * kTile + token]);
       for (std::uint32_t i = 0; i < kVectors; ++i) sum[query][i] = hn::MulAdd(values[i], weight, sum[query][i]);
@@ -104,7 +104,7 @@ HWY_INLINE void add_columns(const typename E::Raw* const* HWY_RESTRICT rows, std
   }
   for (std::uint32_t query = 0; query < kCount; ++query) {
     for (std::uint32_t i = 0; i < kVectors; ++i) {
-      hn::StoreU(sum[query][i], DF(), sums + std::size_t{query} * dim + column + i * kLanes);
+      hn::StoreU(sum[query][i], DF(), sums + std::size_t{query} * dim + column + std::size_t{i} * kLanes);
     }
   }
 }
