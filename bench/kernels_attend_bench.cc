@@ -3,9 +3,7 @@
 // One layer of 32 query and 8 KV heads, dim 128, bf16, one query. Prints "kernels.attend_full.ms", ".gb_per_s" (of K
 // and V as they lie in memory), ".over_memcpy" and ".over_read" (reading K and V once, as the checksum does), the same
 // for a cache of 1/32 of the tokens ("attend_1_32") and for one of int8 ("attend_int8", in raw bytes), and
-// "kernels.attend_1_32.speedup". Medians over rounds in which all take turns.
-
-#include <time.h>
+// "kernels.attend_1_32.speedup". Medians over rounds in which all take turns, after one that warms up.
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -17,18 +15,16 @@
 #include <string>
 #include <vector>
 
+#include "bench/steps.h"
 #include "kernels/attend.h"
+#include "kernels/chain.h"
 #include "kernels/checksum.h"
-#include "kernels/codec_step.h"
 #include "kernels/element.h"
-
-namespace kvern {
-MakeForm make_int8_form;
-}
 
 namespace {
 
 using namespace kvern;
+using namespace kvern::bench;
 
 constexpr std::uint32_t kQueryHeads = 32;
 constexpr std::uint32_t kHeads = 8;
@@ -36,22 +32,6 @@ constexpr std::uint32_t kDim = 128;
 constexpr std::uint32_t kFraction = 32;
 /// Small caches are attended to in turn, so that none is found in the processor's cache.
 constexpr std::uint32_t kCopies = kFraction;
-
-/// Time that this thread ran: what others do on the machine's cores does not count.
-double cpu_seconds() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-void check(const Status& status) {
-  if (!status) throw std::runtime_error(status.to_string());
-}
 
 /// A call of attend() with all that it needs.
 class Attention {
@@ -79,19 +59,11 @@ struct Encoded {
   Encoded(const PlaneForm& form, const PlaneShape& shape, const std::byte* rows) : bytes(form.max_bytes(shape) + 64) {
     const std::size_t offset = (64 - reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) % 64;
     const auto out = std::span(bytes).subspan(offset, form.max_bytes(shape));
-    const auto size = form.encode(shape, {rows, shape.bytes()}, out);
-    if (!size) throw std::runtime_error(size.error().to_string());
-    reader = std::make_unique<PlaneReader>(form, shape, out.first(*size));
+    const std::size_t size = value_of(form.encode(shape, {rows, shape.bytes()}, out));
+    reader = std::make_unique<PlaneReader>(form, shape, out.first(size));
   }
   std::vector<std::byte> bytes;
   std::unique_ptr<PlaneReader> reader;
-};
-
-struct Step {
-  const char* name;
-  std::function<void()> run;
-  double raw_bytes;
-  std::vector<double> seconds;
 };
 
 }  // namespace
@@ -134,7 +106,7 @@ int main(int argc, char** argv) {
   for (std::uint32_t i = 0; i < kCopies; ++i) {
     small.push_back(std::make_unique<Attention>(queries, part(i * (tokens / kFraction), tokens / kFraction)));
   }
-  const auto form = make_int8_form({"int8", {}}).value();
+  const auto form = value_of(parse_chain("int8")).form;
   std::vector<Encoded> encoded;
   std::vector<std::vector<AttendSegment>> of_int8;
   for (std::uint32_t head = 0; head < kHeads; ++head) {
@@ -147,54 +119,29 @@ int main(int argc, char** argv) {
   }
   Attention int8(queries, of_int8);
 
-  const auto raw = static_cast<double>(2 * plane);
-  std::vector<Step> steps = {{"memcpy",
-                              [&] {
-                                std::memcpy(copies.data(), keys.data(), plane);
-                                std::memcpy(copies.data() + plane, values.data(), plane);
-                              },
-                              raw,
-                              {}},
-                             {"read",
-                              [&] {
-                                for (const auto* rows : {&keys, &values}) {
-                                  if (fast_checksum64(rows->data(), plane) == 0) throw std::runtime_error("unlikely");
-                                }
-                              },
-                              raw,
-                              {}},
-                             {"attend_full", [&] { full.run(); }, raw, {}},
-                             {"attend_1_32",
-                              [&] {
-                                for (const auto& one : small) one->run();
-                              },
-                              raw,
-                              {}},
-                             {"attend_int8", [&] { int8.run(); }, raw, {}}};
-  for (int round = 0; round < rounds; ++round) {
-    for (Step& step : steps) {
-      const double start = cpu_seconds();
-      step.run();
-      step.seconds.push_back(cpu_seconds() - start);
-    }
-  }
-  std::vector<double> speedups;
-  for (int i = 0; i < rounds; ++i) {
-    const auto at = static_cast<std::size_t>(i);
-    speedups.push_back(steps[2].seconds[at] / (steps[3].seconds[at] / kCopies));
-  }
+  const std::size_t raw = 2 * plane;
+  std::vector<Step> steps;
+  steps.push_back({"memcpy", raw, [&] {
+                     std::memcpy(copies.data(), keys.data(), plane);
+                     std::memcpy(copies.data() + plane, values.data(), plane);
+                   }});
+  steps.push_back({"read", raw, [&] {
+                     for (const auto* rows : {&keys, &values}) {
+                       if (fast_checksum64(rows->data(), plane) == 0) throw std::runtime_error("unlikely");
+                     }
+                   }});
+  steps.push_back({"attend_full", raw, [&] { full.run(); }});
+  steps.push_back({"attend_1_32", raw, [&] {
+                     for (const auto& one : small) one->run();
+                   }});
+  steps.push_back({"attend_int8", raw, [&] { int8.run(); }});
+  take_turns(steps, rounds, kThreadTime);
   for (const Step& step : std::span(steps).subspan(2)) {
-    const auto over = [&](const Step& other) {
-      std::vector<double> ratios;
-      for (std::size_t i = 0; i < step.seconds.size(); ++i) ratios.push_back(other.seconds[i] / step.seconds[i]);
-      return median(ratios);
-    };
-    const double seconds = median(step.seconds) / (std::string_view(step.name) == "attend_1_32" ? kCopies : 1);
-    std::printf("kernels.%s.ms %.4f\n", step.name, seconds * 1e3);
-    std::printf("kernels.%s.gb_per_s %.2f\n", step.name, step.raw_bytes / median(step.seconds) / 1e9);
-    std::printf("kernels.%s.over_memcpy %.3f\n", step.name, over(steps[0]));
-    std::printf("kernels.%s.over_read %.3f\n", step.name, over(steps[1]));
+    print_ms(step, step.name == "attend_1_32" ? kCopies : 1);
+    print_rates(step, steps[0]);
+    std::printf("kernels.%s.over_read %.3f\n", step.name.c_str(), over(step, steps[1]));
   }
-  std::printf("kernels.attend_1_32.speedup %.2f\n", median(speedups));
+  // Both steps stand for the whole cache; one small cache is a kCopies-th of its step.
+  std::printf("kernels.attend_1_32.speedup %.2f\n", over(steps[3], steps[2]) * kCopies);
   return 0;
 }

@@ -4,9 +4,6 @@
 // rounds in which all steps take turns, so that noise of the machine meets all of them. Buffers are cycled through, so
 // that no step finds its input in a cache.
 
-#include <sys/mman.h>
-#include <time.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
@@ -18,38 +15,22 @@
 #include <vector>
 
 #include "base/keys.h"
+#include "bench/steps.h"
 #include "kernels/checksum.h"
 #include "kernels/container.h"
 #include "kernels/copy.h"
 #include "kernels/int8_arithmetic.h"
+#include "kernels/scratch.h"
 #include "kernels/transpose.h"
 
 namespace {
 
 using namespace kvern;
+using namespace kvern::bench;
 
 /// A chunk as a small model has it: 2 MiB of bf16 canonical bytes.
 constexpr ShardShape kShape = {DType::kBFloat16, 0, 8, 0, 4, 256, 64, 64};
 constexpr std::uint32_t kBlockTokens = 32;
-
-class Buffer {
- public:
-  explicit Buffer(std::size_t bytes) : bytes_(bytes) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::runtime_error("no memory for the working set; use a smaller --gib");
-    data_ = static_cast<std::byte*>(memory);
-    std::memset(data_, 1, bytes);
-  }
-  ~Buffer() { munmap(data_, bytes_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  std::byte* data() const { return data_; }
-  std::size_t size() const { return bytes_; }
-
- private:
-  std::byte* data_;
-  std::size_t bytes_;
-};
 
 /// Transposes a page in the cache and streams it out, as connector/ does.
 void stream_transposed(std::byte* page, const std::byte* rows, std::size_t dim, std::size_t element) {
@@ -93,24 +74,6 @@ ContainerInfo chunk_info() {
   return info;
 }
 
-struct Step {
-  std::string name;
-  std::function<void(std::size_t chunk)> run;
-  std::vector<double> seconds;
-};
-
-/// Time that this thread ran: what others do on the machine's cores does not count.
-double cpu_seconds() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -128,22 +91,22 @@ int main(int argc, char** argv) {
   const auto int8 = make_codec("int8").value();
   const std::size_t stride = (container_max_bytes(*raw, info) + 4095) / 4096 * 4096;
 
-  Buffer input(chunks * stride);
-  Buffer output(chunks * stride);
-  Buffer raw_containers(chunks * stride);
-  Buffer int8_containers(chunks * stride);
+  const Scratch input(chunks * stride);
+  const Scratch output(chunks * stride);
+  const Scratch raw_containers(chunks * stride);
+  const Scratch int8_containers(chunks * stride);
+  std::memset(output.data(), 1, chunks * stride);
   std::vector<std::vector<std::uint64_t>> checksums(chunks);
   std::mt19937 generator(1);
   std::normal_distribution<float> normal;
   std::vector<std::uint16_t> pattern(raw_bytes / 2);
   for (auto& element : pattern) element = to_bfloat16(normal(generator));
-  const auto chunk_of = [&](const Buffer& buffer, std::size_t chunk) {
+  const auto chunk_of = [&](const Scratch& buffer, std::size_t chunk) {
     return std::span<std::byte>(buffer.data() + chunk * stride, stride);
   };
-  const auto encode = [&](const Codec& codec, std::size_t chunk, const Buffer& to) {
-    const auto size =
-        encode_container(codec, info, chunk_of(input, chunk).first(raw_bytes), checksums[chunk], chunk_of(to, chunk));
-    if (!size) throw std::runtime_error(size.error().to_string());
+  const auto encode = [&](const Codec& codec, std::size_t chunk, const Scratch& to) {
+    value_of(
+        encode_container(codec, info, chunk_of(input, chunk).first(raw_bytes), checksums[chunk], chunk_of(to, chunk)));
   };
   for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
     std::byte* bytes = chunk_of(input, chunk).data();
@@ -160,12 +123,10 @@ int main(int argc, char** argv) {
     encode(*int8, chunk, int8_containers);
   }
 
-  const auto decode = [&](const Buffer& containers, std::size_t chunk, bool transposed) {
+  const auto decode = [&](const Scratch& containers, std::size_t chunk, bool transposed) {
     PageSink sink(chunk_of(output, chunk).data(), transposed);
-    const auto reader = ContainerReader::parse(chunk_of(containers, chunk));
-    const Status status =
-        reader ? reader->decode(0, kShape.layers, 0, kShape.heads, {0, kShape.tokens}, sink) : reader.error();
-    if (!status) throw std::runtime_error(status.to_string());
+    const auto reader = value_of(ContainerReader::parse(chunk_of(containers, chunk)));
+    check(reader.decode(0, kShape.layers, 0, kShape.heads, {0, kShape.tokens}, sink));
     stream_fence();
   };
   const auto transpose_pages = [&](std::size_t chunk, std::size_t element) {
@@ -177,7 +138,7 @@ int main(int argc, char** argv) {
   };
   std::vector<Step> steps;
   const auto add = [&](const char* name, std::function<void(std::size_t)> run) {
-    steps.push_back({name, std::move(run), {}});
+    steps.push_back({name, chunks * raw_bytes, over_chunks(chunks, std::move(run))});
   };
   add("memcpy", [&](std::size_t chunk) {
     std::memcpy(chunk_of(output, chunk).data(), chunk_of(input, chunk).data(), raw_bytes);
@@ -200,21 +161,7 @@ int main(int argc, char** argv) {
   add("transpose_2_bytes", [&](std::size_t chunk) { transpose_pages(chunk, 2); });
   add("transpose_4_bytes", [&](std::size_t chunk) { transpose_pages(chunk, 4); });
 
-  for (int round = 0; round < rounds; ++round) {
-    for (Step& step : steps) {
-      const double start = cpu_seconds();
-      for (std::size_t chunk = 0; chunk < chunks; ++chunk) step.run(chunk);
-      step.seconds.push_back(cpu_seconds() - start);
-    }
-  }
-  for (const Step& step : steps) {
-    std::vector<double> ratios;
-    for (std::size_t i = 0; i < step.seconds.size(); ++i) {
-      ratios.push_back(steps.front().seconds[i] / step.seconds[i]);
-    }
-    const double bytes = static_cast<double>(chunks * raw_bytes);
-    std::printf("kernels.%s.gb_per_s %.2f\n", step.name.c_str(), bytes / median(step.seconds) / 1e9);
-    std::printf("kernels.%s.over_memcpy %.3f\n", step.name.c_str(), median(ratios));
-  }
+  take_turns(steps, rounds, kThreadTime);
+  for (const Step& step : steps) print_rates(step, steps.front());
   return 0;
 }

@@ -5,8 +5,6 @@
 // bytes: medians over rounds in which all take turns, in processor time of the thread. The numbers are normal, so that
 // zstd finds what exponents give and no more.
 
-#include <time.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
@@ -17,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/steps.h"
 #include "kernels/container.h"
 #include "kernels/element.h"
 #include "kernels/rope.h"
@@ -25,6 +24,7 @@
 namespace {
 
 using namespace kvern;
+using namespace kvern::bench;
 
 /// A chunk as a small model has it: 2 MiB of bf16 canonical bytes.
 constexpr ShardShape kShape = {DType::kBFloat16, 0, 4, 0, 4, 256, 128, 128};
@@ -58,33 +58,6 @@ class PageSink final : public RowSink {
  private:
   std::byte* pages_;
 };
-
-struct Step {
-  std::string name;
-  std::function<void(std::size_t chunk)> run;
-  std::vector<double> seconds;
-};
-
-double cpu_seconds() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-template <typename T>
-T value_of(Result<T> result) {
-  if (!result) throw std::runtime_error(result.error().to_string());
-  return std::move(*result);
-}
-
-void check(const Status& status) {
-  if (!status) throw std::runtime_error(status.to_string());
-}
 
 /// "unrotate | int8" as part of a step's name.
 std::string plain(std::string spec) {
@@ -125,24 +98,22 @@ int main(int argc, char** argv) {
   };
 
   std::vector<Step> steps;
-  steps.push_back({"memcpy",
-                   [&](std::size_t chunk) {
-                     std::memcpy(chunk_of(output, chunk).data(), chunk_of(input, chunk).data(), raw_bytes);
-                   },
-                   {}});
+  const auto add = [&](std::string name, std::function<void(std::size_t)> run) {
+    steps.push_back({std::move(name), chunks * raw_bytes, over_chunks(chunks, std::move(run))});
+  };
+  add("memcpy", [&](std::size_t chunk) {
+    std::memcpy(chunk_of(output, chunk).data(), chunk_of(input, chunk).data(), raw_bytes);
+  });
   const auto rotation =
       value_of(rope::Parameters::from(value_of(CodecStep::parse("unrotate(" + std::string(kRotation) + ")"))));
   const std::int64_t shift[] = {-1000};
   const rope::Turns turns = rope::Turns::at(rotation.inverse_frequencies(), shift);
-  steps.push_back({"rotate",
-                   [&](std::size_t chunk) {
-                     const auto tokens = static_cast<std::uint32_t>(raw_bytes / kShape.row_bytes(Part::kKey));
-                     const auto rows =
-                         HeadRows::contiguous(chunk_of(input, chunk).data(), kShape.dtype, 1, tokens, kShape.key_dim);
-                     check(rope::rotate(rows, turns, rotation.style, rope::Direction::kForward, kShape.dtype,
-                                        chunk_of(output, chunk).data()));
-                   },
-                   {}});
+  add("rotate", [&](std::size_t chunk) {
+    const auto tokens = static_cast<std::uint32_t>(raw_bytes / kShape.row_bytes(Part::kKey));
+    const auto rows = HeadRows::contiguous(chunk_of(input, chunk).data(), kShape.dtype, 1, tokens, kShape.key_dim);
+    check(rope::rotate(rows, turns, rotation.style, rope::Direction::kForward, kShape.dtype,
+                       chunk_of(output, chunk).data()));
+  });
   std::vector<std::unique_ptr<Scratch>> memory;
   for (const std::string& chain : chains) {
     const auto codec = value_of(make_codec(chain, kRotation));
@@ -158,30 +129,17 @@ int main(int argc, char** argv) {
     for (std::size_t chunk = 0; chunk < chunks; ++chunk) bytes = encode(chunk);
     std::printf("kernels.%s.bytes %.3f\n", plain(chain).c_str(),
                 static_cast<double>(bytes) / static_cast<double>(raw_bytes));
-    steps.push_back({"encode_" + plain(chain), encode, {}});
-    steps.push_back({"decode_" + plain(chain),
-                     [&, container_of](std::size_t chunk) {
-                       const auto reader = value_of(ContainerReader::parse(container_of(chunk)));
-                       PageSink sink(chunk_of(output, chunk).data());
-                       check(reader.decode(0, kShape.layers, 0, kShape.heads, {0, kShape.tokens}, sink));
-                     },
-                     {}});
+    add("encode_" + plain(chain), encode);
+    add("decode_" + plain(chain), [&, container_of](std::size_t chunk) {
+      const auto reader = value_of(ContainerReader::parse(container_of(chunk)));
+      PageSink sink(chunk_of(output, chunk).data());
+      check(reader.decode(0, kShape.layers, 0, kShape.heads, {0, kShape.tokens}, sink));
+    });
   }
 
-  for (int round = 0; round < rounds; ++round) {
-    for (Step& step : steps) {
-      const double start = cpu_seconds();
-      for (std::size_t chunk = 0; chunk < chunks; ++chunk) step.run(chunk);
-      step.seconds.push_back(cpu_seconds() - start);
-    }
-  }
+  take_turns(steps, rounds, kThreadTime);
   for (const Step& step : steps) {
-    if (step.name == "memcpy") continue;  // kernels_bench prints that
-    std::vector<double> ratios;
-    for (std::size_t i = 0; i < step.seconds.size(); ++i) ratios.push_back(steps.front().seconds[i] / step.seconds[i]);
-    const double bytes = static_cast<double>(chunks * raw_bytes);
-    std::printf("kernels.%s.gb_per_s %.2f\n", step.name.c_str(), bytes / median(step.seconds) / 1e9);
-    std::printf("kernels.%s.over_memcpy %.3f\n", step.name.c_str(), median(ratios));
+    if (step.name != "memcpy") print_rates(step, steps.front());  // kernels_bench prints that
   }
   return 0;
 }

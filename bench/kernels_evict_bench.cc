@@ -5,8 +5,6 @@
 // ".gb_per_s" (of K; of K and V for select_gather; as they lie in memory) and ".over_memcpy". Medians over rounds in
 // which all take turns: processor time of one thread, or, with more, time by the clock.
 
-#include <time.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
@@ -19,6 +17,7 @@
 #include <vector>
 
 #include "base/executor.h"
+#include "bench/steps.h"
 #include "kernels/element.h"
 #include "kernels/key_scores.h"
 #include "kernels/observation.h"
@@ -29,33 +28,13 @@
 namespace {
 
 using namespace kvern;
+using namespace kvern::bench;
 using namespace kvern::evict;
 
 constexpr std::uint32_t kQueryHeads = 32;
 constexpr std::uint32_t kHeads = 8;
 constexpr std::uint32_t kDim = 128;
 constexpr std::uint32_t kWindow = 64;
-
-double seconds_of(clockid_t clock) {
-  timespec time{};
-  clock_gettime(clock, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-template <typename T>
-T value_of(Result<T> result) {
-  if (!result) throw std::runtime_error(result.error().to_string());
-  return std::move(*result);
-}
-
-void check(const Status& status) {
-  if (!status) throw std::runtime_error(status.to_string());
-}
 
 /// Rows of normal bf16 numbers.
 struct Rows {
@@ -71,13 +50,6 @@ struct Rows {
 
   std::vector<std::uint16_t> elements;
   HeadRows view;
-};
-
-struct Step {
-  std::string name;
-  std::size_t bytes;
-  std::function<void()> run;
-  std::vector<double> seconds;
 };
 
 }  // namespace
@@ -109,7 +81,7 @@ int main(int argc, char** argv) {
     const std::string size = std::to_string(tokens / 1024) + "k";
     const Rows& keys = rows(kHeads, tokens);
     const auto add = [&](const std::string& name, std::function<void()> run) {
-      steps.push_back({name + "_" + size, keys.bytes(), std::move(run), {}});
+      steps.push_back({name + "_" + size, keys.bytes(), std::move(run)});
     };
     const auto observe_keys = [&](bool dispersion) {
       check(observe(queries.view, keys.view, {.columns = {}, .scale = {}, .dispersion = dispersion}, workspace,
@@ -136,38 +108,21 @@ int main(int argc, char** argv) {
     if (tokens > 4096) continue;
     const Rows& values = rows(kHeads, tokens);
     const auto scores = std::make_shared<TokenScores>(value_of(knorm_scores(values.view, nullptr)));
-    steps.push_back({"select_gather",
-                     keys.bytes() + values.bytes(),
-                     [&, scores] {
+    steps.push_back({"select_gather", keys.bytes() + values.bytes(), [&, scores] {
                        const std::uint32_t kept = scores->tokens / 2;
                        const Selection selection = value_of(select_best(*scores, std::span(&kept, 1), 0, executor));
                        compact_keys.resize(gathered_bytes(keys.view, selection));
                        compact_values.resize(gathered_bytes(values.view, selection));
                        check(gather_rows(keys.view, selection, compact_keys, executor));
                        check(gather_rows(values.view, selection, compact_values, executor));
-                     },
-                     {}});
+                     }});
   }
-  const clockid_t clock = threads > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID;
-  for (int round = -1; round < rounds; ++round) {
-    for (Step& step : steps) {
-      const double start = seconds_of(clock);
-      step.run();
-      if (round >= 0) step.seconds.push_back(seconds_of(clock) - start);
-    }
-  }
+  take_turns(steps, rounds, threads > 1 ? kWallTime : kThreadTime);
   const Step* copied = nullptr;
   for (const Step& step : steps) {
     if (step.name.starts_with("memcpy")) copied = &step;
-    std::vector<double> ratios;
-    for (std::size_t i = 0; i < step.seconds.size(); ++i) {
-      ratios.push_back(static_cast<double>(step.bytes) / static_cast<double>(copied->bytes) * copied->seconds[i] /
-                       step.seconds[i]);
-    }
-    std::printf("kernels.%s.ms %.3f\n", step.name.c_str(), median(step.seconds) * 1e3);
-    std::printf("kernels.%s.gb_per_s %.2f\n", step.name.c_str(),
-                static_cast<double>(step.bytes) / median(step.seconds) / 1e9);
-    std::printf("kernels.%s.over_memcpy %.3f\n", step.name.c_str(), median(ratios));
+    print_ms(step);
+    print_rates(step, *copied);
   }
   return 0;
 }

@@ -6,8 +6,6 @@
 // V) and ".over_memcpy". Medians over rounds in which all take turns: processor time of one thread, or, with more, time
 // by the clock.
 
-#include <time.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
@@ -21,6 +19,7 @@
 
 #include "base/executor.h"
 #include "base/parallel.h"
+#include "bench/steps.h"
 #include "kernels/cluster.h"
 #include "kernels/cpu/cluster.h"
 #include "kernels/element.h"
@@ -29,32 +28,11 @@
 namespace {
 
 using namespace kvern;
+using namespace kvern::bench;
 
 constexpr std::uint32_t kHeads = 8;
 constexpr std::uint32_t kDim = 128;
 constexpr std::uint32_t kChunk = 64;
-
-double seconds_of(clockid_t clock) {
-  timespec time{};
-  clock_gettime(clock, &time);
-  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-void check(const Status& status) {
-  if (!status) throw std::runtime_error(status.to_string());
-}
-
-struct Step {
-  std::string name;
-  std::size_t bytes;
-  std::function<void()> run;
-  std::vector<double> seconds;
-};
 
 }  // namespace
 
@@ -99,28 +77,18 @@ int main(int argc, char** argv) {
 
   const std::size_t layer = x.size() * sizeof x[0];
   std::vector<Step> steps;
-  steps.push_back({"memcpy",
-                   2 * layer,
-                   [&] {
+  steps.push_back({"memcpy", 2 * layer, [&] {
                      std::memcpy(bytes(out), x.data(), layer);
                      std::memcpy(bytes(out) + layer, y.data(), layer);
-                   },
-                   {}});
-  steps.push_back({"merge_minicache",
-                   2 * layer,
-                   [&] { check(merge::merge_layers(view(x), view(y), 0.6F, merged, executor)); },
-                   {}});
-  steps.push_back({"restore_minicache",
-                   2 * layer,
-                   [&] {
+                   }});
+  steps.push_back(
+      {"merge_minicache", 2 * layer, [&] { check(merge::merge_layers(view(x), view(y), 0.6F, merged, executor)); }});
+  steps.push_back({"restore_minicache", 2 * layer, [&] {
                      check(merge::restore_rows(view(directions), x_lengths, bytes(out), executor));
                      check(merge::restore_rows(view(directions), y_lengths, bytes(out) + layer, executor));
-                   },
-                   {}});
+                   }});
   steps.push_back(
-      {"match_centroid",
-       layer,
-       [&] {
+      {"match_centroid", layer, [&] {
          parallel_for(executor, kHeads, [&](std::size_t head) {
            const auto scratch = std::make_unique_for_overwrite<cluster::MatchScratch>();
            const HeadRows keys = view(x);
@@ -128,26 +96,14 @@ int main(int argc, char** argv) {
              cluster::match_chunk({keys.dtype, keys.row(head, token), keys.token_stride_bytes, kDim}, kChunk, *scratch);
            }
          });
-       },
-       {}});
-  steps.push_back({"cluster_centroid",
-                   2 * layer,
-                   [&] { check(cluster::compress(view(x), view(y), options, clusters, executor)); },
-                   {}});
+       }});
+  steps.push_back({"cluster_centroid", 2 * layer,
+                   [&] { check(cluster::compress(view(x), view(y), options, clusters, executor)); }});
 
-  const clockid_t clock = threads > 1 ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID;
-  for (int round = -1; round < rounds; ++round) {
-    for (Step& step : steps) {
-      const double start = seconds_of(clock);
-      step.run();
-      if (round >= 0) step.seconds.push_back(seconds_of(clock) - start);
-    }
-  }
-  const auto rate = [](const Step& step) { return static_cast<double>(step.bytes) / median(step.seconds) / 1e9; };
+  take_turns(steps, rounds, threads > 1 ? kWallTime : kThreadTime);
   for (const Step& step : steps) {
-    std::printf("kernels.%s.ms %.3f\n", step.name.c_str(), median(step.seconds) * 1e3);
-    std::printf("kernels.%s.gb_per_s %.3f\n", step.name.c_str(), rate(step));
-    std::printf("kernels.%s.over_memcpy %.3f\n", step.name.c_str(), rate(step) / rate(steps.front()));
+    print_ms(step);
+    print_rates(step, steps.front());
   }
   return 0;
 }
