@@ -6,55 +6,26 @@
 #include <vector>
 
 #include "kernels/cuda/attend.h"
-#include "kernels/element.h"
+#include "kernels/cuda/elements.cuh"
 
 namespace kvern {
 namespace {
 
-constexpr unsigned kWarp = 32;
+using namespace cuda;
+
 constexpr unsigned kWarps = 4;
 /// Queries that a block works on, so that a key is read once for all query heads of most models' groups.
 constexpr unsigned kQueries = 4;
 /// Columns of a value that a lane holds, in pairs.
 constexpr unsigned kPairs = kMaxAttendDim / kWarp / 2;
-constexpr unsigned kEveryLane = 0xFFFFFFFFU;
 /// What fits in the 4 KiB of a launch's parameters, so that nothing has to be uploaded before it.
 constexpr unsigned kSegmentsPerLaunch = 32;
 constexpr unsigned kHeadsPerLaunch = 512;
 
 /// Entries of a piece (one block) by compute capability. Enough blocks to fill the device at 32k tokens of 8 heads,
 /// enough tokens per block that combining stays small. Not measured yet.
-struct Policy {
-  int capability_major;
-  std::uint32_t piece;
-};
-constexpr Policy kPolicies[] = {{8, 1024}, {9, 1024}, {10, 1024}};
-constexpr std::uint32_t kSmallestPiece = 1024;
-
-std::uint32_t entries_of_a_piece() {
-  int device = 0;
-  int major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  std::uint32_t piece = kSmallestPiece;
-  for (const Policy& policy : kPolicies) {
-    if (policy.capability_major <= major) piece = policy.piece;
-  }
-  return piece;
-}
-
-struct Float32 {
-  using Raw = std::uint32_t;
-  __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
-};
-struct BFloat16 {
-  using Raw = std::uint16_t;
-  __device__ static float to_float(Raw raw) { return from_bfloat16(raw); }
-};
-struct Float16 {
-  using Raw = std::uint16_t;
-  __device__ static float to_float(Raw raw) { return from_float16(raw); }
-};
+constexpr Policy kPieces[] = {{8, 1024}, {9, 1024}, {10, 1024}};
+constexpr std::uint32_t kSmallestPiece = smallest_value(kPieces);
 
 /// Neighbouring elements that move in one instruction.
 template <typename T, unsigned kCount>
@@ -129,19 +100,6 @@ __device__ void with_type(DType dtype, Run run) {
 __device__ float element_at(DType dtype, const std::byte* row, std::uint32_t column) {
   float value = 0;
   with_type(dtype, [&]<class E>(E) { value = E::to_float(reinterpret_cast<const typename E::Raw*>(row)[column]); });
-  return value;
-}
-
-__device__ float warp_max(float value) {
-  for (unsigned step = kWarp / 2; step > 0; step /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kEveryLane, value, static_cast<int>(step)));
-  }
-  return value;
-}
-__device__ float warp_sum(float value) {
-  for (unsigned step = kWarp / 2; step > 0; step /= 2) {
-    value += __shfl_xor_sync(kEveryLane, value, static_cast<int>(step));
-  }
   return value;
 }
 
@@ -252,11 +210,11 @@ __global__ void attend_pieces(const __grid_constant__ Segments segments, Shared 
       } else {
         logit = -INFINITY;
       }
-      const float now = fmaxf(largest[query], warp_max(logit));
+      const float now = fmaxf(largest[query], largest_of_warp(logit));
       const float reference = now == -INFINITY ? 0.0F : now;
       const float factor = expf(largest[query] - reference);
       float weight = expf(logit - reference);
-      totals[query] = totals[query] * factor + warp_sum(weight);
+      totals[query] = totals[query] * factor + sum_of_warp(weight);
       largest[query] = now;
       for (unsigned pair = 0; pair < kPairs; ++pair) {
         sums[query][pair][0] *= factor;
@@ -352,12 +310,6 @@ Rows device_rows(const AttendRows& rows, std::uint32_t dim) {
 
 std::uint32_t pieces_of(std::uint32_t entries, std::uint32_t piece) { return (entries + piece - 1) / piece; }
 
-Status launched() {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::ok();
-  return {Code::kInternal, std::string("attend: the launch failed: ") + cudaGetErrorString(error)};
-}
-
 }  // namespace
 
 std::size_t cuda_attend_workspace_floats(const AttendProblem& problem) {
@@ -376,7 +328,7 @@ Status cuda_attend(const AttendProblem& problem, float* workspace, std::size_t w
     return {Code::kInvalid, "attend: workspace is too small"};
   }
   const HeadRows& queries = problem.queries;
-  const std::uint32_t piece = entries_of_a_piece();
+  const std::uint32_t piece = value_for_device(kPieces);
   const auto heads = static_cast<std::uint32_t>(problem.heads.size());
   std::vector<Segment> segments;
   std::vector<std::uint32_t> first_pieces;
@@ -427,7 +379,7 @@ Status cuda_attend(const AttendProblem& problem, float* workspace, std::size_t w
     std::copy_n(first_pieces.begin() + first, count + 1, batch.of);
     combine_pieces<<<dim3(shared.count, count), kWarps * kWarp, 0, stream>>>(batch, shared, first, output, lse);
   }
-  return launched();
+  return launched("attend");
 }
 
 }  // namespace kvern

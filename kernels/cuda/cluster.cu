@@ -11,10 +11,10 @@
 namespace kvern::cluster {
 namespace {
 
-using evict::kEveryLane;
-using evict::kWarp;
-using evict::launched;
-using evict::with_element;
+using cuda::kEveryLane;
+using cuda::kWarp;
+using cuda::launched;
+using cuda::with_element;
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kWarps = kThreads / kWarp;

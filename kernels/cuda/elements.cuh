@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -9,23 +10,29 @@
 #include "base/status.h"
 #include "kernels/element.h"
 
-/// What the kernels of scoring and selection have in common.
-namespace kvern::evict {
+/// What the kernels have in common.
+namespace kvern::cuda {
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kEveryLane = 0xFFFFFFFFU;
 
 struct Float32 {
   using Raw = std::uint32_t;
+  static constexpr DType kDType = DType::kFloat32;
   __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
+  __device__ static Raw from_float(float value) { return __float_as_uint(value); }
 };
 struct BFloat16 {
   using Raw = std::uint16_t;
+  static constexpr DType kDType = DType::kBFloat16;
   __device__ static float to_float(Raw raw) { return from_bfloat16(raw); }
+  __device__ static Raw from_float(float value) { return to_bfloat16(value); }
 };
 struct Float16 {
   using Raw = std::uint16_t;
+  static constexpr DType kDType = DType::kFloat16;
   __device__ static float to_float(Raw raw) { return from_float16(raw); }
+  __device__ static Raw from_float(float value) { return to_float16(value); }
 };
 
 /// Calls run(element type) for a float type.
@@ -43,6 +50,14 @@ __device__ T sum_of_warp(T value) {
   return value;
 }
 
+/// The largest of the lanes' values, in every lane.
+__device__ inline float largest_of_warp(float value) {
+  for (unsigned offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kEveryLane, value, offset));
+  }
+  return value;
+}
+
 /// The sum that each thread of a block of kWarps warps has a part of, in the same order every time; in every thread.
 template <unsigned kWarps>
 __device__ double sum_of_block(double value) {
@@ -56,10 +71,39 @@ __device__ double sum_of_block(double value) {
   return sum;
 }
 
+/// A launch parameter by compute capability, in rising order.
+struct Policy {
+  int capability_major;
+  std::uint32_t value;
+};
+
+/// What workspaces of unknown devices are made for.
+template <std::size_t kCount>
+constexpr std::uint32_t smallest_value(const Policy (&policies)[kCount]) {
+  std::uint32_t value = policies[0].value;
+  for (const Policy& policy : policies) value = policy.value < value ? policy.value : value;
+  return value;
+}
+
+/// The value for the current device: that of the highest capability which it has; the first one's below all.
+template <std::size_t kCount>
+std::uint32_t value_for_device(const Policy (&policies)[kCount]) {
+  int device = 0;
+  int major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  std::uint32_t value = policies[0].value;
+  for (const Policy& policy : policies) {
+    if (policy.capability_major <= major) value = policy.value;
+  }
+  return value;
+}
+
+/// What became of the launch before; what: "attend", "int8 encode", …
 inline Status launched(const char* what) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return Status::ok();
   return {Code::kInternal, std::string(what) + " kernel: " + cudaGetErrorString(error)};
 }
 
-}  // namespace kvern::evict
+}  // namespace kvern::cuda

@@ -3,35 +3,18 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/int8.h"
 
 namespace kvern::int8 {
 namespace {
 
+using namespace cuda;
+
 constexpr std::uint32_t kInfinityBits = 0x7F800000U;
 constexpr unsigned kThreads = 256;
-constexpr unsigned kWarp = 32;
 /// Elements that a thread loads at once: 8 or 16 bytes. Form::channel_group() is a multiple of it.
 constexpr std::uint32_t kVector = 4;
-
-struct Float32 {
-  using Raw = std::uint32_t;
-  static constexpr DType kDType = DType::kFloat32;
-  __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
-  __device__ static Raw from_float(float value) { return __float_as_uint(value); }
-};
-struct BFloat16 {
-  using Raw = std::uint16_t;
-  static constexpr DType kDType = DType::kBFloat16;
-  __device__ static float to_float(Raw raw) { return from_bfloat16(raw); }
-  __device__ static Raw from_float(float value) { return to_bfloat16(value); }
-};
-struct Float16 {
-  using Raw = std::uint16_t;
-  static constexpr DType kDType = DType::kFloat16;
-  __device__ static float to_float(Raw raw) { return from_float16(raw); }
-  __device__ static Raw from_float(float value) { return to_float16(value); }
-};
 
 /// Neighbouring elements of a row that move in one instruction.
 template <typename T, std::uint32_t kCount>
@@ -166,12 +149,6 @@ __global__ void decode_elements(Form form, const std::byte* sections, std::size_
   }
 }
 
-Status launched(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::ok();
-  return {Code::kInternal, std::string("int8 ") + what + " kernel: " + cudaGetErrorString(error)};
-}
-
 Status check(const Form& form, std::uint32_t count) {
   if (form.dtype == DType::kOpaqueBytes || form.tokens == 0 || form.dim == 0 || form.group == 0 || count == 0) {
     return {Code::kInvalid, "int8: nothing to encode or decode, or no numbers"};
@@ -232,7 +209,7 @@ Status cuda_encode_planes(const Form& form, const std::byte* planes, std::size_t
   with_type(form, [&]<class E, std::uint32_t kCount>() {
     encode_as<E, kCount>(form, planes, plane_stride, count, sections, section_stride, not_finite, stream);
   });
-  return launched("encode");
+  return launched("int8 encode");
 }
 
 Status cuda_decode_rows(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,
@@ -243,7 +220,7 @@ Status cuda_decode_rows(const Form& form, const std::byte* sections, std::size_t
   with_type(form, [&]<class E, std::uint32_t kCount>() {
     decode_as<E, kCount>(form, sections, section_stride, count, begin, end, rows, rows_stride, bad_scale, stream);
   });
-  return launched("decode");
+  return launched("int8 decode");
 }
 
 }  // namespace kvern::int8

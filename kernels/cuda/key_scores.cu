@@ -8,6 +8,8 @@
 namespace kvern::evict {
 namespace {
 
+using namespace cuda;
+
 constexpr unsigned kWarps = 8;
 constexpr unsigned kThreads = kWarps * kWarp;
 /// Tokens whose directions one block adds up.

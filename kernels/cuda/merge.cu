@@ -9,9 +9,9 @@
 namespace kvern::merge {
 namespace {
 
-using evict::kEveryLane;
-using evict::launched;
-using evict::with_element;
+using cuda::kEveryLane;
+using cuda::launched;
+using cuda::with_element;
 
 /// Half a warp works on the rows of one token: a lane per column of sums, as on the CPU.
 constexpr unsigned kColumns = 16;
@@ -26,7 +26,7 @@ __device__ void put(std::byte* row, std::uint32_t index, float value) {
     const float most = largest_finite(DType::kFloat32);
     reinterpret_cast<float*>(row)[index] = fminf(fmaxf(value, -most), most);
   } else {
-    constexpr bool kHalf = std::is_same_v<E, evict::Float16>;
+    constexpr bool kHalf = std::is_same_v<E, cuda::Float16>;
     const float most = largest_finite(kHalf ? DType::kFloat16 : DType::kBFloat16);
     const float within = fminf(fmaxf(value, -most), most);
     reinterpret_cast<std::uint16_t*>(row)[index] = kHalf ? to_float16(within) : to_bfloat16(within);
@@ -143,7 +143,7 @@ Status cuda_merge_layers(const HeadRows& x, const HeadRows& y, float weight, con
     if (out.direction_dtype == x.dtype) {
       merge_kernel<E, E><<<grid, kThreads, 0, stream>>>(x, y, weight, out);
     } else {
-      merge_kernel<E, evict::Float32><<<grid, kThreads, 0, stream>>>(x, y, weight, out);
+      merge_kernel<E, cuda::Float32><<<grid, kThreads, 0, stream>>>(x, y, weight, out);
     }
   });
   return launched("merge");

@@ -10,6 +10,8 @@
 namespace kvern::evict {
 namespace {
 
+using namespace cuda;
+
 constexpr unsigned kWarps = 8;
 constexpr unsigned kThreads = kWarps * kWarp;
 /// Columns of a tile: one per lane.
@@ -22,24 +24,8 @@ constexpr float kLowest = -3.402823466e38F;
 
 /// Columns that one block adds up in pass 1, by compute capability: enough blocks to fill the device at 32k tokens of 8
 /// heads. Not measured yet.
-struct Policy {
-  int capability_major;
-  std::uint32_t piece;
-};
-constexpr Policy kPolicies[] = {{8, 512}, {9, 512}, {10, 512}};
-constexpr std::uint32_t kSmallestPiece = 512;
-
-std::uint32_t columns_of_a_piece() {
-  int device = 0;
-  int major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  std::uint32_t piece = kSmallestPiece;
-  for (const Policy& policy : kPolicies) {
-    if (policy.capability_major <= major) piece = policy.piece;
-  }
-  return piece;
-}
+constexpr Policy kPieces[] = {{8, 512}, {9, 512}, {10, 512}};
+constexpr std::uint32_t kSmallestPiece = smallest_value(kPieces);
 
 /// What the kernels share. A row is one of a KV head's: its query heads' rows one after the other.
 struct Problem {
@@ -102,12 +88,6 @@ __device__ void multiply(const Problem& problem, std::uint32_t kv_head, std::uin
   }
 }
 
-__device__ float largest_of_warp(float value) {
-  for (unsigned offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kEveryLane, value, offset));
-  }
-  return value;
-}
 /// Pass 1: one block per piece of columns and KV head. Counts what is not finite.
 template <class E>
 __global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
@@ -378,7 +358,7 @@ Status cuda_observe(const HeadRows& queries, const HeadRows& keys, std::uint32_t
   problem.columns = columns;
   problem.scale = scale * kLog2E;
   problem.sharing = queries.heads / keys.heads;
-  problem.piece = columns_of_a_piece();
+  problem.piece = value_for_device(kPieces);
   problem.pieces = (keys.tokens + problem.piece - 1) / problem.piece;
   const std::size_t rows = std::size_t{queries.heads} * queries.tokens;
   problem.dispersions = reinterpret_cast<double*>(scratch);

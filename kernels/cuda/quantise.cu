@@ -3,36 +3,18 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/quantise.h"
 
 namespace kvern::quantise {
 namespace {
 
+using namespace cuda;
+
 constexpr unsigned kThreads = 256;
-constexpr unsigned kWarp = 32;
-constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 constexpr std::int32_t kInfinityKey = 0x7F800000;
 /// Channel groups have at most this many channels, 16 threads of kPackChannels.
 constexpr std::uint32_t kMaxChannelGroup = 128;
-
-struct Float32 {
-  using Raw = std::uint32_t;
-  static constexpr DType kDType = DType::kFloat32;
-  __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
-  __device__ static Raw from_float(float value) { return __float_as_uint(value); }
-};
-struct BFloat16 {
-  using Raw = std::uint16_t;
-  static constexpr DType kDType = DType::kBFloat16;
-  __device__ static float to_float(Raw raw) { return from_bfloat16(raw); }
-  __device__ static Raw from_float(float value) { return to_bfloat16(value); }
-};
-struct Float16 {
-  using Raw = std::uint16_t;
-  static constexpr DType kDType = DType::kFloat16;
-  __device__ static float to_float(Raw raw) { return from_float16(raw); }
-  __device__ static Raw from_float(float value) { return to_float16(value); }
-};
 
 /// Neighbouring elements of a row: what a thread loads, codes and stores at once.
 template <class E>
@@ -182,8 +164,8 @@ __global__ void encode_per_token(Form form, const std::byte* planes, std::size_t
     }
   }
   for (std::uint32_t distance = width / 2; distance > 0; distance /= 2) {
-    low = min(low, __shfl_xor_sync(kAllLanes, low, distance));
-    high = max(high, __shfl_xor_sync(kAllLanes, high, distance));
+    low = min(low, __shfl_xor_sync(kEveryLane, low, distance));
+    high = max(high, __shfl_xor_sync(kEveryLane, high, distance));
   }
   if (!inside) return;
   const Group group = make_group(from_ordered(low), from_ordered(high), kKind, form.scheme, E::kDType);
@@ -237,12 +219,6 @@ __global__ void decode_elements(Form form, const std::byte* sections, std::size_
     }
     *reinterpret_cast<Elements<E>*>(out + at) = decoded;
   }
-}
-
-Status launched(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::ok();
-  return {Code::kInternal, std::string("quantise ") + what + " kernel: " + cudaGetErrorString(error)};
 }
 
 Status check(const Form& form, std::uint32_t count) {
@@ -313,7 +289,7 @@ Status cuda_encode_planes(const Form& form, const std::byte* planes, std::size_t
   with_types(form, [&]<class E, Kind kKind>() {
     encode_as<E, kKind>(form, planes, plane_stride, count, sections, section_stride, not_finite, stream);
   });
-  return launched("encode");
+  return launched("quantise encode");
 }
 
 Status cuda_decode_rows(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,
@@ -324,7 +300,7 @@ Status cuda_decode_rows(const Form& form, const std::byte* sections, std::size_t
   with_types(form, [&]<class E, Kind kKind>() {
     decode_as<E, kKind>(form, sections, section_stride, count, begin, end, rows, rows_stride, invalid, stream);
   });
-  return launched("decode");
+  return launched("quantise decode");
 }
 
 }  // namespace kvern::quantise

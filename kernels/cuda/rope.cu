@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/rope.h"
 
 namespace kvern::rope {
@@ -86,12 +87,6 @@ void launch_from(const HeadRows& rows, TurnsView turns, Style style, Direction d
   if (out_dtype == DType::kBFloat16) launch<In, BFloat16>(rows, turns, style, direction, out, stream);
 }
 
-Status launched(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return Status::ok();
-  return {Code::kInternal, std::string("rope: ") + what + " could not be launched: " + cudaGetErrorString(error)};
-}
-
 }  // namespace
 
 Status cuda_turns(const double* inverse_frequencies, std::uint32_t pairs, const std::int64_t* positions,
@@ -100,7 +95,7 @@ Status cuda_turns(const double* inverse_frequencies, std::uint32_t pairs, const 
   if (count == 0) return Status::ok();
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   fill_turns<<<blocks, kThreads, 0, stream>>>(inverse_frequencies, pairs, positions, first, rows, cosines, sines);
-  return launched("turns");
+  return cuda::launched("rope turns");
 }
 
 Status cuda_rotate(const HeadRows& rows, TurnsView turns, Style style, Direction direction, DType out_dtype,
@@ -110,7 +105,7 @@ Status cuda_rotate(const HeadRows& rows, TurnsView turns, Style style, Direction
   if (rows.dtype == DType::kFloat32) launch_from<Float32>(rows, turns, style, direction, out_dtype, out, stream);
   if (rows.dtype == DType::kFloat16) launch_from<Float16>(rows, turns, style, direction, out_dtype, out, stream);
   if (rows.dtype == DType::kBFloat16) launch_from<BFloat16>(rows, turns, style, direction, out_dtype, out, stream);
-  return launched("rotate");
+  return cuda::launched("rope rotate");
 }
 
 }  // namespace kvern::rope

@@ -9,6 +9,8 @@
 namespace kvern::evict {
 namespace {
 
+using namespace cuda;
+
 /// Threads of a head's block: a whole block walks the scores of one head, so as many as there can be.
 constexpr unsigned kSelectThreads = 1024;
 constexpr unsigned kSelectWarps = kSelectThreads / kWarp;
