@@ -49,8 +49,9 @@ TEST(Chain, SpellsOutEveryParameter) {
   EXPECT_EQ(canonical("raw"), "raw");
   EXPECT_EQ(canonical("zstd"), "raw | zstd(level=3)");
   EXPECT_EQ(canonical(" int8 |zstd( level = 9 )"), "int8(group=64,version=1) | zstd(level=9)");
-  EXPECT_EQ(canonical("cake | int8"),
-            "cake(budget=25%,window=32,gamma=200,tau1=2,tau2=100,pool=avg,kernel=5,floor=0) | int8(group=64,version=1)");
+  EXPECT_EQ(
+      canonical("cake | int8"),
+      "cake(budget=25%,window=32,gamma=200,tau1=2,tau2=100,pool=avg,kernel=5,floor=0) | int8(group=64,version=1)");
   EXPECT_EQ(canonical("streaming(budget=3.2%)"), "streaming(budget=3.2%,sinks=4) | raw");
   EXPECT_EQ(canonical("snapkv(budget=1024)"),
             "snapkv(budget=1024,window=32,pool=avg,kernel=5,allocation=uniform,floor=0) | raw");

@@ -2,8 +2,8 @@
 #include <gtest/gtest.h>
 
 #include "kernels/cuda/attend.h"
-#include "kernels/cuda/device.h"
 #include "tests/kernels/attend_samples.h"
+#include "tests/kernels/device_memory.h"
 
 namespace kvern {
 namespace {
@@ -67,12 +67,7 @@ class DeviceProblem {
   std::vector<std::span<const AttendSegment>> heads_;
 };
 
-class CudaAttend : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
-  }
-};
+using CudaAttend = CudaTest;
 
 TEST_F(CudaAttend, AgreesWithTheCpu) {
   const std::vector<std::int32_t> positions = {10, 63, 30};

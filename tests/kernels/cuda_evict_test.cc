@@ -1,23 +1,20 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include "kernels/cuda/device.h"
 #include "kernels/cuda/key_scores.h"
 #include "kernels/cuda/observation.h"
 #include "kernels/cuda/selection.h"
 #include "kernels/key_scores.h"
 #include "kernels/selection.h"
+#include "tests/kernels/device_memory.h"
 #include "tests/kernels/evict_samples.h"
 
 namespace kvern::evict {
 namespace {
 
 /// Device memory that lives as long as the test.
-class CudaEvict : public ::testing::Test {
+class CudaEvict : public CudaTest {
  protected:
-  void SetUp() override {
-    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
-  }
   void TearDown() override {
     for (void* memory : memory_) cudaFree(memory);
   }

@@ -1,10 +1,9 @@
 #include "kernels/cuda/int8.h"
 
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include "kernels/cpu/int8.h"
-#include "kernels/cuda/device.h"
+#include "tests/kernels/device_memory.h"
 #include "tests/kernels/samples.h"
 
 namespace kvern {
@@ -12,53 +11,7 @@ namespace {
 
 using int8::Form;
 
-/// Device memory with bytes in it.
-class DeviceBytes {
- public:
-  explicit DeviceBytes(std::size_t bytes) {
-    if (cudaMalloc(&data_, bytes) != cudaSuccess || cudaMemset(data_, 0xee, bytes) != cudaSuccess) {
-      throw std::runtime_error("no device memory");
-    }
-  }
-  ~DeviceBytes() { cudaFree(data_); }
-  DeviceBytes(const DeviceBytes&) = delete;
-  DeviceBytes& operator=(const DeviceBytes&) = delete;
-  void put(std::size_t at, const void* from, std::size_t bytes) {
-    if (cudaMemcpy(data() + at, from, bytes, cudaMemcpyHostToDevice) != cudaSuccess) throw std::runtime_error("copy");
-  }
-  Bytes get(std::size_t at, std::size_t bytes) const {
-    Bytes out(bytes);
-    if (cudaMemcpy(out.data(), data() + at, bytes, cudaMemcpyDeviceToHost) != cudaSuccess) {
-      throw std::runtime_error("copy");
-    }
-    return out;
-  }
-  std::byte* data() const { return static_cast<std::byte*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-struct Flag {
-  Flag() : memory(sizeof(std::uint32_t)) {
-    const std::uint32_t zero = 0;
-    memory.put(0, &zero, sizeof zero);
-  }
-  std::uint32_t* pointer() const { return reinterpret_cast<std::uint32_t*>(memory.data()); }
-  std::uint32_t value() const {
-    std::uint32_t seen = 0;
-    std::memcpy(&seen, memory.get(0, sizeof seen).data(), sizeof seen);
-    return seen;
-  }
-  DeviceBytes memory;
-};
-
-class CudaInt8 : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
-  }
-};
+using CudaInt8 = CudaTest;
 
 TEST_F(CudaInt8, MakesTheBytesOfTheCpuAndDecodesThemAlike) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
@@ -72,12 +25,12 @@ TEST_F(CudaInt8, MakesTheBytesOfTheCpuAndDecodesThemAlike) {
           const std::size_t plane = shape.plane_bytes(Part::kKey);
           const std::size_t plane_stride = (plane + 15) / 16 * 16;
           const std::size_t section_stride = (form.section_bytes() + 63) / 64 * 64;
-          DeviceBytes planes(kPlanes * plane_stride);
-          DeviceBytes sections(kPlanes * section_stride);
-          DeviceBytes rows(kPlanes * plane_stride);
+          DeviceArray<std::byte> planes(kPlanes * plane_stride);
+          DeviceArray<std::byte> sections(kPlanes * section_stride);
+          DeviceArray<std::byte> rows(kPlanes * plane_stride);
           for (std::uint32_t i = 0; i < kPlanes; ++i) planes.put(i * plane_stride, &canonical[i * plane], plane);
-          const Flag not_finite;
-          const Flag bad_scale;
+          const DeviceFlag not_finite;
+          const DeviceFlag bad_scale;
           ASSERT_TRUE(int8::cuda_encode_planes(form, planes.data(), plane_stride, kPlanes, sections.data(),
                                                section_stride, not_finite.pointer(), nullptr));
           const std::uint32_t begin = tokens / 3;
@@ -109,10 +62,10 @@ TEST_F(CudaInt8, FlagsWhatIsNotFinite) {
   Bytes plane(64 * 64 * 2);
   const std::uint16_t nan = 0x7FC0;
   std::memcpy(plane.data() + 1000, &nan, sizeof nan);
-  DeviceBytes planes(plane.size());
+  DeviceArray<std::byte> planes(plane.size());
   planes.put(0, plane.data(), plane.size());
-  DeviceBytes sections(form.section_bytes());
-  const Flag flag;
+  DeviceArray<std::byte> sections(form.section_bytes());
+  const DeviceFlag flag;
   ASSERT_TRUE(int8::cuda_encode_planes(form, planes.data(), plane.size(), 1, sections.data(), form.section_bytes(),
                                        flag.pointer(), nullptr));
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);

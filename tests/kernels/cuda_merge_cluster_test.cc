@@ -1,54 +1,18 @@
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <stdexcept>
 
 #include "kernels/cuda/cluster.h"
-#include "kernels/cuda/device.h"
 #include "kernels/cuda/merge.h"
+#include "tests/kernels/device_memory.h"
 #include "tests/kernels/samples.h"
 
 namespace kvern {
 namespace {
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-/// Numbers in device memory.
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(std::size_t count) : count_(count) {
-    check(cudaMalloc(&data_, std::max<std::size_t>(count * sizeof(T), 1)));
-    check(cudaMemset(data_, 0xee, count * sizeof(T)));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
-    check(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* data() const { return static_cast<T*>(data_); }
-  std::vector<T> get() const {
-    std::vector<T> values(count_);
-    check(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t count_;
-};
-
 constexpr DType kDtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
-class CudaMergeCluster : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
-  }
-};
+using CudaMergeCluster = CudaTest;
 
 TEST_F(CudaMergeCluster, MergesAndRestoresTheBitsOfTheCpu) {
   constexpr std::uint32_t kHeads = 3;
@@ -84,7 +48,7 @@ TEST_F(CudaMergeCluster, MergesAndRestoresTheBitsOfTheCpu) {
             nullptr));
         ASSERT_TRUE(merge::cuda_restore_rows(view(device_directions.data()), device_x_lengths.data(),
                                              device_restored.data(), nullptr));
-        check(cudaDeviceSynchronize());
+        check_cuda(cudaDeviceSynchronize());
         EXPECT_EQ(device_directions.get(), directions);
         EXPECT_EQ(device_x_lengths.get(), x_lengths);
         EXPECT_EQ(device_y_lengths.get(), y_lengths);
@@ -130,7 +94,7 @@ TEST_F(CudaMergeCluster, ClustersAsTheCpuDoes) {
               cluster::cuda_compress(device_keys, device_values, options,
                                      {keys.data(), values.data(), members.data(), assignment.data(), entries.data()},
                                      workspace.data(), nullptr));
-          check(cudaDeviceSynchronize());
+          check_cuda(cudaDeviceSynchronize());
           const auto all_keys = keys.get();
           const auto all_values = values.get();
           const auto all_members = members.get();

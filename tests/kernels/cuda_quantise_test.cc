@@ -1,10 +1,9 @@
 #include "kernels/cuda/quantise.h"
 
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include "kernels/cpu/quantise.h"
-#include "kernels/cuda/device.h"
+#include "tests/kernels/device_memory.h"
 #include "tests/kernels/samples.h"
 
 namespace kvern {
@@ -14,53 +13,7 @@ using quantise::Form;
 using quantise::Kind;
 using quantise::Scheme;
 
-/// Device memory with bytes in it.
-class QuantiseDeviceBytes {
- public:
-  explicit QuantiseDeviceBytes(std::size_t bytes) {
-    if (cudaMalloc(&data_, bytes) != cudaSuccess || cudaMemset(data_, 0xee, bytes) != cudaSuccess) {
-      throw std::runtime_error("no device memory");
-    }
-  }
-  ~QuantiseDeviceBytes() { cudaFree(data_); }
-  QuantiseDeviceBytes(const QuantiseDeviceBytes&) = delete;
-  QuantiseDeviceBytes& operator=(const QuantiseDeviceBytes&) = delete;
-  void put(std::size_t at, const void* from, std::size_t bytes) {
-    if (cudaMemcpy(data() + at, from, bytes, cudaMemcpyHostToDevice) != cudaSuccess) throw std::runtime_error("copy");
-  }
-  Bytes get(std::size_t at, std::size_t bytes) const {
-    Bytes out(bytes);
-    if (cudaMemcpy(out.data(), data() + at, bytes, cudaMemcpyDeviceToHost) != cudaSuccess) {
-      throw std::runtime_error("copy");
-    }
-    return out;
-  }
-  std::byte* data() const { return static_cast<std::byte*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-struct QuantiseFlag {
-  QuantiseFlag() : memory(sizeof(std::uint32_t)) {
-    const std::uint32_t zero = 0;
-    memory.put(0, &zero, sizeof zero);
-  }
-  std::uint32_t* pointer() const { return reinterpret_cast<std::uint32_t*>(memory.data()); }
-  std::uint32_t value() const {
-    std::uint32_t seen = 0;
-    std::memcpy(&seen, memory.get(0, sizeof seen).data(), sizeof seen);
-    return seen;
-  }
-  QuantiseDeviceBytes memory;
-};
-
-class CudaQuantise : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
-  }
-};
+using CudaQuantise = CudaTest;
 
 /// Encodes and decodes on the device and compares with the CPU.
 void expect_same_bytes(const Form& form) {
@@ -69,12 +22,12 @@ void expect_same_bytes(const Form& form) {
   const Bytes canonical = sample_canonical(shape, form.tokens + form.dim);
   const std::size_t plane = shape.plane_bytes(Part::kKey);
   const std::size_t section_stride = (form.section_bytes() + 63) / 64 * 64;
-  QuantiseDeviceBytes planes(kPlanes * plane);
-  QuantiseDeviceBytes sections(kPlanes * section_stride);
-  QuantiseDeviceBytes rows(kPlanes * plane);
+  DeviceArray<std::byte> planes(kPlanes * plane);
+  DeviceArray<std::byte> sections(kPlanes * section_stride);
+  DeviceArray<std::byte> rows(kPlanes * plane);
   planes.put(0, canonical.data(), canonical.size());
-  const QuantiseFlag not_finite;
-  const QuantiseFlag invalid;
+  const DeviceFlag not_finite;
+  const DeviceFlag invalid;
   ASSERT_TRUE(quantise::cuda_encode_planes(form, planes.data(), plane, kPlanes, sections.data(), section_stride,
                                            not_finite.pointer(), nullptr));
   const std::uint32_t begin = form.tokens / 3;
@@ -119,10 +72,10 @@ TEST_F(CudaQuantise, FlagsWhatIsNotFinite) {
     Bytes plane(64 * 64 * 2);
     const std::uint16_t nan = 0x7FC0;
     std::memcpy(plane.data() + 1000, &nan, sizeof nan);
-    QuantiseDeviceBytes planes(plane.size());
+    DeviceArray<std::byte> planes(plane.size());
     planes.put(0, plane.data(), plane.size());
-    QuantiseDeviceBytes sections(form.section_bytes());
-    const QuantiseFlag flag;
+    DeviceArray<std::byte> sections(form.section_bytes());
+    const DeviceFlag flag;
     ASSERT_TRUE(quantise::cuda_encode_planes(form, planes.data(), plane.size(), 1, sections.data(),
                                              form.section_bytes(), flag.pointer(), nullptr));
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);

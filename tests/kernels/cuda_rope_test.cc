@@ -1,50 +1,17 @@
 #include "kernels/cuda/rope.h"
 
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <vector>
 
-#include "kernels/cuda/device.h"
+#include "tests/kernels/device_memory.h"
 #include "tests/kernels/samples.h"
 
 namespace kvern::rope {
 namespace {
 
-/// Device memory that holds what the host gave.
-template <typename T>
-class OnDevice {
- public:
-  explicit OnDevice(const std::vector<T>& values) : count_(values.size()) {
-    if (cudaMalloc(&data_, count_ * sizeof(T)) != cudaSuccess ||
-        cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice) != cudaSuccess) {
-      throw std::runtime_error("no device memory");
-    }
-  }
-  ~OnDevice() { cudaFree(data_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  T* data() const { return static_cast<T*>(data_); }
-  std::vector<T> get() const {
-    std::vector<T> out(count_);
-    if (cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost) != cudaSuccess) {
-      throw std::runtime_error("copy");
-    }
-    return out;
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t count_;
-};
-
-class CudaRope : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
-  }
-};
+using CudaRope = CudaTest;
 
 TEST_F(CudaRope, MakesTheBytesOfTheCpu) {
   constexpr std::uint32_t kTokens = 37;
@@ -63,11 +30,11 @@ TEST_F(CudaRope, MakesTheBytesOfTheCpu) {
           Bytes expected(std::size_t{3} * kTokens * dim * dtype_bytes(to));
           ASSERT_TRUE(rotate(rows, turns, style, Direction::kBack, to, expected.data()));
 
-          const OnDevice<std::byte> input(canonical);
-          const OnDevice<std::byte> output(Bytes(expected.size()));
-          const OnDevice<double> on_device(frequencies);
-          const OnDevice<float> cosines(std::vector<float>(turns.cosines.size()));
-          const OnDevice<float> sines(std::vector<float>(turns.sines.size()));
+          const DeviceArray<std::byte> input(canonical);
+          const DeviceArray<std::byte> output(Bytes(expected.size()));
+          const DeviceArray<double> on_device(frequencies);
+          const DeviceArray<float> cosines(std::vector<float>(turns.cosines.size()));
+          const DeviceArray<float> sines(std::vector<float>(turns.sines.size()));
           ASSERT_TRUE(cuda_turns(on_device.data(), turns.pairs, nullptr, kFirst, kTokens, cosines.data(), sines.data(),
                                  nullptr));
           ASSERT_TRUE(cuda_rotate(HeadRows::contiguous(input.data(), dtype, 3, kTokens, dim),
