@@ -7,6 +7,7 @@ JOBS ?= $(shell nproc)
 VENV := $(if $(KVERN_VENV),$(KVERN_VENV),.venv)
 PYTHON := $(VENV)/bin/python
 RELEASE := build/release
+REPORTS := build/reports
 LAUNCHER := $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 CMAKE_ARGS ?=
 # Another clone of the same sources finds what this one compiled.
@@ -42,8 +43,12 @@ demo: build ## Show it: a real model's KV cache stored, restored in the same and
 test: build test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
 
 .PHONY: test-full
-test-full: build test-cpp fuzz test-python ## All tests, with the long matrix of engines
-	@$(PYTEST) tests/e2e --run-full
+test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md
+	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
+	@ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS) --output-junit $(abspath $(REPORTS))/ctest.xml
+	@$(PYTEST) tests/python --junitxml $(REPORTS)/python.xml
+	@$(PYTEST) tests/e2e --run-full --junitxml $(REPORTS)/e2e.xml
+	@$(PYTHON) tools/test_summary.py $(REPORTS)/*.xml >$(REPORTS)/test-full.md && cp $(REPORTS)/test-full.md docs/
 
 .PHONY: test-cpp
 test-cpp: build
