@@ -75,6 +75,7 @@ struct ChunkRecord {
   std::uint16_t blocks = 0;
   std::uint8_t hash_bytes = 0;
   ChunkState state = ChunkState::kIncomplete;
+  std::uint8_t saved_in = 0;  ///< bit i: lower tier i has it too, as far as is known
 
   std::span<const std::uint8_t> hash(std::size_t block) const {
     return {hashes.get() + block * hash_bytes, hash_bytes};

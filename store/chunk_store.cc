@@ -4,10 +4,12 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
 #include "store/chunk_record.h"
+#include "store/container_map.h"
 
 namespace kvern {
 namespace {
@@ -17,6 +19,8 @@ namespace {
 constexpr std::size_t kEvictionBatch = 32;
 // Chunk numbers that flush() and snapshot() look at before they let others have the lock.
 constexpr std::uint32_t kScanBatch = 256;
+// Victims that unsaved_victims() looks at in one call, with the lock held.
+constexpr std::size_t kVictimScan = 512;
 // Keeps chunk numbers, also one past the last, within 32 bits.
 constexpr std::uint32_t kMaxChunkCapacity = 1U << 30;
 
@@ -75,7 +79,8 @@ struct ChunkStore::State {
   };
 
   State(const ChunkStoreConfig& store_config, std::span<std::byte> slab_bytes, std::span<std::byte> index_bytes,
-        std::unique_ptr<EvictionPolicy> eviction_policy, HazardProbe hazard_probe, const Clock& store_clock);
+        std::unique_ptr<EvictionPolicy> eviction_policy, HazardProbe hazard_probe, const Clock& store_clock,
+        std::span<std::byte> map_bytes);
 
   // Looking up. None of these changes anything.
   bool holds(std::uint32_t chunk, std::size_t block, const NamespaceId& namespace_id, std::uint16_t group,
@@ -91,6 +96,7 @@ struct ChunkStore::State {
   ChunkSummary summarize(const ChunkRecord& record) const;
 
   // Leaving.
+  void unmap(const ChunkRecord& leaving);
   void list_claimed();
   void take_out_of_index(std::uint32_t chunk, std::string_view reason);
   void release(std::uint32_t chunk);
@@ -107,6 +113,9 @@ struct ChunkStore::State {
   Result<bool> add_shard(const Ticket& ticket, const ContainerInfo& info, std::size_t container_bytes);
   std::optional<std::uint32_t> new_record(const ContainerInfo& info);
   bool enter_index(std::uint32_t chunk, const ContainerInfo& info);
+  Result<bool> add_whole_shard(const Extent& extent, const ContainerInfo& info, std::size_t container_bytes);
+  std::vector<LoadedShard> find_containers();
+  void take_over(std::span<const LoadedShard> containers);
 
   ChunkRecord& record(std::uint32_t chunk) { return *records[chunk]; }
   const ChunkRecord& record(std::uint32_t chunk) const { return *records[chunk]; }
@@ -118,6 +127,9 @@ struct ChunkStore::State {
   const std::unique_ptr<EvictionPolicy> policy;
 
   mutable std::mutex mutex;  // guards all that follows
+  ChunkStoreStats counters;  // what is not derived from the rest
+  std::optional<ContainerMap> map;
+  std::vector<LoadedShard> found;  // what an earlier store left, until it is taken over
   Slab slab;
   BlockIndexWriter index;
   FamilyTable families;
@@ -130,25 +142,77 @@ struct ChunkStore::State {
   std::unordered_set<std::uint32_t> claimed;
   std::vector<Removal> removals;
   std::shared_ptr<const RemovalListener> listener;
+  std::unordered_map<std::uint64_t, Extent> loads;
   std::uint64_t next_id = 1;
-  ChunkStoreStats counters;  // what is not derived from the rest
 };
+
+namespace {
+
+std::vector<Extent> extents_of(std::span<const LoadedShard> containers) {
+  std::vector<Extent> extents;
+  extents.reserve(containers.size());
+  for (const LoadedShard& each : containers) extents.push_back({each.offset, each.bytes});
+  return extents;
+}
+
+std::uint64_t padded(std::uint64_t bytes) {
+  return (bytes + Slab::kAlignment - 1) / Slab::kAlignment * Slab::kAlignment;
+}
+
+}  // namespace
 
 ChunkStore::State::State(const ChunkStoreConfig& store_config, std::span<std::byte> slab_bytes,
                          std::span<std::byte> index_bytes, std::unique_ptr<EvictionPolicy> eviction_policy,
-                         HazardProbe hazard_probe, const Clock& store_clock)
+                         HazardProbe hazard_probe, const Clock& store_clock, std::span<std::byte> map_bytes)
     : config(store_config),
       slab_memory(slab_bytes),
       hazards(std::move(hazard_probe)),
       clock(store_clock),
       policy(std::move(eviction_policy)),
-      slab(store_config.slab_bytes),
+      map(map_bytes.empty() ? std::nullopt : std::make_optional<ContainerMap>(map_bytes, store_config.slab_bytes)),
+      found(find_containers()),
+      slab(store_config.slab_bytes, extents_of(found)),
       index(index_bytes, {.chunk_capacity = store_config.chunk_capacity,
                           .slot_count = store_config.index_slots,
                           .generation = store_config.generation}),
       records(store_config.chunk_capacity) {
   spare_numbers.reserve(config.chunk_capacity);
   for (std::uint32_t chunk = config.chunk_capacity; chunk-- > 0;) spare_numbers.push_back(chunk);
+  take_over(std::exchange(found, {}));
+}
+
+// The containers that the map names and whose headers are good, in the order of their offsets and without overlap.
+std::vector<LoadedShard> ChunkStore::State::find_containers() {
+  std::vector<LoadedShard> containers;
+  if (!map || !map->adopted()) return containers;
+  std::uint64_t end = 0;
+  for (const std::uint64_t offset : map->offsets()) {
+    auto reader = offset >= end && offset < config.slab_bytes
+                      ? ContainerReader::parse(slab_memory.first(config.slab_bytes).subspan(offset))
+                      : failure(Code::kCorrupt, "it lies within another container, or outside of the slab");
+    if (!reader || !check_container_info(reader->info())) {
+      map->clear(offset);
+      ++counters.dropped_containers;
+      continue;
+    }
+    containers.push_back({reader->info(), offset, reader->size_bytes()});
+    end = offset + padded(reader->size_bytes());
+  }
+  return containers;
+}
+
+// Extents of all of them are in use in the slab.
+void ChunkStore::State::take_over(std::span<const LoadedShard> containers) {
+  for (const LoadedShard& each : containers) {
+    if (add_whole_shard({each.offset, each.bytes}, each.info, each.bytes)) continue;
+    map->clear(each.offset);
+    ++counters.dropped_containers;
+  }
+  const std::uint64_t shards = counters.incomplete_chunks;
+  drop_incomplete(std::nullopt, std::numeric_limits<std::int64_t>::max());
+  counters.dropped_containers += shards;
+  counters.recovered_chunks = counters.chunks;
+  counters.recovered_bytes = counters.encoded_bytes;
 }
 
 bool ChunkStore::State::holds(std::uint32_t chunk, std::size_t block, const NamespaceId& namespace_id,
@@ -212,6 +276,12 @@ ChunkStore::ChunkSummary ChunkStore::State::summarize(const ChunkRecord& chunk) 
           .shards = static_cast<std::uint32_t>(chunk.shards.size())};
 }
 
+// A restart must not find it any more.
+void ChunkStore::State::unmap(const ChunkRecord& leaving) {
+  if (!map) return;
+  for (const auto& shard : leaving.shards) map->clear(shard.extent.offset);
+}
+
 // Only what was retired before the call is safe to free after it.
 void ChunkStore::State::list_claimed() {
   claimed.clear();
@@ -220,6 +290,7 @@ void ChunkStore::State::list_claimed() {
 
 void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view reason) {
   const ChunkRecord& leaving = record(chunk);
+  unmap(leaving);
   for (std::size_t block = 0; block < leaving.blocks; ++block) index.erase(leaving.fingerprint(block), chunk);
   policy->erased(chunk);
   --counters.chunks;
@@ -229,6 +300,7 @@ void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view 
 // The chunk is in the index no more, and nobody holds it.
 void ChunkStore::State::release(std::uint32_t chunk) {
   const ChunkRecord& leaving = record(chunk);
+  unmap(leaving);
   for (const auto& shard : leaving.shards) slab.free(shard.extent);
   counters.encoded_bytes -= leaving.encoded_bytes();
   counters.raw_bytes -= leaving.raw_bytes();
@@ -366,7 +438,11 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
   }
   const std::uint32_t chunk = *entry.chunk;
   ChunkRecord& whole = record(chunk);
-  whole.shards.push_back({slab.shrink(ticket.extent, container_bytes), ticket.range, info.shape.raw_bytes()});
+  const Extent extent = slab.shrink(ticket.extent, container_bytes);
+  // Lower tiers take whole pages; what is left of another chunk must not go with them.
+  std::ranges::fill(slab_memory.subspan(extent.offset + container_bytes, padded(container_bytes) - container_bytes),
+                    std::byte{0});
+  whole.shards.push_back({extent, ticket.range, info.shape.raw_bytes()});
   whole.last_shard_ns = clock.now_ns();
   counters.encoded_bytes += container_bytes;
   counters.raw_bytes += info.shape.raw_bytes();
@@ -379,6 +455,16 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
   entry.chunk.reset();
   --counters.incomplete_chunks;
   return true;
+}
+
+// A shard that was not announced by begin_write(). The extent is freed unless it was used.
+Result<bool> ChunkStore::State::add_whole_shard(const Extent& extent, const ContainerInfo& info,
+                                                std::size_t container_bytes) {
+  pending.try_emplace(info.key);
+  auto outcome = add_shard({info.key, ShardRange::of(info.shape), extent}, info, container_bytes);
+  const auto entry = pending.find(info.key);
+  if (entry->second.tickets.empty() && !entry->second.chunk) pending.erase(entry);
+  return outcome;
 }
 
 std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& info) {
@@ -416,6 +502,9 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
   const auto shorter = find_same_start(info);
   index.make_live(chunk);
   entering.state = ChunkState::kLive;
+  if (map) {
+    for (const auto& shard : entering.shards) map->set(shard.extent.offset);
+  }
   ++counters.chunks;
   policy->inserted(chunk, entering.encoded_bytes());
   // Blocks of a shorter chunk are pointed to this one before that one goes, so that a reader finds them at any moment.
@@ -431,11 +520,12 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
 
 ChunkStore::ChunkStore(const ChunkStoreConfig& config, std::span<std::byte> slab_memory,
                        std::span<std::byte> index_memory, std::unique_ptr<EvictionPolicy> policy, HazardProbe hazards,
-                       const Clock& clock) {
+                       const Clock& clock, std::span<std::byte> map_memory) {
   if (const auto status = config.validate(); !status) throw std::invalid_argument("chunk store: " + status.message());
   if (slab_memory.size() < config.slab_bytes) throw std::invalid_argument("chunk store: slab_memory is too small");
   if (!policy) throw std::invalid_argument("chunk store: there is no eviction policy");
-  state_ = std::make_unique<State>(config, slab_memory, index_memory, std::move(policy), std::move(hazards), clock);
+  state_ = std::make_unique<State>(config, slab_memory, index_memory, std::move(policy), std::move(hazards), clock,
+                                   map_memory);
 }
 
 ChunkStore::~ChunkStore() = default;
@@ -499,10 +589,90 @@ Result<bool> ChunkStore::publish(const WriteTicket& ticket, const ContainerInfo&
 void ChunkStore::abort(const WriteTicket& ticket) {
   State& s = *state_;
   State::Session session(s);
+  if (const auto load = s.loads.find(ticket.id); load != s.loads.end()) {
+    s.slab.free(load->second);
+    s.loads.erase(load);
+  }
   const auto open = s.tickets.find(ticket.id);
   if (open == s.tickets.end()) return;
   s.slab.free(open->second.extent);
   s.close_ticket(open);
+}
+
+Result<WriteTicket> ChunkStore::begin_load(std::uint64_t bytes) {
+  State& s = *state_;
+  if (bytes == 0 || bytes % Slab::kAlignment != 0 || bytes > s.slab.capacity_bytes()) {
+    return failure(Code::kRefused, "an object of " + std::to_string(bytes) + " bytes does not fit the slab");
+  }
+  State::Session session(s);
+  std::optional<Extent> extent;
+  const auto allocate = [&] { return (extent = s.slab.allocate(bytes)).has_value(); };
+  if (!s.evict_until(bytes, allocate)) {
+    return failure(Code::kBusy, "no room for " + std::to_string(bytes) + " bytes: what is stored is in use");
+  }
+  const std::uint64_t id = s.next_id++;
+  s.loads.emplace(id, *extent);
+  return WriteTicket{id, *extent};
+}
+
+Status ChunkStore::publish_load(const WriteTicket& ticket, std::span<const LoadedShard> shards, std::uint8_t saved_in) {
+  State& s = *state_;
+  State::Session session(s);
+  const auto open = s.loads.find(ticket.id);
+  if (open == s.loads.end()) return Status(Code::kInvalid, "there is no such ticket");
+  Extent rest = open->second;
+  s.loads.erase(open);
+  std::uint64_t at = 0;
+  bool complete = false;
+  Status outcome;
+  for (std::size_t i = 0; i < shards.size() && outcome && !complete; ++i) {
+    const LoadedShard& shard = shards[i];
+    const std::uint64_t room = padded(shard.bytes);
+    if (shard.offset != at || shard.bytes == 0 || room > rest.bytes) {
+      outcome = Status(Code::kCorrupt, "the containers do not lie behind one another in the object");
+      break;
+    }
+    Extent mine = rest;
+    if (room < rest.bytes) {
+      std::tie(mine, rest) = s.slab.split(rest, room);
+    } else {
+      rest.bytes = 0;
+    }
+    at += room;
+    const auto added = s.add_whole_shard(mine, shard.info, shard.bytes);
+    if (!added) outcome = added.error();
+    complete = added.value_or(false);
+  }
+  if (rest.bytes > 0) s.slab.free(rest);
+  if (!outcome) return outcome;
+  if (!complete) return Status(Code::kCorrupt, "the object does not hold all shards of its chunk");
+  const ChunkKey& key = shards.front().info.key;
+  if (const auto chunk = s.find_live(key.namespace_id, key.group, key.last_block))
+    s.record(*chunk).saved_in |= saved_in;
+  return Status::ok();
+}
+
+void ChunkStore::mark_saved(const ChunkKey& key, std::uint8_t saved_in) {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  const auto chunk = s.find_live(key.namespace_id, key.group, key.last_block);
+  // A longer chunk may have taken over the block.
+  if (!chunk || !(s.record(*chunk).key() == key)) return;
+  s.record(*chunk).saved_in |= saved_in;
+}
+
+std::vector<ChunkKey> ChunkStore::unsaved_victims(std::uint64_t bytes, std::uint8_t wanted_in) const {
+  const State& s = *state_;
+  std::vector<ChunkKey> keys;
+  std::lock_guard lock(s.mutex);
+  std::uint64_t seen_bytes = 0;
+  for (const auto chunk : s.policy->victims(std::min<std::uint64_t>(kVictimScan, s.counters.chunks))) {
+    if (seen_bytes >= bytes) break;
+    const ChunkRecord& victim = s.record(chunk);
+    seen_bytes += victim.encoded_bytes();
+    if ((victim.saved_in & wanted_in) != wanted_in) keys.push_back(victim.key());
+  }
+  return keys;
 }
 
 std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks) {

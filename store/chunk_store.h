@@ -64,6 +64,16 @@ struct ChunkStoreStats {
   std::uint64_t raw_bytes = 0, encoded_bytes = 0;  ///< of what is stored now
   std::uint64_t evicted_chunks = 0, evicted_bytes = 0, superseded_chunks = 0, quarantined_chunks = 0;
   std::uint64_t index_slots_used = 0;
+  /// What a warm restart found: chunks taken over, and containers that were dropped since they were damaged, of an
+  /// unknown format or without the other shards of their chunk.
+  std::uint64_t recovered_chunks = 0, recovered_bytes = 0, dropped_containers = 0;
+};
+
+/// One container of a chunk object that was read from a lower tier and verified.
+struct LoadedShard {
+  ContainerInfo info;
+  std::uint64_t offset = 0;  ///< within the object, a multiple of Slab::kAlignment
+  std::uint64_t bytes = 0;   ///< of the container, without what pads it
 };
 
 enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
@@ -78,10 +88,12 @@ class ChunkStore {
   using RemovalListener =
       std::function<void(const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason)>;
 
-  /// slab_memory and index_memory are owned by the caller and outlive the store. Throws std::invalid_argument when a
-  /// size does not fit.
+  /// All memory is owned by the caller and outlives the store. map_memory (ContainerMap; empty: none) makes a warm
+  /// restart possible: what an earlier store left in it and in the slab is taken over, see ChunkStoreStats. Headers are
+  /// verified then, sections by whoever reads them. Throws std::invalid_argument when a size does not fit.
   ChunkStore(const ChunkStoreConfig& config, std::span<std::byte> slab_memory, std::span<std::byte> index_memory,
-             std::unique_ptr<EvictionPolicy> policy, HazardProbe hazards, const Clock& clock);
+             std::unique_ptr<EvictionPolicy> policy, HazardProbe hazards, const Clock& clock,
+             std::span<std::byte> map_memory = {});
   ~ChunkStore();
 
   /// De-duplication, before anything is reserved. With a shard's layer and head range: kStored when that range is there
@@ -99,6 +111,18 @@ class ChunkStore {
   /// dropped once nobody holds it. Returns true when the chunk is complete (readable by others) now.
   Result<bool> publish(const WriteTicket& ticket, const ContainerInfo& info, std::size_t container_bytes);
   void abort(const WriteTicket& ticket);
+
+  /// Room for a whole chunk object of a lower tier (store/tier.h), bytes being a multiple of Slab::kAlignment. Fails as
+  /// begin_write() does.
+  Result<WriteTicket> begin_load(std::uint64_t bytes);
+  /// The object is complete and verified in the ticket's bytes: publishes the chunk, unless it is stored already.
+  /// saved_in: bit i says that lower tier i has it. kCorrupt when the shards are not a complete chunk.
+  Status publish_load(const WriteTicket& ticket, std::span<const LoadedShard> shards, std::uint8_t saved_in);
+  /// Lower tier i has the chunk now, for each bit i that is set.
+  void mark_saved(const ChunkKey& key, std::uint8_t saved_in);
+  /// Keys of the chunks that would leave first, about so many bytes of them, without those that all lower tiers of the
+  /// mask have.
+  std::vector<ChunkKey> unsaved_victims(std::uint64_t bytes, std::uint8_t wanted_in) const;
 
   /// How many leading blocks of the prompt are stored: blocks[i] is the hash of block i. Touches what it finds.
   /// For remote clients and tools; local clients read the index themselves.

@@ -116,13 +116,25 @@ struct Slab::State {
   // Makes what lies behind the first pages of a block a free block of its own, merged with a free neighbour.
   void split_off_tail(std::uint32_t id, std::uint32_t pages) {
     if (blocks[id].pages == pages) return;
+    const std::uint32_t tail = cut(id, pages);
+    absorb_successor_if_free(tail);
+    link_free(tail);
+  }
+
+  // Cuts a block in two behind its first pages, 0 < pages < all; returns the second one. Neither is in a bin.
+  std::uint32_t cut(std::uint32_t id, std::uint32_t pages) {
     const std::uint32_t tail = new_block(
         {.page = blocks[id].page + pages, .pages = blocks[id].pages - pages, .before = id, .after = blocks[id].after});
     blocks[id].pages = pages;
     blocks[id].after = tail;
     if (blocks[tail].after != kNone) blocks[blocks[tail].after].before = tail;
-    absorb_successor_if_free(tail);
-    link_free(tail);
+    return tail;
+  }
+
+  // Marks a block that is in no bin as used.
+  void use(std::uint32_t id) {
+    used_by_page.emplace(blocks[id].page, id);
+    used_pages += blocks[id].pages;
   }
 
   void absorb_successor_if_free(std::uint32_t id) {
@@ -142,7 +154,9 @@ struct Slab::State {
   }
 };
 
-Slab::Slab(std::uint64_t capacity_bytes) : state_(std::make_unique<State>()) {
+Slab::Slab(std::uint64_t capacity_bytes) : Slab(capacity_bytes, {}) {}
+
+Slab::Slab(std::uint64_t capacity_bytes, std::span<const Extent> used) : state_(std::make_unique<State>()) {
   const std::uint64_t pages = capacity_bytes / kAlignment;
   if (pages == 0 || pages >= kNone) {
     throw std::invalid_argument("slab: the capacity must be between 4 KiB and 16 TiB");
@@ -150,7 +164,25 @@ Slab::Slab(std::uint64_t capacity_bytes) : state_(std::make_unique<State>()) {
   state_->capacity_pages = static_cast<std::uint32_t>(pages);
   for (auto& level : state_->heads) level.fill(kNone);
   state_->step_bits.fill(0);
-  state_->link_free(state_->new_block({.page = 0, .pages = state_->capacity_pages}));
+  State& s = *state_;
+  std::uint32_t rest = s.new_block({.page = 0, .pages = s.capacity_pages});
+  for (const Extent& extent : used) {
+    const std::uint64_t first = extent.offset / kAlignment;
+    const std::uint64_t count = pages_for(extent.bytes);
+    const std::uint64_t from = rest == kNone ? s.capacity_pages : s.blocks[rest].page;
+    if (extent.offset % kAlignment != 0 || count == 0 || first < from || count > s.capacity_pages - first) {
+      throw std::invalid_argument("slab: the extents that are in use overlap or lie outside of it");
+    }
+    if (first > from) {
+      const std::uint32_t gap = rest;
+      rest = s.cut(gap, static_cast<std::uint32_t>(first - from));
+      s.link_free(gap);
+    }
+    const std::uint32_t mine = rest;
+    rest = count < s.blocks[mine].pages ? s.cut(mine, static_cast<std::uint32_t>(count)) : kNone;
+    s.use(mine);
+  }
+  if (rest != kNone) s.link_free(rest);
 }
 
 Slab::~Slab() = default;
@@ -166,8 +198,7 @@ std::optional<Extent> Slab::allocate(std::uint64_t bytes) {
   if (id == kNone) return std::nullopt;
   s.unlink_free(id);
   s.split_off_tail(id, pages);
-  s.used_by_page.emplace(s.blocks[id].page, id);
-  s.used_pages += pages;
+  s.use(id);
   return Extent{s.blocks[id].page * kAlignment, bytes};
 }
 
@@ -200,6 +231,15 @@ Extent Slab::shrink(const Extent& extent, std::uint64_t new_bytes) {
   s.split_off_tail(id, pages);
   s.used_pages -= before - pages;
   return {extent.offset, new_bytes};
+}
+
+std::pair<Extent, Extent> Slab::split(const Extent& extent, std::uint64_t head_bytes) {
+  State& s = *state_;
+  assert(head_bytes > 0 && head_bytes < extent.bytes && head_bytes % kAlignment == 0);
+  const std::uint32_t head = s.used_by_page.at(static_cast<std::uint32_t>(extent.offset / kAlignment));
+  const std::uint32_t tail = s.cut(head, static_cast<std::uint32_t>(head_bytes / kAlignment));
+  s.used_by_page.emplace(s.blocks[tail].page, tail);
+  return {{extent.offset, head_bytes}, {extent.offset + head_bytes, extent.bytes - head_bytes}};
 }
 
 std::uint64_t Slab::capacity_bytes() const { return state_->capacity_pages * kAlignment; }

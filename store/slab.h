@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
+#include <utility>
 
 namespace kvern {
 
@@ -21,6 +23,9 @@ class Slab {
  public:
   static constexpr std::uint64_t kAlignment = 4096;
   explicit Slab(std::uint64_t capacity_bytes);
+  /// A slab in which these extents are in use already: within the capacity, aligned, in ascending order without
+  /// overlap. Throws std::invalid_argument when they are not.
+  Slab(std::uint64_t capacity_bytes, std::span<const Extent> used);
   ~Slab();
   Slab(Slab&&) noexcept;
   Slab& operator=(Slab&&) noexcept;
@@ -30,6 +35,9 @@ class Slab {
   void free(const Extent& extent);
   /// Gives the end of an extent back: new_bytes <= extent.bytes. Returns the smaller extent.
   Extent shrink(const Extent& extent, std::uint64_t new_bytes);
+  /// Cuts an extent in two that are freed one by one. head_bytes: a multiple of kAlignment, 0 < head_bytes <
+  /// extent.bytes.
+  std::pair<Extent, Extent> split(const Extent& extent, std::uint64_t head_bytes);
 
   std::uint64_t capacity_bytes() const;
   std::uint64_t used_bytes() const;  ///< rounded up to kAlignment

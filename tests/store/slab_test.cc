@@ -49,6 +49,37 @@ TEST(Slab, GivesAllOfItselfAndNoMore) {
   EXPECT_FALSE(slab.allocate(~std::uint64_t{0}).has_value());
 }
 
+TEST(Slab, StartsWithWhatIsInUseAlready) {
+  const std::vector<Extent> used = {{0, 100}, {2 * kPage, kPage}, {3 * kPage, 2 * kPage + 1}};
+  Slab slab(8 * kPage, used);
+  EXPECT_EQ(slab.used_bytes(), 5 * kPage);
+  EXPECT_EQ(slab.largest_free_bytes(), 2 * kPage);
+  ASSERT_TRUE(slab.allocate(2 * kPage).has_value());
+  ASSERT_TRUE(slab.allocate(kPage).has_value());
+  EXPECT_FALSE(slab.allocate(1).has_value());
+  for (const Extent& extent : used) slab.free(extent);
+  EXPECT_EQ(slab.used_bytes(), 3 * kPage);
+  const auto refused = [](std::vector<Extent> extents) { Slab again(8 * kPage, extents); };
+  EXPECT_THROW(refused({{0, 2 * kPage}, {kPage, 1}}), std::invalid_argument) << "overlap";
+  EXPECT_THROW(refused({{kPage, 1}, {0, 1}}), std::invalid_argument) << "order";
+  EXPECT_THROW(refused({{7 * kPage, kPage + 1}}), std::invalid_argument) << "outside";
+  EXPECT_THROW(refused({{100, 1}}), std::invalid_argument) << "alignment";
+}
+
+TEST(Slab, TheHalvesOfASplitAreFreedOneByOne) {
+  Slab slab(8 * kPage);
+  const auto whole = slab.allocate(5 * kPage);
+  ASSERT_TRUE(whole.has_value());
+  const auto [head, tail] = slab.split(*whole, 2 * kPage);
+  EXPECT_EQ(head, (Extent{whole->offset, 2 * kPage}));
+  EXPECT_EQ(tail, (Extent{whole->offset + 2 * kPage, 3 * kPage}));
+  EXPECT_EQ(slab.used_bytes(), 5 * kPage);
+  slab.free(head);
+  EXPECT_EQ(slab.used_bytes(), 3 * kPage);
+  slab.free(tail);
+  EXPECT_EQ(slab.largest_free_bytes(), 8 * kPage);
+}
+
 TEST(Slab, ShrinkingGivesTheEndBack) {
   Slab slab(16 * kPage);
   const auto first = slab.allocate(8 * kPage);

@@ -1,0 +1,196 @@
+#include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "store/container_map.h"
+#include "tests/store/stored_chunks.h"
+
+namespace kvern {
+namespace {
+
+using testing::ChunkSpec;
+using testing::holds_exactly;
+using testing::object_of;
+using testing::PageAlignedBytes;
+using testing::store_chunk;
+using testing::StoreFixture;
+
+/// Memory that outlives the stores which use it, one after the other.
+struct Lives {
+  explicit Lives(std::uint64_t pages) : config(StoreFixture::pages(pages)), slab(config.slab_bytes) {}
+
+  ChunkStore& start() {
+    store.reset();
+    index = std::make_unique<PageAlignedBytes>(block_index_bytes(
+        {.chunk_capacity = config.chunk_capacity, .slot_count = config.index_slots, .generation = config.generation}));
+    store.emplace(config, slab.span().first(config.slab_bytes), index->span(), make_lru_policy(), nullptr, clock,
+                  map.span().first(ContainerMap::bytes_for(config.slab_bytes)));
+    return *store;
+  }
+
+  ChunkStoreConfig config;
+  PageAlignedBytes slab;
+  PageAlignedBytes map{8192};
+  std::unique_ptr<PageAlignedBytes> index;
+  ManualClock clock;
+  std::optional<ChunkStore> store;
+};
+
+TEST(WarmRestart, FindsEveryCompleteChunkWithItsBytes) {
+  Lives lives(256);
+  ChunkStore& first = lives.start();
+  EXPECT_EQ(first.stats().recovered_chunks, 0U);
+  std::vector<ChunkSpec> specs;
+  for (std::uint64_t prompt = 0; prompt < 4; ++prompt) {
+    specs.push_back({.prompt = prompt, .first_block = 0, .blocks = 4});
+    specs.push_back({.prompt = prompt, .first_block = 4, .blocks = 3});
+  }
+  for (const auto& spec : specs) ASSERT_TRUE(store_chunk(first, spec).value());
+  const ChunkSpec halves{.prompt = 9};
+  ASSERT_FALSE(store_chunk(first, halves.shard(0, 4)).value());
+  ASSERT_TRUE(store_chunk(first, halves.shard(4, 4)).value());
+  const auto before = first.stats();
+
+  ChunkStore& second = lives.start();
+  const auto after = second.stats();
+  EXPECT_EQ(after.recovered_chunks, before.chunks);
+  EXPECT_EQ(after.chunks, before.chunks);
+  EXPECT_EQ(after.used_bytes, before.used_bytes);
+  EXPECT_EQ(after.encoded_bytes, before.encoded_bytes);
+  EXPECT_EQ(after.raw_bytes, before.raw_bytes);
+  EXPECT_EQ(after.index_slots_used, before.index_slots_used);
+  EXPECT_EQ(after.dropped_containers, 0U);
+  for (const auto& spec : specs) EXPECT_TRUE(holds_exactly(second, spec));
+  EXPECT_TRUE(holds_exactly(second, halves));
+}
+
+TEST(WarmRestart, DropsWhatIsHalfWrittenOrDamagedAndFreesItsRoom) {
+  Lives lives(256);
+  ChunkStore& first = lives.start();
+  const ChunkSpec good{.prompt = 1}, damaged{.prompt = 2}, half{.prompt = 3}, unpublished{.prompt = 4};
+  ASSERT_TRUE(store_chunk(first, good).value());
+  ASSERT_TRUE(store_chunk(first, damaged).value());
+  ASSERT_FALSE(store_chunk(first, half.shard(0, 4)).value());
+  ASSERT_TRUE(first.begin_write(unpublished.info(), 40'000).has_value());
+  const auto pinned = first.pin(damaged.info().key.namespace_id, 0, damaged.info().key.last_block);
+  lives.slab.span()[pinned->shards.front().extent.offset + 40] ^= std::byte{1};
+
+  ChunkStore& second = lives.start();
+  EXPECT_EQ(second.stats().recovered_chunks, 1U);
+  EXPECT_EQ(second.stats().dropped_containers, 1U) << "a half-stored chunk is in no map";
+  EXPECT_TRUE(holds_exactly(second, good));
+  EXPECT_FALSE(holds_exactly(second, damaged));
+  second.flush(std::nullopt);
+  EXPECT_EQ(second.stats().used_bytes, 0U);
+}
+
+TEST(WarmRestart, WhatWasEvictedFlushedOrQuarantinedStaysAway) {
+  Lives lives(64);
+  ChunkStore& first = lives.start();
+  const ChunkSpec flushed{.prompt = 1, .namespace_number = 7}, bad{.prompt = 2}, kept{.prompt = 3};
+  ASSERT_TRUE(store_chunk(first, flushed).value());
+  ASSERT_TRUE(store_chunk(first, bad).value());
+  ASSERT_TRUE(store_chunk(first, kept).value());
+  first.flush(flushed.info().key.namespace_id);
+  const auto held = first.pin(bad.info().key.namespace_id, 0, bad.info().key.last_block);
+  first.quarantine(bad.info().key.namespace_id, 0, bad.info().key.last_block);
+  ASSERT_TRUE(held.has_value()) << "its bytes cannot be freed yet";
+
+  ChunkStore& second = lives.start();
+  EXPECT_EQ(second.stats().recovered_chunks, 1U);
+  EXPECT_TRUE(holds_exactly(second, kept));
+  EXPECT_FALSE(holds_exactly(second, bad));
+}
+
+TEST(WarmRestart, AnUnknownMapOrASmallerSlabIsAnEmptyStart) {
+  Lives lives(256);
+  ASSERT_TRUE(store_chunk(lives.start(), {.prompt = 1}).value());
+  lives.map.span()[0] ^= std::byte{1};
+  EXPECT_EQ(lives.start().stats().chunks, 0U);
+
+  ASSERT_TRUE(store_chunk(*lives.store, {.prompt = 1}).value());
+  lives.config.slab_bytes -= 4096;
+  EXPECT_EQ(lives.start().stats().chunks, 0U);
+}
+
+TEST(WarmRestart, ALargerSlabKeepsWhatWasThere) {
+  Lives lives(256);
+  lives.config.slab_bytes = 128 * 4096;
+  ASSERT_TRUE(store_chunk(lives.start(), {.prompt = 1}).value());
+  lives.config.slab_bytes = 256 * 4096;
+  EXPECT_TRUE(holds_exactly(lives.start(), {.prompt = 1}));
+}
+
+RC_GTEST_PROP(WarmRestart, SurvivesAnyBytesInMapAndSlab, ()) {
+  Lives lives(64);
+  ChunkStore& first = lives.start();
+  for (std::uint64_t prompt = 0; prompt < 6; ++prompt) RC_ASSERT(store_chunk(first, {.prompt = prompt}).value());
+  const auto flips = *rc::gen::container<std::vector<std::pair<std::uint32_t, std::uint32_t>>>(
+      rc::gen::pair(rc::gen::inRange(0U, 64U * 4096U * 8U), rc::gen::inRange(0U, 64U + 256U)));
+  for (const auto& [slab_bit, map_bit] : flips) {
+    lives.slab.span()[slab_bit / 8] ^= static_cast<std::byte>(1U << slab_bit % 8);
+    if (map_bit < 64) lives.map.span()[32 + map_bit / 8] ^= static_cast<std::byte>(1U << map_bit % 8);
+  }
+  ChunkStore& second = lives.start();
+  second.flush(std::nullopt);
+  RC_ASSERT(second.stats().used_bytes == 0U);
+  RC_ASSERT(second.stats().index_slots_used == 0U);
+}
+
+TEST(ChunkObject, IsPublishedAsAWholeAndFreedShardByShard) {
+  StoreFixture f(StoreFixture::pages(256));
+  const ChunkSpec whole{.prompt = 5};
+  const std::vector<ChunkSpec> halves = {whole.shard(0, 4), whole.shard(4, 4)};
+  const auto object = object_of(halves);
+  const auto ticket = f.store.begin_load(object.size());
+  ASSERT_TRUE(ticket.has_value());
+  std::ranges::copy(object, f.store.bytes(*ticket).begin());
+  std::vector<LoadedShard> shards;
+  for (std::uint64_t at = 0; at < object.size();) {
+    const auto reader = ContainerReader::parse(std::span(object).subspan(at));
+    ASSERT_TRUE(reader.has_value());
+    shards.push_back({reader->info(), at, reader->size_bytes()});
+    at += (reader->size_bytes() + 4095) / 4096 * 4096;
+  }
+  EXPECT_FALSE(f.has(whole));
+  ASSERT_TRUE(f.store.publish_load(*ticket, shards, 1));
+  EXPECT_TRUE(holds_exactly(f.store, whole));
+  EXPECT_TRUE(f.store.unsaved_victims(1 << 30, 1).empty());
+  EXPECT_EQ(f.store.unsaved_victims(1 << 30, 2).size(), 1U);
+  EXPECT_EQ(f.store.stats().used_bytes, object.size());
+
+  const auto again = f.store.begin_load(object.size());
+  ASSERT_TRUE(again.has_value());
+  std::ranges::copy(object, f.store.bytes(*again).begin());
+  EXPECT_TRUE(f.store.publish_load(*again, shards, 1)) << "it is there already";
+  EXPECT_EQ(f.store.stats().used_bytes, object.size());
+
+  const auto part = f.store.begin_load(object.size());
+  ASSERT_TRUE(part.has_value());
+  f.store.flush(std::nullopt);
+  EXPECT_EQ(f.store.publish_load(*part, std::span(shards).first(1), 1).code(), Code::kCorrupt);
+  const auto aborted = f.store.begin_load(object.size());
+  ASSERT_TRUE(aborted.has_value());
+  f.store.abort(*aborted);
+  f.store.flush(std::nullopt);
+  EXPECT_EQ(f.store.stats().used_bytes, 0U);
+  EXPECT_EQ(f.store.begin_load(100).error().code(), Code::kRefused);
+}
+
+TEST(ChunkObject, AStoredChunkIsSavedOnce) {
+  StoreFixture f(StoreFixture::pages(64));
+  const ChunkSpec one{.prompt = 1}, two{.prompt = 2};
+  ASSERT_TRUE(f.put(one));
+  ASSERT_TRUE(f.put(two));
+  ASSERT_EQ(f.store.unsaved_victims(4096, 3).size(), 1U) << "about so many bytes";
+  f.store.mark_saved(one.info().key, 3);
+  const auto left = f.store.unsaved_victims(1 << 20, 3);
+  ASSERT_EQ(left.size(), 1U);
+  EXPECT_EQ(left.front(), two.info().key);
+}
+
+}  // namespace
+}  // namespace kvern
