@@ -18,6 +18,7 @@
 #include "service/namespaces.h"
 #include "service/staging.h"
 #include "store/chunk_store.h"
+#include "store/lease.h"
 #include "transport/admission.h"
 #include "transport/session_segment.h"
 #include "transport/shared_memory.h"
@@ -53,27 +54,6 @@ struct Reservation {
   Staging::Block block;
   InFlight::Claim claim;
   std::atomic<int> running_pushes{0};  ///< of the remote data plane, which still write to the block
-};
-
-/// A chunk that stays where it is. Whoever holds it last unpins the chunk.
-class Lease {
- public:
-  Lease(ChunkStore& store, PinnedChunk chunk, NamespaceId namespace_id, std::uint16_t group, BlockHash block)
-      : store_(store), chunk_(std::move(chunk)), namespace_id_(namespace_id), group_(group), block_(block) {}
-  Lease(const Lease&) = delete;
-  Lease& operator=(const Lease&) = delete;
-  ~Lease() { store_.unpin(chunk_.pin); }
-  const PinnedChunk& chunk() const { return chunk_; }
-  const NamespaceId& namespace_id() const { return namespace_id_; }
-  std::uint16_t group() const { return group_; }
-  const BlockHash& block() const { return block_; }
-
- private:
-  ChunkStore& store_;
-  PinnedChunk chunk_;
-  NamespaceId namespace_id_;
-  std::uint16_t group_;
-  BlockHash block_;
 };
 
 /// One connected client and all that it holds. Thread-safe. Once closed it takes nothing any more (kExpired), and what

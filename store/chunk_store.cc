@@ -696,14 +696,15 @@ std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t gro
   return found;
 }
 
-Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block) {
+Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,
+                                    bool is_use) {
   State& s = *state_;
   std::lock_guard lock(s.mutex);
   const auto chunk = s.find_readable(namespace_id, group, block);
   if (!chunk) return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
-  if (pinned.state == ChunkState::kLive) s.policy->touched(*chunk);
+  if (is_use && pinned.state == ChunkState::kLive) s.policy->touched(*chunk);
   PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = {}};
   result.shards.reserve(pinned.shards.size());
   for (const auto& shard : pinned.shards) {

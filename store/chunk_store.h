@@ -128,8 +128,10 @@ class ChunkStore {
   /// For remote clients and tools; local clients read the index themselves.
   std::size_t match(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks);
 
-  /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin.
-  Result<PinnedChunk> pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block);
+  /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin. is_use: count
+  /// it as one for eviction; who only moves chunks does not use them.
+  Result<PinnedChunk> pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,
+                          bool is_use = true);
   void unpin(std::uint64_t pin);
   /// Read access to a shard of a pinned chunk.
   std::span<const std::byte> bytes(const StoredShard& shard) const;
