@@ -1,0 +1,641 @@
+#include "store/redis_tier.h"
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <stdexcept>
+#include <utility>
+
+#include "base/executor.h"
+#include "store/event_loop.h"
+#include "store/redis_cluster.h"
+#include "store/redis_object.h"
+#include "store/remote_key.h"
+#include "store/write_budget.h"
+
+namespace kvern {
+namespace {
+
+constexpr std::size_t kErasesAtOnce = 64;
+constexpr std::string_view kScanCount = "1000";  // keys that a server looks at in one step: well under a millisecond
+constexpr std::size_t kResolverQueue = 256;
+
+Status closing() { return {Code::kUnavailable, "the redis tier is closing"}; }
+Status cancelled() { return {Code::kExpired, "the operation was cancelled"}; }
+
+Status status_of_error(const std::string& error) {
+  if (error.starts_with("OOM")) return {Code::kBusy, "Redis is full (see maxmemory and maxmemory-policy): " + error};
+  if (error.starts_with("TRYAGAIN")) return {Code::kBusy, "the slot is on its way to another Redis node"};
+  if (error.starts_with("NOPERM")) {
+    return {Code::kUnavailable,
+            "the Redis user lacks a permission (it needs +@read +@write +@transaction +@keyspace "
+            "+@connection and the prefix's keys): " +
+                error};
+  }
+  return {Code::kUnavailable, "Redis answers: " + error};
+}
+
+/// The first error among the replies, and within that of EXEC.
+Status first_error(std::span<const RespValue> replies) {
+  for (const auto& reply : replies) {
+    if (reply.is_error()) return status_of_error(reply.text);
+    if (auto status = first_error(reply.elements); !status) return status;
+  }
+  return Status::ok();
+}
+
+}  // namespace
+
+Status RedisTierConfig::validate() const {
+  if (nodes.empty()) return {Code::kInvalid, "nodes must name at least one Redis node as host:port"};
+  for (const auto& node : nodes) {
+    if (const auto endpoint = parse_redis_endpoint(node); !endpoint) return endpoint.error();
+  }
+  if (!user.empty() && password.empty()) return {Code::kInvalid, "user needs a password"};
+  if (!tls && !(tls_ca_file.empty() && tls_certificate_file.empty() && tls_key_file.empty())) {
+    return {Code::kInvalid, "certificates are given, yet tls is off"};
+  }
+  if (auto status = check_remote_prefix(prefix); !status) return status;
+  if (probes_per_cell == 0) return {Code::kInvalid, "probes_per_cell must be at least 1"};
+  if (concurrent_reads == 0 || concurrent_writes == 0 || max_outstanding == 0) {
+    return {Code::kInvalid, "concurrent_reads, concurrent_writes and max_outstanding must be at least 1"};
+  }
+  if (write_queue_bytes == 0 || write_queue_age_ns <= 0) {
+    return {Code::kInvalid, "write_queue_bytes and write_queue_age_ns must be above 0"};
+  }
+  if (connect_timeout_ns <= 0 || find_timeout_ns <= 0 || operation_timeout_ns <= 0) {
+    return {Code::kInvalid, "timeouts must be above 0"};
+  }
+  return breaker.validate();
+}
+
+/// Everything but the first few members is touched by the loop's thread alone.
+struct RedisTier::Work {
+  using OnCancel = std::stop_callback<std::function<void()>>;
+  struct Read {
+    TierHit hit;
+    std::uint64_t offset = 0;
+    std::span<std::byte> into;
+    std::stop_token token;
+    Done done;
+    std::unique_ptr<OnCancel> on_cancel = {};
+    std::shared_ptr<RedisCall> call = {};
+    bool ended = false;
+  };
+  struct Find {
+    std::vector<CellQuery> cells;
+    std::stop_token token;
+    FindDone done;
+    std::unique_ptr<OnCancel> on_cancel = {};
+    std::vector<std::shared_ptr<RedisCall>> calls = {};
+    std::vector<TierHit> hits = {};
+    std::size_t unanswered = 0;
+    bool any_answer = false;
+    Status trouble = {};
+    bool ended = false;
+  };
+  struct Write {
+    TierObject object;
+    Done done;
+    std::int64_t since_ns = 0;
+  };
+  struct Erase {
+    std::vector<ChunkKey> keys;
+    Done done;
+    std::size_t next = 0, under_way = 0;
+    Status trouble = {};
+  };
+  struct EraseAll {
+    std::vector<RedisEndpoint> nodes;
+    std::string pattern;
+    Done done;
+    std::size_t node = 0;
+    std::string cursor = "0";
+  };
+
+  Work(RedisTierConfig tier_config, const Clock& clock);
+  void close();
+
+  void start(const std::shared_ptr<Read>& read);
+  void send(const std::shared_ptr<Read>& read);
+  Status judge(const Read& read, std::span<const RespValue> replies);
+  void finish(Read& read, Status status);
+
+  void start(const std::shared_ptr<Find>& find);
+  void probe(const std::shared_ptr<Find>& find, std::size_t cell, std::size_t block);
+  void take(Find& find, std::size_t cell, std::size_t block, const RespValue& reply);
+  void finish(Find& find, Result<std::vector<TierHit>> hits);
+
+  void send(Write write);
+  void store(Write write, std::string name, std::string manifest, std::size_t old_pieces);
+  void finish(const Write& write, Status status);
+  void pump();
+  void pump_writes();
+  void drop_old_writes();
+
+  void go_on(const std::shared_ptr<Erase>& erase);
+  void go_on(const std::shared_ptr<EraseAll>& erase);
+  void unlink_scanned(const std::shared_ptr<EraseAll>& erase, const RespValue& keys);
+
+  std::string name_of(const ChunkKey& key) const { return remote_object_name(config.prefix, key); }
+  void execute(RedisLane lane, const std::string& name, std::vector<RedisRequest> requests, RedisBatch::Done done);
+  void drop(const std::string& name, std::size_t pieces);
+  void refresh_ttl(const std::string& name, std::size_t pieces);
+
+  const RedisTierConfig config;
+  const std::string ttl;  ///< empty: none
+  WriteBudget budget;
+  std::atomic<std::uint32_t> outstanding{0};  ///< finds and reads
+  RedisConnectionSettings settings;
+  EventLoop loop;
+  ThreadPool resolver;
+  std::unique_ptr<RedisCluster> cluster;  ///< made and let go by the loop's thread
+  bool closed = false;
+  std::deque<std::shared_ptr<Read>> waiting_reads;
+  std::deque<Write> waiting_writes;
+  std::size_t reads_under_way = 0, writes_under_way = 0;
+  bool pumping = false;
+  std::optional<std::uint64_t> age_timer;
+};
+
+RedisTier::Work::Work(RedisTierConfig tier_config, const Clock& clock)
+    : config(std::move(tier_config)),
+      ttl(config.ttl_seconds == 0 ? "" : std::to_string(config.ttl_seconds)),
+      budget(config.write_queue_bytes),
+      loop("kvern-redis", clock),
+      resolver("kvern-redis-dns", 1, kResolverQueue) {
+  settings = {.user = config.user,
+              .password = config.password,
+              .tls = nullptr,
+              .connect_timeout_ns = config.connect_timeout_ns};
+  if (config.tls) {
+    auto context = TlsContext::create(config.tls_ca_file, config.tls_certificate_file, config.tls_key_file);
+    if (!context) throw std::invalid_argument("redis: " + context.error().message());
+    settings.tls = std::move(*context);
+  }
+  std::vector<RedisEndpoint> seeds;
+  for (const auto& node : config.nodes) seeds.push_back(parse_redis_endpoint(node).value());
+  static_cast<void>(loop.post(
+      [this, seeds = std::move(seeds)] { cluster = std::make_unique<RedisCluster>(loop, resolver, settings, seeds); }));
+}
+
+void RedisTier::Work::close() {
+  closed = true;
+  cluster.reset();  // ends what was sent
+  for (const auto& read : std::exchange(waiting_reads, {})) finish(*read, closing());
+  for (const auto& write : std::exchange(waiting_writes, {})) finish(write, closing());
+}
+
+void RedisTier::Work::execute(RedisLane lane, const std::string& name, std::vector<RedisRequest> requests,
+                              RedisBatch::Done done) {
+  if (closed) return done(failure(closing()));
+  auto call = std::make_shared<RedisCall>();
+  call->lane = lane;
+  call->slot = redis_slot(name);
+  call->requests = std::move(requests);
+  call->timeout_ns = lane == RedisLane::kLookup ? config.find_timeout_ns : config.operation_timeout_ns;
+  call->done = std::move(done);
+  cluster->execute(std::move(call));
+}
+
+// ---- find: the manifests of all candidates, in one round trip to each node
+
+void RedisTier::Work::start(const std::shared_ptr<Find>& find) {
+  if (closed) return finish(*find, failure(closing()));
+  if (find->token.stop_requested()) return finish(*find, failure(cancelled()));
+  find->hits.resize(find->cells.size());
+  std::vector<std::pair<std::size_t, std::size_t>> probes;
+  for (std::size_t cell = 0; cell < find->cells.size(); ++cell) {
+    const std::size_t blocks = find->cells[cell].blocks.size();
+    const std::size_t tried = std::min<std::size_t>(blocks, config.probes_per_cell);
+    for (std::size_t i = 1; i <= tried; ++i) probes.emplace_back(cell, blocks - i);
+  }
+  if (probes.empty()) return finish(*find, std::move(find->hits));
+  find->unanswered = probes.size();
+  for (const auto& [cell, block] : probes) probe(find, cell, block);
+  if (find->ended) return;
+  find->on_cancel = std::make_unique<OnCancel>(find->token, [this, weak = std::weak_ptr(find)] {
+    static_cast<void>(loop.post([this, weak] {
+      if (const auto cancelled_find = weak.lock()) finish(*cancelled_find, failure(cancelled()));
+    }));
+  });
+}
+
+void RedisTier::Work::probe(const std::shared_ptr<Find>& find, std::size_t cell, std::size_t block) {
+  const CellQuery& query = find->cells[cell];
+  const std::string name = name_of({query.namespace_id, query.group, query.blocks[block]});
+  auto call = std::make_shared<RedisCall>();
+  call->lane = RedisLane::kLookup;
+  call->slot = redis_slot(name);
+  call->requests.push_back(redis_command({"GET", redis_manifest_key(name)}));
+  call->timeout_ns = config.find_timeout_ns;
+  call->done = [this, find, cell, block](const Result<std::vector<RespValue>>& replies) {
+    if (find->ended) return;
+    if (replies) {
+      take(*find, cell, block, replies->front());
+    } else {
+      find->trouble = replies.error();
+    }
+    if (--find->unanswered > 0) return;
+    // Where some nodes are down, the others serve what they have.
+    if (find->any_answer) return finish(*find, std::move(find->hits));
+    finish(*find, failure(find->trouble));
+  };
+  find->calls.push_back(call);
+  cluster->execute(std::move(call));
+}
+
+void RedisTier::Work::take(Find& find, std::size_t cell, std::size_t block, const RespValue& reply) {
+  if (reply.is_error()) {
+    find.trouble = status_of_error(reply.text);
+    return;
+  }
+  find.any_answer = true;
+  if (reply.type != RespValue::Type::kBulk) return;
+  const CellQuery& query = find.cells[cell];
+  const auto manifest = RedisManifest::decode(reply.text);
+  if (!manifest) return;  // a miss; the next write replaces it
+  TierHit& best = find.hits[cell];
+  if (best.blocks > block) return;
+  best = {.key = {query.namespace_id, query.group, query.blocks[block]},
+          .bytes = manifest->bytes,
+          .blocks = static_cast<std::uint32_t>(block + 1)};
+}
+
+void RedisTier::Work::finish(Find& find, Result<std::vector<TierHit>> hits) {
+  if (std::exchange(find.ended, true)) return;
+  find.on_cancel.reset();
+  for (const auto& call : std::exchange(find.calls, {})) RedisCluster::abandon(*call);
+  outstanding.fetch_sub(1);
+  const auto done = std::move(find.done);
+  done(std::move(hits));
+}
+
+// ---- read: the pieces, between two looks at the manifest
+
+void RedisTier::Work::start(const std::shared_ptr<Read>& read) {
+  if (closed) return finish(*read, closing());
+  if (read->token.stop_requested()) return finish(*read, cancelled());
+  read->on_cancel = std::make_unique<OnCancel>(read->token, [this, weak = std::weak_ptr(read)] {
+    static_cast<void>(loop.post([this, weak] {
+      const auto cancelled_read = weak.lock();
+      if (cancelled_read == nullptr || cancelled_read->ended) return;
+      if (cancelled_read->call != nullptr) {
+        RedisCluster::abandon(*cancelled_read->call);
+        --reads_under_way;
+      } else {
+        std::erase(waiting_reads, cancelled_read);
+      }
+      finish(*cancelled_read, cancelled());
+      pump();
+    }));
+  });
+  waiting_reads.push_back(read);
+  pump();
+}
+
+void RedisTier::Work::send(const std::shared_ptr<Read>& read) {
+  const std::string name = name_of(read->hit.key);
+  auto call = std::make_shared<RedisCall>();
+  call->lane = RedisLane::kRead;
+  call->slot = redis_slot(name);
+  call->timeout_ns = config.operation_timeout_ns;
+  call->requests.push_back(redis_command({"GET", redis_manifest_key(name)}));
+  const std::uint64_t end = read->offset + read->into.size();
+  for (std::uint64_t at = read->offset; at < end;) {
+    const std::uint64_t piece = at / kRedisPieceBytes;
+    const std::uint64_t piece_begin = piece * kRedisPieceBytes;
+    const std::uint64_t piece_end = std::min<std::uint64_t>(piece_begin + kRedisPieceBytes, read->hit.bytes);
+    const std::uint64_t until = std::min(end, piece_end);
+    const std::string key = redis_piece_key(name, piece);
+    auto request = at == piece_begin && until == piece_end
+                       ? redis_command({"GET", key})
+                       : redis_command({"GETRANGE", key, std::to_string(at - piece_begin),
+                                        std::to_string(until - piece_begin - 1)});
+    request.into = read->into.subspan(at - read->offset, until - at);
+    call->requests.push_back(std::move(request));
+    at = until;
+  }
+  call->requests.push_back(redis_command({"GET", redis_manifest_key(name)}));
+  call->done = [this, read](const Result<std::vector<RespValue>>& replies) {
+    --reads_under_way;
+    finish(*read, replies ? judge(*read, *replies) : replies.error());
+    pump();
+  };
+  read->call = call;
+  cluster->execute(std::move(call));
+}
+
+Status RedisTier::Work::judge(const Read& read, std::span<const RespValue> replies) {
+  if (auto status = first_error(replies); !status) return status;
+  const RespValue& before = replies.front();
+  const RespValue& after = replies.back();
+  const std::string name = name_of(read.hit.key);
+  if (before.type != RespValue::Type::kBulk) return {Code::kNotFound, "the object is gone"};
+  if (before.text != after.text) return {Code::kNotFound, "the object was replaced while it was read"};
+  const auto manifest = RedisManifest::decode(before.text);
+  if (!manifest) {
+    drop(name, 0);
+    return manifest.error();
+  }
+  if (manifest->bytes != read.hit.bytes) return {Code::kNotFound, "the object was replaced by another one"};
+  std::uint64_t at = read.offset;
+  for (const auto& reply : replies.subspan(1, replies.size() - 2)) {
+    const std::size_t piece = at / kRedisPieceBytes;
+    if (!reply.received_in_place) {
+      drop(name, manifest->pieces());
+      return {Code::kNotFound, "a piece of the object is gone; the rest was dropped"};
+    }
+    const auto bytes = static_cast<std::size_t>(reply.integer);
+    if (bytes == manifest->piece_bytes(piece) &&
+        checksum64(read.into.data() + (at - read.offset), bytes) != manifest->checksums[piece]) {
+      drop(name, manifest->pieces());
+      return {Code::kCorrupt, "a piece of the object does not match its checksum; the object was dropped"};
+    }
+    at += bytes;
+  }
+  if (config.refresh_ttl_on_read) refresh_ttl(name, manifest->pieces());
+  return Status::ok();
+}
+
+void RedisTier::Work::finish(Read& read, Status status) {
+  if (std::exchange(read.ended, true)) return;
+  read.on_cancel.reset();
+  outstanding.fetch_sub(1);
+  const auto done = std::move(read.done);
+  done(std::move(status));
+}
+
+// Nobody waits for these two: where they fail, the next reader finds what they meant to mend.
+
+void RedisTier::Work::drop(const std::string& name, std::size_t pieces) {
+  std::vector<RedisRequest> requests{redis_command({"UNLINK", redis_manifest_key(name)})};
+  for (std::size_t i = 0; i < pieces; ++i) requests.push_back(redis_command({"UNLINK", redis_piece_key(name, i)}));
+  execute(RedisLane::kWrite, name, std::move(requests), [](const Result<std::vector<RespValue>>&) {});
+}
+
+void RedisTier::Work::refresh_ttl(const std::string& name, std::size_t pieces) {
+  if (ttl.empty()) return;
+  std::vector<RedisRequest> requests;
+  for (std::size_t i = 0; i < pieces; ++i) requests.push_back(redis_command({"EXPIRE", redis_piece_key(name, i), ttl}));
+  requests.push_back(redis_command({"EXPIRE", redis_manifest_key(name), ttl}));
+  execute(RedisLane::kWrite, name, std::move(requests), [](const Result<std::vector<RespValue>>&) {});
+}
+
+// ---- write
+
+void RedisTier::Work::pump() {
+  if (std::exchange(pumping, true)) return;  // what ends at once must not nest
+  while (!closed && reads_under_way < config.concurrent_reads && !waiting_reads.empty()) {
+    const auto read = std::move(waiting_reads.front());
+    waiting_reads.pop_front();
+    ++reads_under_way;
+    send(read);
+  }
+  pump_writes();
+  pumping = false;
+}
+
+void RedisTier::Work::pump_writes() {
+  while (!closed && waiting_reads.empty() && writes_under_way < config.concurrent_writes && !waiting_writes.empty()) {
+    Write write = std::move(waiting_writes.front());
+    waiting_writes.pop_front();
+    ++writes_under_way;
+    send(std::move(write));
+  }
+  if (age_timer || waiting_writes.empty() || closed) return;
+  age_timer = loop.at(waiting_writes.front().since_ns + config.write_queue_age_ns, [this] {
+    age_timer.reset();
+    drop_old_writes();
+    pump();
+  });
+}
+
+void RedisTier::Work::drop_old_writes() {
+  while (!waiting_writes.empty() && waiting_writes.front().since_ns + config.write_queue_age_ns <= loop.now_ns()) {
+    const Write write = std::move(waiting_writes.front());
+    waiting_writes.pop_front();
+    finish(write, {Code::kBusy, "Redis takes writes more slowly than they come; this one has waited too long"});
+  }
+}
+
+/// Looks first: what another daemon has stored already need not cross the network again.
+void RedisTier::Work::send(Write write) {
+  const std::string name = name_of(write.object.key);
+  RedisManifest manifest{.bytes = write.object.bytes(), .checksums = {}};
+  for (std::uint64_t at = 0; at < manifest.bytes; at += kRedisPieceBytes) {
+    manifest.checksums.push_back(checksum_of(slice(write.object.pieces, at, kRedisPieceBytes)));
+  }
+  std::vector<std::string> keys;
+  for (std::size_t i = 0; i < manifest.pieces(); ++i) keys.push_back(redis_piece_key(name, i));
+  std::vector<std::string_view> exists{"EXISTS"};
+  exists.insert(exists.end(), keys.begin(), keys.end());
+  std::vector<RedisRequest> requests{redis_command({"GET", redis_manifest_key(name)}),
+                                     redis_command(std::span<const std::string_view>(exists))};
+  auto shared = std::make_shared<Write>(std::move(write));
+  execute(RedisLane::kWrite, name, std::move(requests),
+          [this, shared, name, encoded = manifest.encode(),
+           pieces = manifest.pieces()](const Result<std::vector<RespValue>>& replies) {
+            if (!replies) {
+              --writes_under_way;
+              finish(*shared, replies.error());
+              return pump();
+            }
+            const RespValue& there = replies->front();
+            if (there.type == RespValue::Type::kBulk && there.text == encoded &&
+                replies->back().integer == static_cast<std::int64_t>(pieces)) {
+              refresh_ttl(name, pieces);
+              --writes_under_way;
+              finish(*shared, Status::ok());
+              return pump();
+            }
+            const auto old = RedisManifest::decode(there.text);
+            store(std::move(*shared), name, encoded, old ? old->pieces() : 0);
+          });
+}
+
+void RedisTier::Work::store(Write write, std::string name, std::string manifest, std::size_t old_pieces) {
+  auto shared = std::make_shared<Write>(std::move(write));
+  const auto kept_manifest = std::make_shared<std::string>(std::move(manifest));
+  const auto set = [&](const std::string& key, std::vector<std::span<const std::byte>> body) {
+    return ttl.empty() ? redis_command({"SET", key}, std::move(body))
+                       : redis_command({"SETEX", key, ttl}, std::move(body));
+  };
+  auto call = std::make_shared<RedisCall>();
+  call->lane = RedisLane::kWrite;
+  call->slot = redis_slot(name);
+  call->transaction = true;
+  call->timeout_ns = config.operation_timeout_ns;
+  call->hold = std::make_shared<std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>>(
+      shared->object.hold, kept_manifest);
+  call->requests.push_back(redis_command({"MULTI"}));
+  const std::uint64_t bytes = shared->object.bytes();
+  std::size_t piece = 0;
+  for (std::uint64_t at = 0; at < bytes; at += kRedisPieceBytes) {
+    call->requests.push_back(set(redis_piece_key(name, piece++), slice(shared->object.pieces, at, kRedisPieceBytes)));
+  }
+  call->requests.push_back(set(redis_manifest_key(name), {std::as_bytes(std::span(*kept_manifest))}));
+  for (; piece < old_pieces; ++piece) call->requests.push_back(redis_command({"UNLINK", redis_piece_key(name, piece)}));
+  call->requests.push_back(redis_command({"EXEC"}));
+  call->done = [this, shared](const Result<std::vector<RespValue>>& replies) {
+    --writes_under_way;
+    finish(*shared, replies ? first_error(*replies) : replies.error());
+    pump();
+  };
+  cluster->execute(std::move(call));
+}
+
+void RedisTier::Work::finish(const Write& write, Status status) {
+  budget.give_back(write.object.bytes());
+  write.done(std::move(status));
+}
+
+// ---- erase
+
+void RedisTier::Work::go_on(const std::shared_ptr<Erase>& erase) {
+  while (erase->under_way < kErasesAtOnce && erase->next < erase->keys.size()) {
+    const std::string name = name_of(erase->keys[erase->next++]);
+    ++erase->under_way;
+    const auto ended = [this, erase](const Status& status) {
+      if (!status) erase->trouble = status;
+      --erase->under_way;
+      loop.later([this, erase] { go_on(erase); });
+    };
+    // The manifest knows how many pieces there are.
+    execute(RedisLane::kWrite, name, {redis_command({"GET", redis_manifest_key(name)})},
+            [this, name, ended](const Result<std::vector<RespValue>>& replies) {
+              if (!replies) return ended(replies.error());
+              if (replies->front().is_error()) return ended(status_of_error(replies->front().text));
+              if (replies->front().type != RespValue::Type::kBulk) return ended(Status::ok());
+              const auto manifest = RedisManifest::decode(replies->front().text);
+              std::vector<RedisRequest> requests{redis_command({"UNLINK", redis_manifest_key(name)})};
+              for (std::size_t i = 0; manifest && i < manifest->pieces(); ++i) {
+                requests.push_back(redis_command({"UNLINK", redis_piece_key(name, i)}));
+              }
+              execute(RedisLane::kWrite, name, std::move(requests),
+                      [ended](const Result<std::vector<RespValue>>& unlinked) {
+                        ended(unlinked ? first_error(*unlinked) : unlinked.error());
+                      });
+            });
+  }
+  if (erase->under_way > 0 || erase->next < erase->keys.size() || !erase->done) return;
+  std::exchange(erase->done, nullptr)(erase->trouble);
+}
+
+void RedisTier::Work::go_on(const std::shared_ptr<EraseAll>& erase) {
+  if (closed) return erase->done(closing());
+  if (erase->node == erase->nodes.size()) return erase->done(Status::ok());
+  auto call = std::make_shared<RedisCall>();
+  call->lane = RedisLane::kWrite;
+  call->timeout_ns = config.operation_timeout_ns;
+  call->requests.push_back(redis_command({"SCAN", erase->cursor, "MATCH", erase->pattern, "COUNT", kScanCount}));
+  call->done = [this, erase](const Result<std::vector<RespValue>>& replies) {
+    if (!replies) return erase->done(replies.error());
+    const RespValue& page = replies->front();
+    if (page.is_error()) return erase->done(status_of_error(page.text));
+    if (page.elements.size() != 2) return erase->done({Code::kCorrupt, "the reply to SCAN is malformed"});
+    erase->cursor = page.elements[0].text;
+    if (erase->cursor == "0") ++erase->node;
+    unlink_scanned(erase, page.elements[1]);
+  };
+  const std::size_t node = erase->node;
+  cluster->execute_on(erase->nodes[node], std::move(call));
+}
+
+void RedisTier::Work::unlink_scanned(const std::shared_ptr<EraseAll>& erase, const RespValue& keys) {
+  if (keys.elements.empty()) {
+    return loop.later([this, erase] { go_on(erase); });
+  }
+  // Each key by itself, through the map: a slot may have moved since.
+  const auto left = std::make_shared<std::size_t>(keys.elements.size());
+  const auto trouble = std::make_shared<Status>();
+  for (const auto& key : keys.elements) {
+    execute(RedisLane::kWrite, key.text, {redis_command({"UNLINK", key.text})},
+            [this, erase, left, trouble](const Result<std::vector<RespValue>>& replies) {
+              if (auto status = replies ? first_error(*replies) : replies.error(); !status) *trouble = status;
+              if (--*left > 0) return;
+              if (!*trouble) return erase->done(*trouble);
+              go_on(erase);
+            });
+  }
+}
+
+// ---- the tier
+
+RedisTier::RedisTier(RedisTierConfig config, const Clock& clock, TierObserver* observer)
+    : Tier("redis", config.breaker, clock, observer) {
+  if (const auto status = config.validate(); !status) throw std::invalid_argument("redis: " + status.message());
+  work_ = std::make_unique<Work>(std::move(config), clock);
+}
+
+RedisTier::~RedisTier() {
+  work_->loop.stop([this] { work_->close(); });
+}
+
+void RedisTier::do_find(std::vector<CellQuery> cells, std::stop_token cancel, FindDone done) {
+  if (work_->outstanding.fetch_add(1) >= work_->config.max_outstanding) {
+    work_->outstanding.fetch_sub(1);
+    return done(failure(Code::kBusy, "too many operations of the redis tier are under way"));
+  }
+  auto find = std::make_shared<Work::Find>(
+      Work::Find{.cells = std::move(cells), .token = std::move(cancel), .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), find] { work->start(find); })) find->done(failure(closing()));
+}
+
+void RedisTier::do_read(const TierHit& hit, std::uint64_t offset, std::span<std::byte> into, std::stop_token cancel,
+                        Done done) {
+  if (work_->outstanding.fetch_add(1) >= work_->config.max_outstanding) {
+    work_->outstanding.fetch_sub(1);
+    return done({Code::kBusy, "too many operations of the redis tier are under way"});
+  }
+  auto read = std::make_shared<Work::Read>(
+      Work::Read{.hit = hit, .offset = offset, .into = into, .token = std::move(cancel), .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), read] { work->start(read); })) read->done(closing());
+}
+
+void RedisTier::do_write(TierObject object, Done done) {
+  const std::uint64_t bytes = object.bytes();
+  if (!work_->budget.take(bytes)) {
+    return done({Code::kBusy, "the redis tier's write queue is full"});
+  }
+  auto write = std::make_shared<Work::Write>(Work::Write{.object = std::move(object), .done = std::move(done)});
+  const bool posted = work_->loop.post([work = work_.get(), write] {
+    write->since_ns = work->loop.now_ns();
+    if (work->closed) return work->finish(*write, closing());
+    work->waiting_writes.push_back(std::move(*write));
+    work->pump();
+  });
+  if (!posted) work_->finish(*write, closing());
+}
+
+void RedisTier::do_erase(std::vector<ChunkKey> keys, Done done) {
+  auto erase = std::make_shared<Work::Erase>(Work::Erase{.keys = std::move(keys), .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), erase] { work->go_on(erase); })) erase->done(closing());
+}
+
+void RedisTier::do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) {
+  auto erase = std::make_shared<Work::EraseAll>(
+      Work::EraseAll{.nodes = {},
+                     .pattern = "{" + remote_names_of(work_->config.prefix, namespace_id) + "*",
+                     .done = std::move(done)});
+  // Any answer means that the map is known.
+  const bool posted = work_->loop.post([work = work_.get(), erase] {
+    work->execute(RedisLane::kWrite, erase->pattern, {redis_command({"PING"})},
+                  [work, erase](const Result<std::vector<RespValue>>& replies) {
+                    auto masters = replies ? work->cluster->masters() : failure(replies.error());
+                    if (!masters) return erase->done(masters.error());
+                    erase->nodes = std::move(*masters);
+                    work->go_on(erase);
+                  });
+  });
+  if (!posted) erase->done(closing());
+}
+
+Status RedisTier::do_drain(std::int64_t timeout_ns) {
+  if (work_->budget.wait_empty(timeout_ns)) return Status::ok();
+  return {Code::kExpired, "the redis tier still has writes under way"};
+}
+
+TierStats RedisTier::do_stats() const { return {.queued_bytes = work_->budget.taken_bytes()}; }
+
+}  // namespace kvern

@@ -1,0 +1,262 @@
+#include "store/redis_tier.h"
+
+#include <gtest/gtest.h>
+
+#include "store/redis_object.h"
+#include "store/redis_slots.h"
+#include "store/remote_key.h"
+#include "tests/integration/redis_servers.h"
+#include "tests/integration/tier_samples.h"
+
+namespace kvern::testing {
+namespace {
+
+constexpr std::size_t kMiB = 1U << 20;
+
+RedisTierConfig config_of(const RedisServer& server) {
+  RedisTierConfig config;
+  config.nodes = {server.address()};
+  return config;
+}
+
+std::string manifest_key(const SampleObject& sample) {
+  return redis_manifest_key(remote_object_name("kvern", sample.key));
+}
+std::string piece_key(const SampleObject& sample, std::size_t piece) {
+  return redis_piece_key(remote_object_name("kvern", sample.key), piece);
+}
+
+// Objects of less than a piece, of pieces that end elsewhere than the containers, and of exactly a piece.
+std::vector<SampleObject> some_objects() {
+  std::vector<SampleObject> samples;
+  samples.emplace_back(1, 4, std::vector<std::size_t>{4096});
+  samples.emplace_back(2, 4, std::vector<std::size_t>{4096, 8192, kMiB});
+  samples.emplace_back(3, 4, std::vector<std::size_t>{kMiB});
+  samples.emplace_back(4, 4, std::vector<std::size_t>{3 * kMiB + 4096, 2 * kMiB});
+  for (std::uint64_t prompt = 5; prompt < 20; ++prompt) samples.emplace_back(prompt, 4, std::vector<std::size_t>{8192});
+  return samples;
+}
+
+void expect_round_trips(Tier& tier) {
+  for (const auto& sample : some_objects()) {
+    EXPECT_FALSE(has(tier, sample));
+    const auto written = write(tier, sample);
+    ASSERT_TRUE(written) << written.to_string();
+    const auto hits = find(tier, {sample.query()});
+    ASSERT_TRUE(hits) << hits.error().to_string();
+    EXPECT_EQ(hits->front().key, sample.key);
+    EXPECT_EQ(hits->front().bytes, sample.bytes().size());
+    const auto bytes = read(tier, hits->front());
+    ASSERT_TRUE(bytes) << bytes.error().to_string();
+    EXPECT_EQ(*bytes, sample.bytes());
+  }
+}
+
+class RedisTierOnOneServer : public ::testing::Test {
+ protected:
+  RedisServer server;
+  RedisTier tier{config_of(server), Clock::system(), nullptr};
+};
+
+TEST_F(RedisTierOnOneServer, GivesBackWhatWasWritten) { expect_round_trips(tier); }
+
+TEST_F(RedisTierOnOneServer, FindsTheLongestPrefixOfACell) {
+  const SampleObject two(1, 2, {4096});
+  const SampleObject three(1, 3, {8192});
+  const SampleObject six(1, 6, {4096});
+  const SampleObject other(2, 6, {4096});
+  ASSERT_TRUE(write(tier, two));
+  ASSERT_TRUE(write(tier, three));
+  const auto hits = find(tier, {six.query(), other.query(), two.query()});
+  ASSERT_TRUE(hits);
+  EXPECT_EQ((*hits)[0].blocks, 3U);
+  EXPECT_EQ((*hits)[0].bytes, 8192U);
+  EXPECT_EQ((*hits)[0].key, three.key);
+  EXPECT_EQ((*hits)[1].bytes, 0U);
+  EXPECT_EQ((*hits)[2].key, two.key);
+}
+
+TEST_F(RedisTierOnOneServer, ReadsAnyRange) {
+  const SampleObject sample(1, 4, {2 * kMiB + 4096, kMiB});
+  const auto whole = sample.bytes();
+  ASSERT_TRUE(write(tier, sample));
+  for (const auto& [offset, bytes] : std::vector<std::pair<std::size_t, std::size_t>>{
+           {0, 4096}, {4096, kMiB}, {kMiB, kMiB}, {kMiB - 4096, 2 * kMiB}, {3 * kMiB, 4096}, {2 * kMiB, kMiB + 4096}}) {
+    const auto part = read(tier, sample.hit(), offset, bytes);
+    ASSERT_TRUE(part) << offset << ": " << part.error().to_string();
+    EXPECT_TRUE(std::equal(part->begin(), part->end(), whole.begin() + static_cast<std::ptrdiff_t>(offset)));
+  }
+}
+
+TEST_F(RedisTierOnOneServer, SharesItsObjectsWithOtherDaemonsAndAfterARestart) {
+  const SampleObject sample(1, 4, {kMiB + 4096});
+  ASSERT_TRUE(write(tier, sample));
+  RedisTier other(config_of(server), Clock::system(), nullptr);
+  EXPECT_EQ(read(other, sample.hit()).value(), sample.bytes());
+  auto elsewhere = config_of(server);
+  elsewhere.prefix = "another/fleet";
+  RedisTier stranger(elsewhere, Clock::system(), nullptr);
+  EXPECT_FALSE(has(stranger, sample));
+}
+
+TEST_F(RedisTierOnOneServer, AReplacedObjectIsSeenWholeOrNotAtAll) {
+  const SampleObject old(1, 4, {3 * kMiB}, 1);
+  const SampleObject smaller(1, 4, {kMiB + 4096}, 2);
+  ASSERT_TRUE(write(tier, old));
+  ASSERT_TRUE(write(tier, smaller));
+  EXPECT_EQ(read(tier, old.hit()).error().code(), Code::kNotFound);
+  EXPECT_EQ(read(tier, smaller.hit()).value(), smaller.bytes());
+  EXPECT_EQ(server.cli({"DBSIZE"}), "3\n") << "pieces of the old object are left";
+}
+
+TEST_F(RedisTierOnOneServer, TwoWritersOfOneKeyLeaveOneOfTheTwoObjects) {
+  RedisTier other(config_of(server), Clock::system(), nullptr);
+  for (std::uint64_t round = 0; round < 20; ++round) {
+    const SampleObject mine(round, 4, {2 * kMiB}, 1);
+    const SampleObject theirs(round, 4, {2 * kMiB}, 2);
+    std::promise<Status> first;
+    std::promise<Status> second;
+    tier.write(mine.object(), [&](Status status) { first.set_value(std::move(status)); });
+    other.write(theirs.object(), [&](Status status) { second.set_value(std::move(status)); });
+    EXPECT_TRUE(wait_for(first.get_future()));
+    EXPECT_TRUE(wait_for(second.get_future()));
+    const auto bytes = read(tier, mine.hit()).value();
+    EXPECT_TRUE(bytes == mine.bytes() || bytes == theirs.bytes());
+  }
+}
+
+TEST_F(RedisTierOnOneServer, WhatIsThereAlreadyIsNotSentAgain) {
+  const SampleObject sample(1, 4, {4 * kMiB});
+  const auto received = [&] {
+    const std::string text = server.cli({"INFO", "stats"});
+    return std::stoull(text.substr(text.find("total_net_input_bytes:") + 22));
+  };
+  ASSERT_TRUE(write(tier, sample));
+  const auto before = received();
+  ASSERT_TRUE(write(tier, sample));
+  EXPECT_LT(received() - before, kMiB);
+}
+
+TEST_F(RedisTierOnOneServer, AnObjectThatLostAPieceIsAMissAndGoes) {
+  const SampleObject sample(1, 4, {3 * kMiB});
+  ASSERT_TRUE(write(tier, sample));
+  server.cli({"DEL", piece_key(sample, 1)});
+  EXPECT_EQ(read(tier, sample.hit()).error().code(), Code::kNotFound);
+  EXPECT_FALSE(has(tier, sample));
+  ASSERT_TRUE(write(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+}
+
+TEST_F(RedisTierOnOneServer, AnObjectThatLostAPieceIsWrittenAnew) {
+  const SampleObject sample(1, 4, {3 * kMiB});
+  ASSERT_TRUE(write(tier, sample));
+  server.cli({"DEL", piece_key(sample, 2)});
+  ASSERT_TRUE(write(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+}
+
+TEST_F(RedisTierOnOneServer, DamagedPiecesAndManifestsAreNeverServed) {
+  const SampleObject sample(1, 4, {2 * kMiB});
+  ASSERT_TRUE(write(tier, sample));
+  server.cli({"SETRANGE", piece_key(sample, 1), "77", "damage"});
+  EXPECT_EQ(read(tier, sample.hit()).error().code(), Code::kCorrupt);
+  EXPECT_FALSE(has(tier, sample));
+  ASSERT_TRUE(write(tier, sample));
+  server.cli({"SETRANGE", manifest_key(sample), "9", "damage"});
+  EXPECT_FALSE(has(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).error().code(), Code::kCorrupt);
+  ASSERT_TRUE(write(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+}
+
+TEST_F(RedisTierOnOneServer, KeysOfAnotherTypeAreAnErrorAndNoCrash) {
+  const SampleObject sample(1, 4, {4096});
+  server.cli({"LPUSH", manifest_key(sample), "a"});
+  EXPECT_FALSE(has(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).error().code(), Code::kUnavailable);
+  EXPECT_TRUE(write(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+}
+
+TEST_F(RedisTierOnOneServer, ErasesKeysAndNamespaces) {
+  const SampleObject first(1, 4, {2 * kMiB});
+  const SampleObject second(2, 4, {4096});
+  const SampleObject foreign(3, 4, {4096}, 0, 9);
+  for (const auto* sample : {&first, &second, &foreign}) ASSERT_TRUE(write(tier, *sample));
+  EXPECT_TRUE(erase(tier, {first.key, SampleObject(77, 1, {4096}).key}));
+  EXPECT_FALSE(has(tier, first));
+  EXPECT_TRUE(has(tier, second));
+  EXPECT_TRUE(erase_all(tier, sample_namespace(1)));
+  EXPECT_FALSE(has(tier, second));
+  EXPECT_TRUE(has(tier, foreign));
+  server.cli({"SET", "not-ours", "1"});
+  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  EXPECT_EQ(server.cli({"KEYS", "*"}), "not-ours\n");
+}
+
+TEST_F(RedisTierOnOneServer, AllKeysExpireTogetherAndAReadPutsThatOff) {
+  auto config = config_of(server);
+  config.ttl_seconds = 1000;
+  RedisTier expiring(config, Clock::system(), nullptr);
+  const SampleObject sample(1, 4, {2 * kMiB});
+  ASSERT_TRUE(write(expiring, sample));
+  for (const auto& key : {manifest_key(sample), piece_key(sample, 0), piece_key(sample, 1)}) {
+    EXPECT_GT(std::stoi(server.cli({"TTL", key})), 900);
+    server.cli({"EXPIRE", key, "50"});
+  }
+  ASSERT_TRUE(read(expiring, sample.hit()));
+  ASSERT_TRUE(write(expiring, SampleObject(2, 4, {4096})));  // on the same connection as the refresh, and behind it
+  for (const auto& key : {manifest_key(sample), piece_key(sample, 0), piece_key(sample, 1)}) {
+    EXPECT_GT(std::stoi(server.cli({"TTL", key})), 900);
+  }
+}
+
+TEST_F(RedisTierOnOneServer, AFullServerIsBusyAndKeepsWhatItHas) {
+  const SampleObject sample(1, 4, {kMiB});
+  ASSERT_TRUE(write(tier, sample));
+  server.cli({"CONFIG", "SET", "maxmemory", "3mb"});
+  EXPECT_EQ(write(tier, SampleObject(2, 4, {8 * kMiB})).code(), Code::kBusy);
+  EXPECT_FALSE(has(tier, SampleObject(2, 4, {8 * kMiB})));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+}
+
+TEST_F(RedisTierOnOneServer, DrainWaitsForEveryWrite) {
+  std::vector<SampleObject> samples;
+  for (std::uint64_t prompt = 0; prompt < 16; ++prompt) samples.emplace_back(prompt, 2, std::vector<std::size_t>{kMiB});
+  std::atomic<int> good = 0;
+  for (const auto& sample : samples) tier.write(sample.object(), [&](const Status& status) { good += status.is_ok(); });
+  EXPECT_TRUE(tier.drain(30'000'000'000));
+  EXPECT_EQ(good, 16);
+  EXPECT_EQ(tier.stats().queued_bytes, 0U);
+}
+
+TEST(RedisTierAuthentication, TakesUsersAndPasswordsAndSaysWhenTheyAreWrong) {
+  RedisServer server({"--user", "kv", "on", ">secret", "~{kvern/*", "+@all", "-@admin", "--user", "default", "off"});
+  ASSERT_TRUE(server.ready());
+  auto config = config_of(server);
+  config.user = "kv";
+  config.password = "secret";
+  RedisTier tier(config, Clock::system(), nullptr);
+  const SampleObject sample(1, 4, {4096});
+  EXPECT_TRUE(write(tier, sample));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+  config.password = "another";
+  RedisTier stranger(config, Clock::system(), nullptr);
+  const auto refused = write(stranger, sample);
+  EXPECT_EQ(refused.code(), Code::kUnavailable);
+  EXPECT_NE(refused.message().find("WRONGPASS"), std::string::npos) << refused.message();
+  EXPECT_EQ(refused.message().find("another"), std::string::npos) << refused.message();
+}
+
+TEST(RedisTierOnACluster, GivesBackWhatWasWrittenFromAllNodes) {
+  RedisClusterServers servers(3);
+  ASSERT_TRUE(servers.ready()) << servers.text();
+  RedisTier tier(config_of(servers.server(0)), Clock::system(), nullptr);
+  expect_round_trips(tier);
+  for (std::size_t i = 0; i < servers.size(); ++i) EXPECT_NE(servers.server(i).cli({"DBSIZE"}), "0\n");
+  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  for (std::size_t i = 0; i < servers.size(); ++i) EXPECT_EQ(servers.server(i).cli({"DBSIZE"}), "0\n");
+}
+
+}  // namespace
+}  // namespace kvern::testing
