@@ -334,6 +334,7 @@ Result<std::shared_ptr<const Session>> Client::State::connect() {
   if (!welcome) return failure(welcome.error());
   session->session_id = welcome->session_id();
   session->epoch = welcome->epoch();
+  session->lower_tiers = welcome->lower_tiers();
   session->token = welcome->session_token();
   session->ended = std::make_shared<std::atomic<bool>>(false);
   heartbeat_interval = std::max(kMinHeartbeatInterval, milliseconds(welcome->heartbeat_interval_ms()));

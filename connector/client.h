@@ -49,6 +49,7 @@ struct Session {
   std::uint64_t epoch = 0;
   std::uint64_t number = 0;  ///< counts sessions of this client: 1 for the first
   bool local = false;
+  bool lower_tiers = false;  ///< the daemon has more than its index shows
   std::shared_ptr<Channel> channel;
   std::shared_ptr<DataPlane> data_plane;
   std::shared_ptr<ControlClient> control;

@@ -27,6 +27,9 @@ constexpr std::uint32_t kRemoteTimeoutFactor = 20;
 constexpr std::uint32_t kMinRemoteTimeoutMs = 1000;
 /// Questions that wait for the helper thread; more are answered with a miss.
 constexpr std::size_t kMaxQuestions = 256;
+/// How often the daemon is asked whether what it brings up is there. A round trip costs some 10 us, and what a chunk
+/// takes from NVMe is a millisecond.
+constexpr std::chrono::milliseconds kPrefetchPoll{2};
 /// Room for the rest of a Match message beside its hashes.
 constexpr std::size_t kMatchOverheadBytes = 1024;
 
@@ -65,12 +68,16 @@ struct Claim {
   }
 };
 
-/// A question to a remote daemon and what became of it.
+/// A question to the daemon and what became of it. A local client asks to have lower tiers searched, and looks into the
+/// index when that is over.
 struct RemoteMatch {
   std::shared_ptr<const Session> session;
   Question question;
   std::uint64_t lease_id = 0;
-  SteadyClock::time_point deadline;
+  SteadyClock::time_point ask_at;
+  SteadyClock::time_point prefetch_until;  ///< then the daemon is asked for what is there
+  SteadyClock::time_point deadline;        ///< then nobody waits any more
+  bool asked = false;
   bool answered = false;
   bool leased = false;   ///< the daemon keeps the found chunks until the lease is given back
   bool dropped = false;  ///< nobody waits
@@ -108,10 +115,13 @@ struct PrefixMatcher::State {
   Answer match_local(const Session& session, const std::string& request, const Question& question,
                      std::string_view hashes, std::uint32_t limit);
   Answer match_remote(std::shared_ptr<const Session> session, const std::string& request, Question question);
+  bool is_brought_up(std::shared_ptr<const Session> session, const std::string& request, Question question);
+  bool start_locked(std::shared_ptr<const Session> session, const std::string& request, Question question);
   void put_claim(const std::string& request, Claim claim);
+  void give_lease_back(const std::string& request);
   void drop_remote_locked(const std::string& request);
   void run();
-  Answer ask(const RemoteMatch& match) const;
+  std::optional<Answer> ask(const RemoteMatch& match, bool prefetch) const;
   std::uint32_t block_limit(const Question& question, std::size_t hash_count) const {
     return static_cast<std::uint32_t>(
         std::min<std::uint64_t>({hash_count, question.max_tokens / config.block_tokens, ~std::uint32_t{0}}));
@@ -190,6 +200,17 @@ PrefixMatcher::Answer PrefixMatcher::State::match_local(const Session& session, 
   return {true, 0, "evicted during the look-up"};
 }
 
+/// The claims of the request stand: the daemon need not hold the chunks any more. The question stays, so that it is not
+/// asked again.
+void PrefixMatcher::State::give_lease_back(const std::string& request) {
+  const std::lock_guard lock(mutex);
+  const auto found = remote.find(request);
+  if (found == remote.end() || !found->second->leased) return;
+  found->second->leased = false;
+  releases.emplace_back(found->second->session, found->second->lease_id);
+  wake.notify_one();
+}
+
 void PrefixMatcher::State::drop_remote_locked(const std::string& request) {
   const auto found = remote.find(request);
   if (found == remote.end()) return;
@@ -200,6 +221,25 @@ void PrefixMatcher::State::drop_remote_locked(const std::string& request) {
     wake.notify_one();
   }
   remote.erase(found);
+}
+
+/// Asks the daemon; false when it is asked too much already.
+bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, const std::string& request,
+                                        Question question) {
+  if (questions.size() >= kMaxQuestions) return false;
+  if (!helper.joinable()) helper = start_service_thread("kvern-match", [this] { run(); });
+  auto match = std::make_shared<RemoteMatch>();
+  match->ask_at = SteadyClock::now();
+  match->prefetch_until = match->ask_at;
+  if (session->lower_tiers) match->prefetch_until += std::chrono::milliseconds(config.prefetch_deadline_ms);
+  match->deadline = match->prefetch_until + std::chrono::milliseconds(config.remote_deadline_ms);
+  match->session = std::move(session);
+  match->question = std::move(question);
+  match->lease_id = next_lease++;
+  remote[request] = match;
+  questions.push_back(std::move(match));
+  wake.notify_one();
+  return true;
 }
 
 PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const Session> session,
@@ -214,20 +254,28 @@ PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const S
     }
     drop_remote_locked(request);
   }
-  if (questions.size() >= kMaxQuestions) return {true, 0, "too many questions at once"};
-  if (!helper.joinable()) helper = start_service_thread("kvern-match", [this] { run(); });
-  auto match = std::make_shared<RemoteMatch>();
-  match->session = std::move(session);
-  match->question = std::move(question);
-  match->lease_id = next_lease++;
-  match->deadline = SteadyClock::now() + std::chrono::milliseconds(config.remote_deadline_ms);
-  remote[request] = match;
-  questions.push_back(std::move(match));
-  wake.notify_one();
+  if (!start_locked(std::move(session), request, std::move(question))) {
+    return {true, 0, "too many questions at once"};
+  }
   return {false, 0, "asked the daemon"};
 }
 
-PrefixMatcher::Answer PrefixMatcher::State::ask(const RemoteMatch& match) const {
+/// For a local client: whether lower tiers have brought up all that they will. The first call starts it.
+bool PrefixMatcher::State::is_brought_up(std::shared_ptr<const Session> session, const std::string& request,
+                                         Question question) {
+  const std::lock_guard lock(mutex);
+  if (const auto found = remote.find(request); found != remote.end()) {
+    const RemoteMatch& match = *found->second;
+    if (match.session->number == session->number && match.question == question) {
+      return match.answered || SteadyClock::now() >= match.deadline;
+    }
+    drop_remote_locked(request);
+  }
+  return !start_locked(std::move(session), request, std::move(question));
+}
+
+/// nullopt: chunks are still on their way up.
+std::optional<PrefixMatcher::Answer> PrefixMatcher::State::ask(const RemoteMatch& match, bool prefetch) const {
   const Question& question = match.question;
   const std::chrono::milliseconds timeout(
       std::max(kMinRemoteTimeoutMs, kRemoteTimeoutFactor * config.remote_deadline_ms));
@@ -236,6 +284,7 @@ PrefixMatcher::Answer PrefixMatcher::State::ask(const RemoteMatch& match) const 
   const std::uint32_t limit = block_limit(question, hash_count);
   const std::uint32_t local = question.local_tokens / config.block_tokens;
   std::vector<BitmapLookup> lookups;
+  bool pending = false;
   for (const GroupWindow& group : config.groups) {
     wire::HotRequest request;
     wire::Match* body = request.mutable_match();
@@ -245,20 +294,32 @@ PrefixMatcher::Answer PrefixMatcher::State::ask(const RemoteMatch& match) const 
     body->set_hash_bytes(question.hash_bytes);
     body->set_lease_id(match.lease_id);
     body->set_first_block(local);
+    body->set_prefetch(prefetch);
     wire::HotReply reply;
     Status status = match.session->channel->call(request, &reply, timeout);
     if (status) status = to_status(reply.status());
-    if (!status) return {true, 0, status.message()};
+    if (!status) return Answer{true, 0, status.message()};
+    pending = pending || reply.matched().pending();
     lookups.emplace_back(reply.matched().present());
   }
+  if (pending) return std::nullopt;
   const Found found = find_common(config, lookups, local, limit, question.prompt_tokens);
-  return {true, found.blocks * config.block_tokens, found.reason};
+  return Answer{true, found.blocks * config.block_tokens, found.reason};
 }
 
 void PrefixMatcher::State::run() {
   std::unique_lock lock(mutex);
   while (true) {
-    wake.wait(lock, [&] { return stopping || !questions.empty() || !releases.empty(); });
+    const auto next = std::ranges::min_element(questions, {}, [](const auto& each) { return each->ask_at; });
+    const bool due = next != questions.end() && (*next)->ask_at <= SteadyClock::now();
+    if (!stopping && !due && releases.empty()) {
+      if (next == questions.end()) {
+        wake.wait(lock);
+      } else {
+        wake.wait_until(lock, (*next)->ask_at);
+      }
+      continue;
+    }
     if (!releases.empty()) {
       const auto [session, lease_id] = std::move(releases.front());
       releases.pop_front();
@@ -274,19 +335,30 @@ void PrefixMatcher::State::run() {
       continue;
     }
     if (stopping) return;
-    const auto match = std::move(questions.front());
-    questions.pop_front();
-    if (match->dropped) continue;
-    lock.unlock();
-    Answer answer = ask(*match);
-    lock.lock();
-    match->answer = std::move(answer);
+    const auto match = *next;
+    questions.erase(next);
+    if (match->dropped && !match->asked) continue;
+    std::optional<Answer> answer;
+    if (!match->dropped) {
+      const bool prefetch = SteadyClock::now() < match->prefetch_until;
+      match->asked = true;
+      lock.unlock();
+      answer = ask(*match, prefetch);
+      lock.lock();
+    }
+    if (!answer && !match->dropped) {
+      match->ask_at = std::min(SteadyClock::now() + kPrefetchPoll, match->prefetch_until);
+      questions.push_back(match);
+      continue;
+    }
+    match->answer = answer.value_or(Answer{});
     match->answered = true;
     if (SteadyClock::now() >= match->deadline) {
       // The scheduler has been told 0 already, or will be: an answer must not change.
       match->answer = {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
     }
-    match->leased = !match->dropped && match->answer.tokens > 0;
+    // A local client's leases stand until it has claims of its own.
+    match->leased = !match->dropped && (match->answer.tokens > 0 || match->session->local);
     if (!match->leased) releases.emplace_back(match->session, match->lease_id);
   }
 }
@@ -329,6 +401,13 @@ PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int names
   if (session->local) {
     const auto start = SteadyClock::now();
     Answer answer = state.match_local(*session, request, question, hashes, limit);
+    if (session->lower_tiers && state.config.prefetch_deadline_ms > 0 &&
+        answer.tokens / state.config.block_tokens < limit) {
+      question.hashes = hashes;
+      if (!state.is_brought_up(session, request, question)) return {false, 0, "lower tiers are searched"};
+      answer = state.match_local(*session, request, question, hashes, limit);
+      state.give_lease_back(request);
+    }
     UsageReport usage;
     usage.match_seconds.push_back(std::chrono::duration<double>(SteadyClock::now() - start).count());
     state.client->report(usage);

@@ -22,12 +22,15 @@ struct MatcherConfig {
   std::uint32_t chunk_blocks = 1;  ///< blocks per grid cell
   std::vector<GroupWindow> groups;
   std::uint32_t remote_deadline_ms = 50;  ///< a remote answer that is later than this counts as 0
+  /// How long a look-up waits for what lower tiers bring up; what has come by then is used. 0: they are not asked.
+  std::uint32_t prefetch_deadline_ms = 2000;
   Status validate() const;
 };
 
 /// Answers "how many leading tokens of this prompt are stored", and claims them. Local: in microseconds from shared
-/// memory, every found chunk published in a hazard slot and re-checked before the answer. Remote: starts a question and
-/// says "not known yet" until the answer or the deadline. Never blocks. Thread-safe.
+/// memory, every found chunk published in a hazard slot and re-checked before the answer. Remote, or where lower tiers
+/// may have more than the index shows: starts a question and says "not known yet" until the answer or the deadline.
+/// Never blocks. Thread-safe.
 class PrefixMatcher {
  public:
   PrefixMatcher(std::shared_ptr<Client> client, MatcherConfig config);

@@ -65,6 +65,10 @@ std::vector<MetricFamily> Collector::Collect() const {
   out.counter("kvern_evicted_chunks_total", "Chunks that made room for others", stats.evicted_chunks, dram);
   out.counter("kvern_evicted_bytes_total", "Bytes that made room for others", stats.evicted_bytes, dram);
   out.counter("kvern_quarantined_chunks_total", "Chunks that failed verification", stats.quarantined_chunks);
+  out.gauge("kvern_recovered_chunks", "Chunks that the last start took over from the run before",
+            number(stats.recovered_chunks));
+  out.gauge("kvern_recovery_dropped_containers", "Damaged or incomplete containers that the last start found",
+            number(stats.dropped_containers));
   out.gauge("kvern_index_slots_used", "Blocks in the index", number(stats.index_slots_used));
   out.gauge("kvern_index_slots", "Slots of the index, of which 3/4 are used at most", number(parts_.index_slots));
 

@@ -44,6 +44,7 @@ struct ServiceConfig {
   struct Store {
     std::uint64_t dram_bytes = 4ULL << 30;
     std::string eviction = "lru";
+    bool warm_restart = true;
     std::uint64_t incomplete_ttl_seconds = 60;
     std::uint64_t chunk_capacity = 0;
     std::uint64_t index_slots = 0;

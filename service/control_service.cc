@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <future>
 #include <utility>
 
 #include "kernels/container.h"
@@ -219,6 +220,7 @@ Status ControlService::hello(const ControlPeer& peer, const wire::ControlRequest
   welcome->set_heartbeat_interval_ms(parts_.config.sessions.heartbeat_interval_ms);
   welcome->set_session_timeout_ms(parts_.config.sessions.timeout_ms);
   welcome->set_staging_bytes(session.identity().staging_bytes);
+  welcome->set_lower_tiers(parts_.tiers.has_tiers());
   if (session.identity().plane == SessionPlane::kShm) welcome->set_admission_path(parts_.config.admission_path());
   if (uses_ucx) {
     welcome->set_ucx_host(parts_.ucx.host);
@@ -326,10 +328,15 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
       optional_namespace(request.has_flush() ? request.flush().namespace_id() : request.explain().namespace_id());
   if (!id) return id.error();
   if (request.has_flush()) {
+    // Lower tiers first: what is on its way up from them is dropped, and nothing comes back.
+    std::promise<Status> erased;
+    parts_.tiers.erase_all(*id, [&erased](const Status& status) { erased.set_value(status); });
+    const Status lower = erased.get_future().get();
     const auto [chunks, bytes] = parts_.store.flush(*id);
     reply->mutable_flushed()->set_chunks(chunks);
     reply->mutable_flushed()->set_bytes(bytes);
     spdlog::info("flushed {} chunks of {} bytes", chunks, bytes);
+    if (!lower) return Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message());
     return Status::ok();
   }
   const std::string& hash = request.explain().block_hash();

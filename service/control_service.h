@@ -14,6 +14,7 @@
 #include "service/namespaces.h"
 #include "service/sessions.h"
 #include "store/chunk_store.h"
+#include "store/tiered_store.h"
 #include "transport/admission.h"
 #include "transport/channel.h"
 #include "transport/control.h"
@@ -41,6 +42,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
     Sessions& sessions;
     NamespaceRegistry& namespaces;
     ChunkStore& store;
+    TieredStore& tiers;
     EventLog& events;
     Inspector& inspector;
     HotHandler& hot;

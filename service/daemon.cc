@@ -35,6 +35,7 @@
 #include "service/store_pipeline.h"
 #include "store/chunk_store.h"
 #include "store/eviction_policy.h"
+#include "store/tiered_store.h"
 #include "transport/admission.h"
 #include "transport/channel.h"
 #include "transport/control.h"
@@ -49,6 +50,9 @@ namespace fs = std::filesystem;
 using std::chrono::milliseconds;
 
 constexpr std::size_t kAdministrationQueue = 64;
+// Threads that verify what comes up from lower tiers: at some 10 GB/s each they keep ahead of any of those.
+constexpr std::size_t kMovers = 2;
+constexpr std::size_t kMaxMoving = 1U << 16;
 // How often time-outs are looked at. Four times a second costs nothing and finds an expiry soon enough.
 constexpr milliseconds kTick{250};
 // Freeing what waits to be freed: chunks without all their shards, drops that a lease delayed.
@@ -152,6 +156,8 @@ struct Daemon::State {
   HazardRegistry hazards;
   InFlight in_flight;
   std::unique_ptr<ChunkStore> store;
+  ThreadPool movers{"kvern-move", kMovers, kMaxMoving};
+  std::unique_ptr<TieredStore> tiers;
   NamespaceRegistry namespaces;
   Sessions sessions;
   ThreadPool encoders;
@@ -181,7 +187,7 @@ struct Daemon::State {
 
 Daemon::State::State(const ServiceConfig& config_in)
     : config(config_in),
-      slab(config.server.run_dir + "/slab", config.store.dram_bytes),
+      slab(config.server.run_dir + "/slab", config.store.dram_bytes, config.store.warm_restart),
       index(or_throw(SharedMemory::create_named(
           config.server.run_dir + "/index",
           block_index_bytes({.chunk_capacity = config.chunk_capacity(), .slot_count = config.index_slots()})))),
@@ -195,16 +201,19 @@ Daemon::State::State(const ServiceConfig& config_in)
               .generation = epoch,
               .incomplete_ttl_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000},
           slab.bytes(), index.bytes(), make_lru_policy(),
-          [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock)),
+          [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock, slab.map_bytes())),
+      tiers(std::make_unique<TieredStore>(*store, std::vector<LowerTier>{}, movers, TieredStoreConfig{},
+                                          [this] { return slab.usable_bytes(); })),
       namespaces([this](const std::map<std::string, std::string>& facts) { return config.codec.codec_for(facts); }),
       sessions({.max_sessions = config.sessions.max_sessions,
                 .staging_bytes_max = config.sessions.staging_bytes_max,
                 .timeout_ns = static_cast<std::int64_t>(config.sessions.timeout_ms) * 1'000'000},
                epoch, hazards, clock),
       encoders("kvern-encode", config.encode_threads(), config.pipeline.max_queued),
-      pipeline(*store, encoders, metrics, clock, [this] { return slab.usable_bytes(); }),
+      pipeline(*store, *tiers, encoders, metrics, clock, [this] { return slab.usable_bytes(); }),
       hot({.sessions = sessions,
            .store = *store,
+           .tiers = *tiers,
            .pipeline = pipeline,
            .in_flight = in_flight,
            .metrics = metrics,
@@ -222,6 +231,11 @@ Daemon::State::State(const ServiceConfig& config_in)
                  .clock = clock,
                  .epoch = epoch,
                  .started_ns = started_ns}) {
+  if (const ChunkStoreStats found = store->stats(); found.recovered_chunks + found.dropped_containers > 0) {
+    spdlog::info("took {} chunks, {:.1f} MiB, over from the run before; {} containers were damaged or not complete",
+                 found.recovered_chunks, static_cast<double>(found.recovered_bytes) / (1 << 20),
+                 found.dropped_containers);
+  }
   store->set_removal_listener([this](const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason) {
     metrics.chunk_removed(reason);
     events.add({.key = key,
@@ -285,6 +299,7 @@ void Daemon::State::start_servers() {
                                                                    .sessions = sessions,
                                                                    .namespaces = namespaces,
                                                                    .store = *store,
+                                                                   .tiers = *tiers,
                                                                    .events = events,
                                                                    .inspector = inspector,
                                                                    .hot = hot,
@@ -335,6 +350,7 @@ void Daemon::State::watch() {
     woken = false;
     lock.unlock();
     sessions.tick();
+    tiers->save_victims();
     if (const std::int64_t now = clock.now_ns(); now >= next_sweep_ns) {
       store->sweep();
       next_sweep_ns = now + std::chrono::nanoseconds(kSweepInterval).count();
@@ -365,6 +381,12 @@ void Daemon::State::shut_down() {
   }
   watch_wake.notify_one();
   if (watcher.joinable()) watcher.join();
+  const std::uint64_t chunks = store->stats().chunks;
+  if (chunks == 0) slab.discard();
+  if (config.store.warm_restart && chunks > 0) {
+    spdlog::info("{} chunks stay in {} for the next start; remove the folder to free the memory", chunks,
+                 config.server.run_dir);
+  }
 }
 
 Daemon::Daemon(const ServiceConfig& config) : state_(std::make_unique<State>(config)) {}

@@ -170,12 +170,30 @@ void HotService::protocol_error(std::uint64_t session_id, const Status& why) {
   parts_.sessions.end_soon(session_id, SessionEnd::kProtocolError);
 }
 
+/// Whether chunks are still on their way up. Starts the movement when it is asked for the first time.
+Result<bool> HotService::prefetch(Session& session, const wire::Match& request, const Namespace& space,
+                                  std::span<const BlockHash> blocks) {
+  const auto group = static_cast<std::uint16_t>(request.group());
+  if (!request.prefetch() || !parts_.tiers.has_tiers()) return false;
+  if (const auto running = session.find_prefetch(request.lease_id(), group)) return running->pending();
+  const std::size_t first = std::min<std::size_t>(request.first_block(), blocks.size());
+  auto started =
+      parts_.tiers.prefetch(space.id, group, blocks, first, space.shape.chunk_tokens / space.shape.block_tokens);
+  const bool pending = started->pending();
+  if (Status added = session.add_prefetch(request.lease_id(), group, std::move(started)); !added) return failure(added);
+  return pending;
+}
+
 Status HotService::match(Session& session, const wire::Match& request, wire::Matched* answer) {
   const auto space = named_namespace(session, request.namespace_id(), request.group());
   if (!space) return space.error();
   const auto hashes = split_hashes(request.block_hashes(), request.hash_bytes(), kMaxMatchBlocks);
   if (!hashes) return hashes.error();
   const auto group = static_cast<std::uint16_t>(request.group());
+  const auto pending = prefetch(session, request, **space, *hashes);
+  if (!pending) return pending.error();
+  answer->set_pending(*pending);
+  if (*pending) return Status::ok();
   std::string present((hashes->size() + 7) / 8, '\0');
   std::vector<std::shared_ptr<Lease>> leases;
   std::shared_ptr<Lease> last;

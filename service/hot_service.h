@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "base/clock.h"
 #include "service/in_flight.h"
@@ -10,6 +11,7 @@
 #include "service/sessions.h"
 #include "service/store_pipeline.h"
 #include "store/chunk_store.h"
+#include "store/tiered_store.h"
 #include "transport/channel.h"
 
 namespace kvern {
@@ -25,6 +27,7 @@ class HotService final : public HotHandler {
   struct Parts {
     Sessions& sessions;
     ChunkStore& store;
+    TieredStore& tiers;
     StorePipeline& pipeline;
     InFlight& in_flight;
     Metrics& metrics;
@@ -40,6 +43,8 @@ class HotService final : public HotHandler {
   void begin_stop() { stopping_.store(true); }
 
  private:
+  Result<bool> prefetch(Session& session, const wire::Match& request, const Namespace& space,
+                        std::span<const BlockHash> blocks);
   Status match(Session& session, const wire::Match& request, wire::Matched* answer);
   Status reserve(Session& session, const wire::Reserve& request, wire::Reserved* answer);
   void commit(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);

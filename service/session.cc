@@ -116,9 +116,31 @@ Status Session::add_match(std::uint64_t match_id, std::vector<std::shared_ptr<Le
   return Status::ok();
 }
 
-void Session::drop_match(std::uint64_t match_id) {
-  std::vector<std::shared_ptr<Lease>> dropped;  // unpinned after the lock
+std::shared_ptr<Prefetch> Session::find_prefetch(std::uint64_t match_id, std::uint16_t group) const {
   std::lock_guard lock(mutex_);
+  const auto found = prefetches_.find({match_id, group});
+  return found == prefetches_.end() ? nullptr : found->second;
+}
+
+Status Session::add_prefetch(std::uint64_t match_id, std::uint16_t group, std::shared_ptr<Prefetch> prefetch) {
+  std::lock_guard lock(mutex_);
+  if (closed_) return session_closed();
+  if (prefetches_.size() >= kMaxPrefetches) return Status(Code::kBusy, "the session has too many prefetches");
+  prefetches_.emplace(std::pair(match_id, group), std::move(prefetch));
+  return Status::ok();
+}
+
+void Session::drop_match(std::uint64_t match_id) {
+  // Both go after the lock, since they call the store.
+  std::vector<std::shared_ptr<Lease>> dropped;
+  std::vector<std::shared_ptr<Prefetch>> ended;
+  std::lock_guard lock(mutex_);
+  while (true) {
+    const auto next = prefetches_.lower_bound({match_id, 0});
+    if (next == prefetches_.end() || next->first.first != match_id) break;
+    ended.push_back(std::move(next->second));
+    prefetches_.erase(next);
+  }
   if (auto node = matches_.extract(match_id)) {
     dropped = std::move(node.mapped());
     matched_ -= dropped.size();
@@ -153,11 +175,13 @@ void Session::close() {
   decltype(reservations_) reservations;
   decltype(leases_) leases;
   decltype(matches_) matches;
+  decltype(prefetches_) prefetches;
   std::lock_guard lock(mutex_);
   closed_ = true;
   reservations.swap(reservations_);
   leases.swap(leases_);
   matches.swap(matches_);
+  prefetches.swap(prefetches_);
   matched_ = 0;
   namespaces_.clear();
 }

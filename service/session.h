@@ -19,6 +19,7 @@
 #include "service/staging.h"
 #include "store/chunk_store.h"
 #include "store/lease.h"
+#include "store/tiered_store.h"
 #include "transport/admission.h"
 #include "transport/session_segment.h"
 #include "transport/shared_memory.h"
@@ -64,6 +65,7 @@ class Session {
   static constexpr std::size_t kMaxNamespaces = 256;
   static constexpr std::size_t kMaxReservations = 1U << 16;
   static constexpr std::size_t kMaxLeases = 1U << 16;  ///< those under matches included
+  static constexpr std::size_t kMaxPrefetches = 1024;
 
   Session(std::uint64_t id, std::string token, SessionIdentity identity, std::int64_t now_ns);
 
@@ -95,8 +97,12 @@ class Session {
   Result<std::uint64_t> add_lease(std::shared_ptr<Lease> lease);
   std::shared_ptr<Lease> find_lease(std::uint64_t id) const;
   std::shared_ptr<Lease> take_lease(std::uint64_t id);
-  /// Leases of a remote look-up, under the client's number.
+  /// Leases of a look-up, under the client's number.
   Status add_match(std::uint64_t match_id, std::vector<std::shared_ptr<Lease>> leases);
+  /// The prefetch of a look-up in one KV-cache group; nullptr when there is none.
+  std::shared_ptr<Prefetch> find_prefetch(std::uint64_t match_id, std::uint16_t group) const;
+  Status add_prefetch(std::uint64_t match_id, std::uint16_t group, std::shared_ptr<Prefetch> prefetch);
+  /// Gives the leases of a look-up back and ends its prefetches.
   void drop_match(std::uint64_t match_id);
 
   /// Set once when the session is admitted.
@@ -141,7 +147,8 @@ class Session {
   std::unordered_map<std::uint64_t, std::shared_ptr<Reservation>> reservations_;
   std::unordered_map<std::uint64_t, std::shared_ptr<Lease>> leases_;
   std::unordered_map<std::uint64_t, std::vector<std::shared_ptr<Lease>>> matches_;
-  std::size_t matched_ = 0;  ///< leases in matches_
+  std::size_t matched_ = 0;                                                                  ///< leases in matches_
+  std::map<std::pair<std::uint64_t, std::uint16_t>, std::shared_ptr<Prefetch>> prefetches_;  ///< by look-up and group
   std::shared_ptr<Staging> staging_;
   std::optional<LocalResources> local_;
 };

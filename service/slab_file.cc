@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <spdlog/spdlog.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -12,6 +13,8 @@
 #include <filesystem>
 #include <stdexcept>
 #include <utility>
+
+#include "store/container_map.h"
 
 namespace kvern {
 namespace {
@@ -34,26 +37,48 @@ void check_room(const std::string& path, std::uint64_t bytes) {
                  "--shm-size; in Kubernetes the sizeLimit of an emptyDir of medium Memory mounted there)");
 }
 
-SharedMemory make_file(const std::string& path, std::uint64_t bytes) {
-  if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail(path, std::strerror(errno));
-  check_room(path, bytes);
-  UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
+/// The file of an earlier run, if it is a plain file of ours that is not larger than asked for: to cut one that clients
+/// may still have mapped would end them. bytes_there: what it takes up already.
+UniqueFd open_kept(const std::string& path, std::uint64_t bytes, std::uint64_t* bytes_there) {
+  UniqueFd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
+  struct stat about {};
+  if (!fd || ::fstat(fd.get(), &about) != 0 || !S_ISREG(about.st_mode) || about.st_uid != ::geteuid()) return {};
+  if (static_cast<std::uint64_t>(about.st_size) > bytes) return {};
+  *bytes_there = static_cast<std::uint64_t>(about.st_blocks) * 512;
+  return fd;
+}
+
+SharedMemory make_file(const std::string& path, std::uint64_t bytes, bool keep) {
+  std::uint64_t bytes_there = 0;
+  UniqueFd fd = keep ? open_kept(path, bytes, &bytes_there) : UniqueFd();
+  if (!fd && ::unlink(path.c_str()) != 0 && errno != ENOENT) fail(path, std::strerror(errno));
+  check_room(path, bytes - std::min(bytes, bytes_there));
+  if (!fd) fd = UniqueFd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!fd) fail(path, std::strerror(errno));
   auto memory = ::ftruncate(fd.get(), static_cast<off_t>(bytes)) == 0 ? SharedMemory::map(std::move(fd), bytes, true)
                                                                       : failure(Code::kInternal, std::strerror(errno));
-  if (!memory) {
-    ::unlink(path.c_str());
-    fail(path, memory.error().message());
-  }
-  return std::move(*memory);
+  if (memory) return std::move(*memory);
+  if (!keep) ::unlink(path.c_str());
+  fail(path, memory.error().message());
 }
+
+std::string map_path(const std::string& slab_path) { return slab_path + ".map"; }
 
 }  // namespace
 
-SlabFile::SlabFile(const std::string& path, std::uint64_t bytes) : path_(path), memory_(make_file(path, bytes)) {
-  // The first piece now, so that the first stores find room.
-  if (const Status first = reserve_piece(); !first) {
-    ::unlink(path_.c_str());
+SlabFile::SlabFile(const std::string& path, std::uint64_t bytes, bool keep)
+    : path_(path),
+      keep_(keep),
+      memory_(make_file(path, bytes, keep)),
+      map_(make_file(map_path(path), ContainerMap::bytes_for(bytes), keep)) {
+  // The map and the first piece of the slab now, so that the first stores find room.
+  Status first;
+  if (::fallocate(map_.fd(), 0, 0, static_cast<off_t>(map_.bytes().size())) != 0) {
+    first = Status(Code::kInternal, std::strerror(errno));
+  }
+  if (first) first = reserve_piece();
+  if (!first) {
+    remove_files();
     fail(path, first.message());
   }
   reserver_ = std::thread([this] { reserve_rest(); });
@@ -62,7 +87,13 @@ SlabFile::SlabFile(const std::string& path, std::uint64_t bytes) : path_(path), 
 SlabFile::~SlabFile() {
   stopping_.store(true);
   reserver_.join();
+  remove_files();
+}
+
+void SlabFile::remove_files() const {
+  if (keep_) return;
   ::unlink(path_.c_str());
+  ::unlink(map_path(path_).c_str());
 }
 
 Status SlabFile::reserve_piece() {

@@ -76,10 +76,12 @@ Status StorePipeline::store(const Reservation& reservation, const std::vector<st
   }
   const double seconds = static_cast<double>(clock_.now_ns() - started) * 1e-9;
   // The raw bytes are read before publication: afterwards the chunk may be gone at once.
-  if (const auto published = store_.publish(*ticket, info, *encoded); !published) {
+  const auto published = store_.publish(*ticket, info, *encoded);
+  if (!published) {
     metrics_.refused(Refusal::kStoreFull);
     return published.error();
   }
+  if (*published) tiers_.stored(info.key);
   Metrics::OfCodec& figures = metrics_.codec(info.codec_spec);
   figures.stored_chunks.Increment();
   figures.stored_raw_bytes.Increment(static_cast<double>(canonical.size()));

@@ -16,6 +16,7 @@
 #include "service/metrics.h"
 #include "service/session.h"
 #include "store/chunk_store.h"
+#include "store/tiered_store.h"
 
 namespace kvern {
 
@@ -26,9 +27,14 @@ class StorePipeline {
   using Done = std::function<void(Status status)>;
 
   /// usable_bytes: how much of the slab may be written at this moment (SlabFile).
-  StorePipeline(ChunkStore& store, Executor& executor, Metrics& metrics, const Clock& clock,
+  StorePipeline(ChunkStore& store, TieredStore& tiers, Executor& executor, Metrics& metrics, const Clock& clock,
                 std::function<std::uint64_t()> usable_bytes)
-      : store_(store), executor_(executor), metrics_(metrics), clock_(clock), usable_bytes_(std::move(usable_bytes)) {}
+      : store_(store),
+        tiers_(tiers),
+        executor_(executor),
+        metrics_(metrics),
+        clock_(clock),
+        usable_bytes_(std::move(usable_bytes)) {}
 
   /// Takes the reservation; its staging is free again before done is called, on the executor's thread. plane_checksums:
   /// one per plane. kBusy, and nothing is called, when the queue is full.
@@ -63,6 +69,7 @@ class StorePipeline {
   Status store(const Reservation& reservation, const std::vector<std::uint64_t>& plane_checksums);
 
   ChunkStore& store_;
+  TieredStore& tiers_;
   Executor& executor_;
   Metrics& metrics_;
   const Clock& clock_;

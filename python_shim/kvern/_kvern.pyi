@@ -37,7 +37,8 @@ class Client:
 class PrefixMatcher:
     # groups: [(group, window_tokens or 0), ...]
     def __init__(self, client: Client, *, block_tokens: int, chunk_blocks: int, groups: list[tuple[int, int]],
-                 remote_deadline_ms: int = 50) -> None: ...
+                 remote_deadline_ms: int = 50,
+                 prefetch_deadline_ms: int = 2000) -> None: ...
     # hashes: the block hashes joined, hash_bytes each. Returns (known, tokens, reason).
     def match(self, request: str, namespace: int, hashes: bytes, hash_bytes: int, local_tokens: int, max_tokens: int,
               prompt_tokens: int) -> tuple[bool, int, str]: ...

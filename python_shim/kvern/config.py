@@ -119,6 +119,9 @@ class Options:
     load_timeout_ms: int = _option(30_000, _parse_count(100, 3_600_000), "a load that takes longer has failed")
     store_timeout_ms: int = _option(30_000, _parse_count(100, 3_600_000), "a store that takes longer is dropped")
     match_timeout_ms: int = _option(50, _parse_count(1, 10_000), "a look-up that takes longer counts as a miss")
+    prefetch_timeout_ms: int = _option(
+        2000, _parse_count(0, 600_000), "how long a request waits for what lower tiers bring up; 0: they are not asked"
+    )
     embedded_dram: int = _option(4 << 30, parse_size, "memory of the embedded daemon")
     weights: str = _option("", _parse_text, "name of the weights, in place of the fingerprint of their files")
 

@@ -131,6 +131,7 @@ def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = ID
             f"--server.socket={folder / 'kvernd.sock'}",
             "--server.socket_mode=0600",
             f"--store.dram_bytes={size}",
+            "--store.warm_restart=false",
             f"--metrics.listen={_free_or_zero(METRICS_ADDRESS)}",
         ]
     )

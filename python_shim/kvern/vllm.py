@@ -103,6 +103,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             chunk_blocks=geometry.chunk_blocks,
             groups=[(group.index, group.window) for group in geometry.groups],
             remote_deadline_ms=options.match_timeout_ms,
+            prefetch_deadline_ms=options.prefetch_timeout_ms,
         )
         return SchedulerSide(
             vllm_config,

@@ -230,16 +230,18 @@ void bind_matcher(nb::module_& module) {
       .def(
           "__init__",
           [](PyMatcher* self, const PyClient& client, std::uint32_t block_tokens, std::uint32_t chunk_blocks,
-             const std::vector<std::pair<std::uint16_t, std::uint32_t>>& groups, std::uint32_t remote_deadline_ms) {
+             const std::vector<std::pair<std::uint16_t, std::uint32_t>>& groups, std::uint32_t remote_deadline_ms,
+             std::uint32_t prefetch_deadline_ms) {
             MatcherConfig config;
             config.block_tokens = block_tokens;
             config.chunk_blocks = chunk_blocks;
             for (const auto& [group, window] : groups) config.groups.push_back({group, window});
             config.remote_deadline_ms = remote_deadline_ms;
+            config.prefetch_deadline_ms = prefetch_deadline_ms;
             new (self) PyMatcher(std::make_shared<PrefixMatcher>(client.get(), std::move(config)));
           },
           nb::arg("client"), nb::kw_only(), nb::arg("block_tokens"), nb::arg("chunk_blocks"), nb::arg("groups"),
-          nb::arg("remote_deadline_ms") = 50)
+          nb::arg("remote_deadline_ms") = 50, nb::arg("prefetch_deadline_ms") = 2000)
       .def(
           "match",
           [](PyMatcher& self, const std::string& request, int handle, const nb::bytes& hashes, std::uint32_t hash_bytes,

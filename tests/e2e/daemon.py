@@ -67,6 +67,7 @@ class Daemon(_Process):
             "server.socket": str(self.socket),
             "server.run_dir": str(self.run_folder),
             "store.dram_bytes": "512MiB",
+            "store.warm_restart": False,  # a test that ends looks at what is left behind
             "metrics.listen": f"127.0.0.1:{self.http_port}",
             **(settings or {}),
         }

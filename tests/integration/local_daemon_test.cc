@@ -194,7 +194,7 @@ TEST_F(LocalDaemonTest, AClientThatIsStoppedAndContinuedHurtsNobody) {
 }
 
 TEST_F(LocalDaemonTest, AKilledDaemonFailsItsClientsAndStartsAgain) {
-  start();
+  start({"--store.warm_restart=false"});
   auto client = connect();
   ASSERT_TRUE(client->store(1, 1));
   const std::uint64_t epoch = client->welcome().epoch();
@@ -207,7 +207,7 @@ TEST_F(LocalDaemonTest, AKilledDaemonFailsItsClientsAndStartsAgain) {
   EXPECT_EQ(client->channel().call(request, &reply, std::chrono::milliseconds(200)).code(), Code::kUnavailable);
   EXPECT_TRUE(fs::exists(run_dir_ / "slab")) << "kill -9 cleans nothing up";
 
-  start();
+  start({"--store.warm_restart=false"});
   const auto again = connect();
   EXPECT_NE(again->welcome().epoch(), epoch);
   EXPECT_NE(again->index().generation(), client->index().generation());
@@ -218,6 +218,70 @@ TEST_F(LocalDaemonTest, AKilledDaemonFailsItsClientsAndStartsAgain) {
   stale.mutable_heartbeat();
   wire::ControlReply answer;
   EXPECT_FALSE(client->control(stale, &answer)) << "a token of the dead daemon";
+}
+
+TEST_F(LocalDaemonTest, ItsDramTierOutlivesEveryEnd) {
+  start();
+  std::uint64_t stored = 0;
+  const auto store_more = [&] {
+    const auto client = connect();
+    for (int i = 0; i < 5; ++i) {
+      ASSERT_TRUE(client->store(++stored, 2));
+    }
+  };
+  const auto all_there = [&] {
+    const auto client = connect();
+    for (std::uint64_t prompt = 1; prompt <= stored; ++prompt) {
+      EXPECT_TRUE(client->load_and_compare(prompt, 0));
+      EXPECT_TRUE(client->load_and_compare(prompt, 1));
+    }
+    EXPECT_EQ(status(*client).at("store").at("chunks"), 2 * stored);
+  };
+  store_more();
+  daemon_->kill();
+  start();
+  EXPECT_TRUE(daemon_->says("took 10 chunks")) << daemon_->text();
+  all_there();
+  store_more();
+  daemon_->signal(SIGTERM);
+  EXPECT_EQ(daemon_->wait(), 0) << daemon_->text();
+  EXPECT_THAT(daemon_->text(), HasSubstr("20 chunks stay in"));
+  start();
+  all_there();
+  daemon_->kill();
+  std::ofstream(run_dir_ / "slab.map") << "another layout";
+  start();
+  EXPECT_EQ(status(*connect()).at("store").at("chunks"), 0);
+}
+
+TEST_F(LocalDaemonTest, WhatAKilledDaemonLeftIsWholeOrNotThere) {
+  // Killed in the middle of storing and evicting, again and again; every time all that is found is right.
+  constexpr std::uint64_t kPrompts = 40;
+  for (std::uint64_t life = 0; life < 8; ++life) {
+    start({"--store.dram_bytes=4MiB"});
+    const auto client = connect();
+    std::size_t found = 0;
+    for (std::uint64_t prompt = 0; prompt < kPrompts * 8; ++prompt) {
+      if (!client->index().find(client->fingerprint(prompt, 0))) continue;
+      EXPECT_TRUE(client->load_and_compare(prompt, 0)) << "life " << life << ", prompt " << prompt;
+      ++found;
+    }
+    std::cout << "life " << life << ": " << found << " chunks were taken over\n";
+    std::atomic<std::uint64_t> stored{0};
+    std::thread killer([&] {
+      for (std::uint64_t seen = 0; seen < 18 + 2 * life; seen = stored.load()) stored.wait(seen);
+      daemon_->kill();
+      client->channel().close();  // it would wait for the answer of the dead
+    });
+    for (std::uint64_t prompt = 0; prompt < kPrompts; ++prompt) {
+      const bool alive = client->store(kPrompts * life + prompt, 1).is_ok();
+      ++stored;
+      stored.notify_one();
+      if (!alive && prompt > 18 + 2 * life) break;
+    }
+    killer.join();
+    EXPECT_TRUE(life == 0 || found > 0);
+  }
 }
 
 TEST_F(LocalDaemonTest, AFullTierEvictsAndGoesOn) {
@@ -259,7 +323,7 @@ TEST_F(LocalDaemonTest, ASecondDaemonOnTheSameSocketIsRefused) {
 }
 
 TEST_F(LocalDaemonTest, AGracefulStopFinishesAndCleansUp) {
-  start();
+  start({"--store.warm_restart=false"});
   const auto client = connect();
   const auto reserved = client->reserve(1, 16);
   ASSERT_TRUE(reserved);

@@ -43,6 +43,7 @@ struct ControlServiceTest : ::testing::Test {
                           .sessions = service.sessions,
                           .namespaces = service.namespaces,
                           .store = service.store,
+                          .tiers = service.tiers,
                           .events = events,
                           .inspector = inspector,
                           .hot = service.hot,

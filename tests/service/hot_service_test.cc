@@ -164,6 +164,46 @@ TEST_F(HotServiceTest, LeasesEndWithTheirSession) {
   EXPECT_EQ(to_status(service.ask(session->id(), match_request(7, 8, 1))->status()).code(), Code::kExpired);
 }
 
+TEST_F(HotServiceTest, AMatchBringsUpWhatLowerTiersHave) {
+  service.store_chunks(*session, id, 7, 3);
+  ASSERT_EQ(service.lower->objects.size(), 3U) << "written through";
+  service.store.flush(std::nullopt);
+  auto request = match_request(7, 12, 5);
+  EXPECT_EQ(service.ask(session->id(), request)->matched().present(), std::string(2, '\0')) << "not asked for";
+  request.mutable_match()->set_prefetch(true);
+  EXPECT_TRUE(service.ask(session->id(), request)->matched().pending());
+  EXPECT_TRUE(service.ask(session->id(), request)->matched().pending()) << "nothing is verified yet";
+  service.movers.run_all();
+  const auto answer = service.ask(session->id(), request);
+  EXPECT_FALSE(answer->matched().pending());
+  EXPECT_EQ(answer->matched().present(), std::string("\xff\x0f"));
+  wire::HotRequest release;
+  release.mutable_release_match()->set_lease_id(5);
+  service.ask(session->id(), release);
+  EXPECT_EQ(service.tiers.stats().prefetches, 0U);
+  expect_nothing_held();
+}
+
+TEST_F(HotServiceTest, AReleasedMatchOrADeadSessionEndsItsPrefetch) {
+  service.store_chunks(*session, id, 7, 3);
+  service.store.flush(std::nullopt);
+  service.lower->immediate = false;
+  auto request = match_request(7, 12, 5);
+  request.mutable_match()->set_prefetch(true);
+  EXPECT_TRUE(service.ask(session->id(), request)->matched().pending());
+  EXPECT_EQ(service.tiers.stats().prefetches, 1U);
+  wire::HotRequest release;
+  release.mutable_release_match()->set_lease_id(5);
+  service.ask(session->id(), release);
+  EXPECT_TRUE(service.ask(session->id(), request)->matched().pending()) << "a new one";
+  session->close();
+  while (service.lower->run()) {
+  }
+  service.movers.run_all();
+  EXPECT_EQ(service.tiers.stats().prefetches, 0U);
+  EXPECT_EQ(service.store.stats().used_bytes, 0U);
+}
+
 TEST_F(HotServiceTest, AMatchTellsEveryBlockAndHoldsOnlyWhatIsNeeded) {
   service.store_chunks(*session, id, 7, 3);
   auto request = match_request(7, 15, 5);

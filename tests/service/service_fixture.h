@@ -25,6 +25,8 @@
 #include "service/store_pipeline.h"
 #include "store/chunk_store.h"
 #include "store/eviction_policy.h"
+#include "store/tiered_store.h"
+#include "tests/store/memory_tier.h"
 #include "transport/shared_memory.h"
 #include "transport/wire.h"
 
@@ -123,8 +125,9 @@ class ServiceFixture {
              .incomplete_ttl_ns = 60'000'000'000},
             slab_memory.bytes(), index_memory.bytes(), make_lru_policy(),
             [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock),
+        tiers(store, lower_tiers(), movers, TieredStoreConfig{}, [this] { return usable_bytes; }),
         namespaces([](const std::map<std::string, std::string>&) { return std::string("raw"); }),
-        pipeline(store, executor, metrics, clock, [this] { return usable_bytes; }),
+        pipeline(store, tiers, executor, metrics, clock, [this] { return usable_bytes; }),
         sessions({.max_sessions = max_sessions,
                   .staging_bytes_max = kStagingBytes,
                   .timeout_ns = kTimeoutNs,
@@ -132,6 +135,7 @@ class ServiceFixture {
                  7, hazards, clock),
         hot({.sessions = sessions,
              .store = store,
+             .tiers = tiers,
              .pipeline = pipeline,
              .in_flight = in_flight,
              .metrics = metrics,
@@ -139,6 +143,14 @@ class ServiceFixture {
              .slab_bytes = slab_bytes}),
         remote(sessions, store) {}
 
+  /// One tier that ends its operations at once, and is written through.
+  std::vector<LowerTier> lower_tiers() {
+    auto tier = std::make_unique<MemoryTier>(clock);
+    lower = tier.get();
+    std::vector<LowerTier> tiers_below;
+    tiers_below.push_back({std::move(tier), WritePolicy::kThrough});
+    return tiers_below;
+  }
   static BlockIndexConfig index_config() { return {.chunk_capacity = 1024, .slot_count = 8192, .generation = 1}; }
   static SegmentLayout small_segment() {
     return {.hazard_capacity = 64, .request_ring_bytes = 1U << 16, .reply_ring_bytes = 1U << 16};
@@ -253,6 +265,9 @@ class ServiceFixture {
   SharedMemory slab_memory;
   SharedMemory index_memory;
   ChunkStore store;
+  ManualExecutor movers;
+  MemoryTier* lower = nullptr;
+  TieredStore tiers;
   NamespaceRegistry namespaces;
   ManualExecutor executor;
   StorePipeline pipeline;
