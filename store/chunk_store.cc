@@ -112,6 +112,7 @@ struct ChunkStore::State {
   void close_ticket(TicketMap::iterator ticket);
   Result<bool> add_shard(const Ticket& ticket, const ContainerInfo& info, std::size_t container_bytes);
   std::optional<std::uint32_t> new_record(const ContainerInfo& info);
+  void note_order(std::uint32_t parent, std::uint32_t chunk);
   bool enter_index(std::uint32_t chunk, const ContainerInfo& info);
   Result<bool> add_whole_shard(const Extent& extent, const ContainerInfo& info, std::size_t container_bytes);
   std::vector<LoadedShard> find_containers();
@@ -486,6 +487,11 @@ std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& 
   return chunk;
 }
 
+// A caller may name neighbours that are none; those that stand in no order cannot be.
+void ChunkStore::State::note_order(std::uint32_t parent, std::uint32_t chunk) {
+  if (record(parent).position < record(chunk).position) policy->follows(chunk, parent);
+}
+
 // Publishes a complete chunk; false, with nothing changed, when the index has no room.
 bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& info) {
   ChunkRecord& entering = record(chunk);
@@ -506,7 +512,7 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
     for (const auto& shard : entering.shards) map->set(shard.extent.offset);
   }
   ++counters.chunks;
-  policy->inserted(chunk, entering.encoded_bytes());
+  policy->inserted(chunk, {.bytes = entering.encoded_bytes(), .fingerprint = entering.fingerprint(0)});
   // Blocks of a shorter chunk are pointed to this one before that one goes, so that a reader finds them at any moment.
   for (std::size_t block = 0; block < blocks; ++block) {
     index.put(entering.fingerprint(block), chunk, static_cast<std::uint16_t>(block));
@@ -691,9 +697,20 @@ std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t gro
   }
   // From the last to the first, so that the end of a prompt is older than its start and leaves before it.
   for (std::size_t i = found; i-- > 0;) {
-    if (i + 1 == found || hits[i].chunk != hits[i + 1].chunk) s.policy->touched(hits[i].chunk);
+    if (i + 1 < found && hits[i].chunk == hits[i + 1].chunk) continue;
+    if (i + 1 < found) s.note_order(hits[i].chunk, hits[i + 1].chunk);
+    s.policy->touched(hits[i].chunk);
   }
   return found;
+}
+
+void ChunkStore::link(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& previous,
+                      const BlockHash& next) {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  const auto parent = s.find_live(namespace_id, group, previous);
+  const auto chunk = s.find_live(namespace_id, group, next);
+  if (parent && chunk) s.note_order(*parent, *chunk);
 }
 
 Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,

@@ -128,6 +128,10 @@ class ChunkStore {
   /// For remote clients and tools; local clients read the index themselves.
   std::size_t match(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks);
 
+  /// Two neighbouring blocks of a prompt: the chunk of the first is not evicted before that of the second from now on.
+  /// match() says so of what it finds. Nothing happens when they are in one chunk, or one of them is not stored.
+  void link(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& previous, const BlockHash& next);
+
   /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin. is_use: count
   /// it as one for eviction; who only moves chunks does not use them.
   Result<PinnedChunk> pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,

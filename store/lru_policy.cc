@@ -1,68 +1,60 @@
-#include <limits>
+#include <vector>
 
+#include "store/chunk_lists.h"
+#include "store/chunk_tree.h"
 #include "store/eviction_policy.h"
 
 namespace kvern {
 namespace {
 
-constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
-
-/// A list of chunk numbers from the least to the most recently used, linked by number: no allocation per chunk.
 class LruPolicy final : public EvictionPolicy {
  public:
   std::string_view name() const override { return "lru"; }
 
-  void inserted(std::uint32_t chunk, std::uint64_t /*bytes*/) override {
-    if (chunk >= links_.size()) links_.resize(chunk + std::size_t{1});
-    if (!links_[chunk].listed) append(chunk);
+  void inserted(std::uint32_t chunk, const ChunkTraits& /*traits*/) override {
+    if (tree_.contains(chunk)) return;
+    tree_.insert(chunk);
+    if (chunk >= used_at_.size()) used_at_.resize(chunk + std::size_t{1});
+    use(chunk);
   }
 
+  void follows(std::uint32_t chunk, std::uint32_t parent) override { tree_.follow(chunk, parent); }
+
   void touched(std::uint32_t chunk) override {
-    if (!is_listed(chunk)) return;
-    remove(chunk);
-    append(chunk);
+    if (tree_.contains(chunk)) use(chunk);
   }
 
   void erased(std::uint32_t chunk) override {
-    if (is_listed(chunk)) remove(chunk);
+    order_.remove(chunk);
+    tree_.erase(chunk);
   }
 
   std::vector<std::uint32_t> victims(std::size_t count) override {
-    std::vector<std::uint32_t> oldest;
-    for (std::uint32_t chunk = first_; chunk != kNone && oldest.size() < count; chunk = links_[chunk].next) {
-      oldest.push_back(chunk);
+    LeafFirst names(tree_, count);
+    for (std::uint32_t chunk = order_.front(0); chunk != kNoChunk && names.add(chunk); chunk = order_.next(chunk)) {
     }
-    return oldest;
+    return names.take();
   }
 
-  /// Somebody holds the chunk, so that it is in use now.
-  void skipped(std::uint32_t chunk) override { touched(chunk); }
+  /// Somebody holds the chunk, so that it and what it is reached through are in use now.
+  void skipped(std::uint32_t chunk) override {
+    for (; tree_.contains(chunk); chunk = tree_.parent(chunk)) use(chunk);
+  }
+
+  double expected_use(std::uint32_t chunk) const override {
+    return tree_.contains(chunk) ? 1.0 / static_cast<double>(uses_ - used_at_[chunk] + 1) : 0.0;
+  }
 
  private:
-  struct Links {
-    std::uint32_t previous = kNone;
-    std::uint32_t next = kNone;
-    bool listed = false;
-  };
-
-  bool is_listed(std::uint32_t chunk) const { return chunk < links_.size() && links_[chunk].listed; }
-
-  void append(std::uint32_t chunk) {
-    links_[chunk] = {.previous = last_, .next = kNone, .listed = true};
-    (last_ == kNone ? first_ : links_[last_].next) = chunk;
-    last_ = chunk;
+  void use(std::uint32_t chunk) {
+    order_.push_back(0, chunk);
+    used_at_[chunk] = ++uses_;
   }
 
-  void remove(std::uint32_t chunk) {
-    const Links links = links_[chunk];
-    (links.previous == kNone ? first_ : links_[links.previous].next) = links.next;
-    (links.next == kNone ? last_ : links_[links.next].previous) = links.previous;
-    links_[chunk] = {};
-  }
-
-  std::vector<Links> links_;
-  std::uint32_t first_ = kNone;
-  std::uint32_t last_ = kNone;
+  ChunkTree tree_;
+  ChunkLists order_{1};  // from the least to the most recently used
+  std::uint64_t uses_ = 0;
+  std::vector<std::uint64_t> used_at_;
 };
 
 }  // namespace
