@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <bit>
+#include <utility>
 #include <vector>
 
 #include "store/chunk_lists.h"
@@ -14,7 +15,11 @@ namespace {
 class Ghosts {
  public:
   void grow(std::size_t entries) {
-    if (entries > slots_.size()) slots_.resize(std::bit_ceil(entries));
+    if (entries <= slots_.size()) return;
+    const std::vector<Slot> before = std::exchange(slots_, std::vector<Slot>(std::bit_ceil(entries)));
+    for (const Slot& each : before) {
+      if (each.left_at > 0) add(each.fingerprint, each.left_at);
+    }
   }
   void add(std::uint64_t fingerprint, std::uint64_t now) { slots_[slot(fingerprint)] = {fingerprint, now}; }
   bool contains(std::uint64_t fingerprint, std::uint64_t not_before) const {
@@ -30,7 +35,7 @@ class Ghosts {
   std::size_t slot(std::uint64_t fingerprint) const {
     return static_cast<std::size_t>(mix_fingerprint(fingerprint, 7)) & (slots_.size() - 1);
   }
-  std::vector<Slot> slots_ = std::vector<Slot>(16);
+  std::vector<Slot> slots_ = std::vector<Slot>(4096);
 };
 
 class S3FifoPolicy final : public EvictionPolicy {
