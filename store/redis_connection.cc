@@ -15,13 +15,12 @@ constexpr std::size_t kMaxParts = 256;                // of one send; the system
 
 std::int64_t retry_after(int failures) { return std::min(kFirstRetryNs << std::min(failures - 1, 16), kLastRetryNs); }
 
-std::size_t bytes_of(const RedisRequest& request) {
-  std::size_t bytes = request.head.size();
-  for (const auto& part : request.body) bytes += part.size();
-  return request.body.empty() ? bytes : bytes + 2;
-}
-
 constexpr std::string_view kBodyEnd = "\r\n";
+
+std::size_t size_of(const RedisRequest& request) {
+  const std::size_t body = request.body.empty() ? 0 : bytes_of(request.body) + kBodyEnd.size();
+  return request.head.size() + body;
+}
 
 /// Adds the parts of the request from `skip` bytes on, as far as they fit.
 void add_parts(const RedisRequest& request, std::size_t skip, std::array<iovec, kMaxParts>& parts, std::size_t& count) {
@@ -180,7 +179,7 @@ void RedisConnection::consume(std::size_t bytes) {
   sent_bytes_ += bytes;
   while (sent_batches_ < queue_.size()) {
     const auto& batch = *queue_[sent_batches_];
-    const std::size_t of_request = bytes_of(*batch.requests[sent_requests_]);
+    const std::size_t of_request = size_of(*batch.requests[sent_requests_]);
     if (sent_bytes_ < of_request) return;
     sent_bytes_ -= of_request;
     if (++sent_requests_ < batch.requests.size()) continue;

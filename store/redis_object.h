@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -33,12 +32,5 @@ struct RedisManifest {
   /// kCorrupt: this is no manifest of this layout. Safe on any input.
   static Result<RedisManifest> decode(std::string_view text);
 };
-
-/// The bytes from offset on of what the parts hold one behind the other, as parts.
-std::vector<std::span<const std::byte>> slice(std::span<const std::span<const std::byte>> parts, std::uint64_t offset,
-                                              std::uint64_t bytes);
-
-/// XXH3-64 of what the parts hold one behind the other.
-std::uint64_t checksum_of(std::span<const std::span<const std::byte>> parts);
 
 }  // namespace kvern

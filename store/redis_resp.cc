@@ -116,12 +116,9 @@ RedisRequest redis_command(std::initializer_list<std::string_view> arguments) {
   return redis_command(std::span(arguments.begin(), arguments.size()));
 }
 
-RedisRequest redis_command(std::initializer_list<std::string_view> arguments,
-                           std::vector<std::span<const std::byte>> body) {
+RedisRequest redis_command(std::initializer_list<std::string_view> arguments, ByteParts body) {
   RedisRequest request{.head = head_of(std::span(arguments.begin(), arguments.size()), arguments.size() + 1)};
-  std::size_t bytes = 0;
-  for (const auto& part : body) bytes += part.size();
-  append_count(request.head, '$', bytes);
+  append_count(request.head, '$', bytes_of(body));
   request.body = std::move(body);
   return request;
 }

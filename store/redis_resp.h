@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <span>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "store/byte_parts.h"
 
 namespace kvern {
 
@@ -29,7 +31,7 @@ struct RespValue {
 /// One command and where its reply goes. Its bytes are head, then, where there is a body, the body and CRLF.
 struct RedisRequest {
   std::string head;
-  std::vector<std::span<const std::byte>> body = {};
+  ByteParts body = {};
   /// A bulk reply of exactly this size is received here; one of another size is dropped but for its length.
   std::span<std::byte> into = {};
 };
@@ -38,8 +40,7 @@ struct RedisRequest {
 RedisRequest redis_command(std::span<const std::string_view> arguments);
 RedisRequest redis_command(std::initializer_list<std::string_view> arguments);
 /// A command whose last argument is the body.
-RedisRequest redis_command(std::initializer_list<std::string_view> arguments,
-                           std::vector<std::span<const std::byte>> body);
+RedisRequest redis_command(std::initializer_list<std::string_view> arguments, ByteParts body);
 
 /// Cuts a stream of bytes into replies. Safe on any input; not thread-safe.
 class RespReader {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/executor.h"
+#include "store/byte_parts.h"
 #include "store/event_loop.h"
 #include "store/redis_cluster.h"
 #include "store/redis_object.h"
@@ -457,7 +458,7 @@ void RedisTier::Work::send(Write write) {
 void RedisTier::Work::store(Write write, std::string name, std::string manifest, std::size_t old_pieces) {
   auto shared = std::make_shared<Write>(std::move(write));
   const auto kept_manifest = std::make_shared<std::string>(std::move(manifest));
-  const auto set = [&](const std::string& key, std::vector<std::span<const std::byte>> body) {
+  const auto set = [&](const std::string& key, ByteParts body) {
     return ttl.empty() ? redis_command({"SET", key}, std::move(body))
                        : redis_command({"SETEX", key, ttl}, std::move(body));
   };
@@ -486,8 +487,8 @@ void RedisTier::Work::store(Write write, std::string name, std::string manifest,
 }
 
 void RedisTier::Work::finish(const Write& write, Status status) {
-  budget.give_back(write.object.bytes());
   write.done(std::move(status));
+  budget.give_back(write.object.bytes());  // last: who drains has heard of it
 }
 
 // ---- erase
