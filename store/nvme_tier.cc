@@ -227,10 +227,10 @@ void NvmeTier::part_ended(Reading& reading, Status status) {
 
 Status NvmeTier::admit(const ChunkKey& key, std::uint64_t bytes, bool& known) {
   if (recovery_ && !recovery_->status) return recovery_->status;
-  // An erasure on its way would take what is known with it.
+  // An erasure on its way would take what is known with it, and a reclaim the objects of the next region.
   if (recovery_ && pending_erasures_ == 0) {
     const auto location = index_.locate(key);
-    if (location && std::uint64_t{location->pages} * kBlockAlignment == bytes) {
+    if (location && std::uint64_t{location->pages} * kBlockAlignment == bytes && location->region != next_region_) {
       index_.touch(key);
       known = true;
       return Status::ok();
@@ -398,7 +398,7 @@ void NvmeTier::recover() {
     changed_.notify_all();
   }
   for (auto& write : ended) end_write(write, recovery.status);
-  choose_rewrites();
+  if (recovery.status) choose_rewrites();
 }
 
 bool NvmeTier::wait_for_writes(bool committing) {
@@ -551,11 +551,11 @@ void NvmeTier::choose_rewrites() {
   if (most > 0) entries = log_->read_next_region();
   std::lock_guard lock(mutex_);
   rewrites_.clear();
-  rewrites_from_ = log_->next_region();
+  next_region_ = log_->next_region();
   std::uint64_t pages = 0;
   for (auto& entry : entries) {
     if (entry.kind != LogEntry::Kind::kObject || !index_.touched(key_of(entry))) continue;
-    const ObjectIndex::Location location{rewrites_from_, entry.page, entry.pages, entry.first_page_checksum};
+    const ObjectIndex::Location location{next_region_, entry.page, entry.pages, entry.first_page_checksum};
     if (index_.locate(key_of(entry)) != location || (pages + entry.pages) * kBlockAlignment > most) continue;
     pages += entry.pages;
     rewrites_.push_back(std::move(entry));
@@ -568,7 +568,7 @@ void NvmeTier::rewrite_next() {
   while (!rewriting_ && !stopping_ && !rewrites_.empty()) {
     LogEntry entry = std::move(rewrites_.front());
     rewrites_.pop_front();
-    const ObjectIndex::Location location{rewrites_from_, entry.page, entry.pages, entry.first_page_checksum};
+    const ObjectIndex::Location location{next_region_, entry.page, entry.pages, entry.first_page_checksum};
     if (index_.locate(key_of(entry)) != location) continue;
     rewriting_ = true;
     const auto buffer = std::make_shared<AlignedBuffer>(std::size_t{entry.pages} * kBlockAlignment);

@@ -178,7 +178,7 @@ class NvmeTier final : public Tier {
   std::int64_t tokens_ns_ = 0;
   NvmeStats stats_;
   std::deque<LogEntry> rewrites_;    ///< objects of the region that is reclaimed next, to be written again
-  std::uint32_t rewrites_from_ = 0;  ///< that region
+  std::uint32_t next_region_ = 0;    ///< that region
   bool rewriting_ = false;           ///< one of them is being read or written
   bool stopping_ = false;
   std::thread thread_;

@@ -544,6 +544,33 @@ TEST(NvmeTier, AMediumThatCannotBeReadAtTheStartRefusesWrites) {
   EXPECT_EQ(find(*tier, NvmeObject{.prompt = 1}.query()).bytes, 0U);
 }
 
+// The header that could not be written leaves the one of the region's former life in its place.
+TEST(NvmeTier, ARegionThatCouldNotBeReusedDoesNotComeBack) {
+  TempFolder folder;
+  const NvmeConfig config = small_log(folder.file("log"));
+  auto faults = std::make_shared<BlockFaults>();
+  auto tier = open_tier(config, faulty(faults));
+  std::uint64_t prompt = 1;
+  // Two objects in a region: the next one opens the ninth.
+  for (; prompt <= 16; ++prompt) ASSERT_TRUE(write(*tier, NvmeObject{.prompt = prompt, .pages = 25}.object()));
+  faults->set([](const BlockRequest& request) {
+    return BlockFault{
+        .error = request.through && request.bytes == kTierAlignment && request.offset == kTierAlignment ? EIO : 0};
+  });
+  const NvmeObject last{.prompt = prompt, .pages = 25};
+  ASSERT_TRUE(write(*tier, last.object())) << "in the region behind it";
+  for (std::uint64_t gone = 1; gone <= 4; ++gone) {
+    EXPECT_EQ(find(*tier, NvmeObject{.prompt = gone}.query()).bytes, 0U);
+  }
+  tier = nullptr;
+  tier = open_tier(config);
+  for (std::uint64_t gone = 1; gone <= 4; ++gone) {
+    EXPECT_EQ(find(*tier, NvmeObject{.prompt = gone}.query()).bytes, 0U) << gone;
+  }
+  EXPECT_TRUE(holds(*tier, last));
+  EXPECT_TRUE(holds(*tier, {.prompt = 5, .pages = 25}));
+}
+
 // ---- opening
 
 void overwrite(const std::string& path, std::uint64_t offset, const std::string& bytes) {
@@ -575,6 +602,28 @@ TEST(NvmeTier, StartsEmptyOnALogOfAnotherVersionAndSaysSo) {
   tier = open_tier(config);
   EXPECT_TRUE(holds(*tier, object));
   EXPECT_EQ(tier->recovery(kPatienceNs)->log.message, "");
+}
+
+// Behind a damaged record others may stand that were written before the damage. What is written in its place must not
+// lead to them.
+TEST(NvmeTier, RecordsBehindADamagedOneAreNotTakenUpAgain) {
+  TempFolder folder;
+  const NvmeConfig config = small_log(folder.file("log"));
+  std::vector<NvmeObject> objects;
+  for (std::uint64_t prompt = 1; prompt <= 4; ++prompt) objects.push_back({.prompt = prompt, .pages = 3});
+  auto tier = open_tier(config);
+  for (std::size_t i = 0; i < 3; ++i) ASSERT_TRUE(write(*tier, objects[i].object()));
+  tier = nullptr;
+  // Superblock, header of the region, record and data of the first batch.
+  overwrite(config.files[0].path, (1 + 1 + 4) * kTierAlignment + 20, "damage");
+  tier = open_tier(config);
+  EXPECT_TRUE(holds(*tier, objects[0]));
+  EXPECT_EQ(tier->stats().objects, 1U);
+  ASSERT_TRUE(write(*tier, objects[3].object()));
+  tier = nullptr;
+  tier = open_tier(config);
+  EXPECT_TRUE(holds(*tier, objects[3]));
+  EXPECT_EQ(tier->stats().objects, 2U);
 }
 
 TEST(NvmeTier, StartsEmptyOnADamagedSuperblockOrAnotherCutAndSaysSo) {
