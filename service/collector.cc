@@ -5,6 +5,7 @@
 #include <prometheus/metric_type.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -48,15 +49,51 @@ class Families {
 
 double number(std::uint64_t value) { return static_cast<double>(value); }
 
+double breaker_number(BreakerState state) {
+  return state == BreakerState::kClosed ? 0 : state == BreakerState::kHalfOpen ? 1 : 2;
+}
+
 }  // namespace
 
 std::vector<MetricFamily> Collector::Collect() const {
   Families out;
   const Families::Labels dram = {{"tier", "dram"}};
   const ChunkStoreStats stats = parts_.store.stats();
-  out.gauge("kvern_tier_capacity_bytes", "Size of a tier", number(stats.capacity_bytes), dram);
-  out.gauge("kvern_tier_used_bytes", "Bytes of a tier in use", number(stats.used_bytes), dram);
-  out.gauge("kvern_tier_chunks", "Complete chunks in a tier", number(stats.chunks), dram);
+  const TieredStoreStats lower = parts_.tiers.stats();
+  // Samples of a family must lie together: one family after the other, over all tiers.
+  const auto of_tiers = [&](auto add, auto value) {
+    for (const auto& tier : lower.tiers) add(value(tier), Families::Labels{{"tier", tier.name}});
+  };
+  const auto gauges = [&](const char* name, const char* help, std::optional<std::uint64_t> of_dram, auto value) {
+    if (of_dram) out.gauge(name, help, number(*of_dram), dram);
+    of_tiers([&](double each, Families::Labels labels) { out.gauge(name, help, each, std::move(labels)); }, value);
+  };
+  const auto counters = [&](const char* name, const char* help, std::uint64_t TieredStoreStats::OfTier::*field) {
+    for (const auto& tier : lower.tiers) out.counter(name, help, tier.*field, {{"tier", tier.name}});
+  };
+  gauges("kvern_tier_capacity_bytes", "Size of a tier; 0: not known", stats.capacity_bytes,
+         [](const auto& tier) { return number(tier.tier.capacity_bytes); });
+  gauges("kvern_tier_used_bytes", "Bytes of a tier in use", stats.used_bytes,
+         [](const auto& tier) { return number(tier.tier.used_bytes); });
+  gauges("kvern_tier_chunks", "Complete chunks in a tier", stats.chunks,
+         [](const auto& tier) { return number(tier.tier.objects); });
+  gauges("kvern_tier_queued_bytes", "Bytes that wait to be written to a tier", std::nullopt,
+         [](const auto& tier) { return number(tier.tier.queued_bytes); });
+  gauges("kvern_tier_outstanding_operations", "Operations of a tier that have not ended", std::nullopt,
+         [](const auto& tier) { return number(tier.tier.outstanding); });
+  gauges("kvern_tier_breaker_state", "0: closed, 1: half open, 2: open, the tier is not asked", std::nullopt,
+         [](const auto& tier) { return breaker_number(tier.tier.breaker); });
+  counters("kvern_promoted_chunks_total", "Chunks that came up from a tier",
+           &TieredStoreStats::OfTier::promoted_chunks);
+  counters("kvern_promoted_bytes_total", "Bytes that came up from a tier", &TieredStoreStats::OfTier::promoted_bytes);
+  counters("kvern_promoted_tokens_total", "Tokens that came up from a tier",
+           &TieredStoreStats::OfTier::promoted_tokens);
+  counters("kvern_saved_chunks_total", "Chunks that were written to a tier", &TieredStoreStats::OfTier::saved_chunks);
+  counters("kvern_unsaved_chunks_total", "Chunks whose writing to a tier was given up",
+           &TieredStoreStats::OfTier::unsaved_chunks);
+  counters("kvern_corrupt_objects_total", "Chunks that a tier gave back damaged, and that were erased there",
+           &TieredStoreStats::OfTier::corrupt_chunks);
+  out.gauge("kvern_prefetches", "Look-ups for which chunks are on their way up", number(lower.prefetches));
   out.gauge("kvern_tier_raw_bytes", "Bytes of the stored chunks before encoding", number(stats.raw_bytes), dram);
   out.gauge("kvern_tier_encoded_bytes", "Bytes of the stored chunks after encoding", number(stats.encoded_bytes), dram);
   out.gauge("kvern_incomplete_chunks", "Chunks of which some ranks have not stored their part",

@@ -10,6 +10,7 @@
 #include "service/in_flight.h"
 #include "service/sessions.h"
 #include "store/chunk_store.h"
+#include "store/tiered_store.h"
 
 namespace kvern {
 
@@ -19,6 +20,7 @@ class Collector final : public prometheus::Collectable {
   struct Parts {
     const Sessions& sessions;
     const ChunkStore& store;
+    const TieredStore& tiers;
     const ThreadPool& encoders;
     const InFlight& in_flight;
     const Clock& clock;

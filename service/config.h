@@ -49,6 +49,27 @@ struct ServiceConfig {
     std::uint64_t chunk_capacity = 0;
     std::uint64_t index_slots = 0;
   } store;
+  struct Nvme {
+    std::string files;  ///< separated by commas; empty: no such tier
+    std::uint64_t bytes = 64ULL << 30;
+    std::string write = "through";
+    std::string io = "auto";
+    bool sync = true;
+    std::uint64_t write_queue_bytes = 256ULL << 20;
+    std::uint64_t write_bytes_per_second = 0;
+  } nvme;
+  struct Redis {
+    std::string nodes;  ///< separated by commas; empty: no such tier
+    std::string user;
+    std::string password_file;
+    bool tls = false;
+    std::string tls_ca_file;
+    std::string prefix = "kvern";
+    std::uint64_t ttl_seconds = 0;
+    std::string write = "through";
+    std::uint64_t write_queue_bytes = 256ULL << 20;
+    std::uint64_t timeout_ms = 5000;
+  } redis;
   struct Sessions {
     std::uint64_t max_sessions = 256;
     std::uint64_t staging_bytes_max = 1ULL << 30;

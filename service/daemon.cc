@@ -33,6 +33,7 @@
 #include "service/sessions.h"
 #include "service/slab_file.h"
 #include "service/store_pipeline.h"
+#include "service/tiers.h"
 #include "store/chunk_store.h"
 #include "store/eviction_policy.h"
 #include "store/tiered_store.h"
@@ -202,8 +203,8 @@ Daemon::State::State(const ServiceConfig& config_in)
               .incomplete_ttl_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000},
           slab.bytes(), index.bytes(), make_lru_policy(),
           [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock, slab.map_bytes())),
-      tiers(std::make_unique<TieredStore>(*store, std::vector<LowerTier>{}, movers, TieredStoreConfig{},
-                                          [this] { return slab.usable_bytes(); })),
+      tiers(std::make_unique<TieredStore>(*store, make_tiers(config, slab.bytes(), clock, metrics), movers,
+                                          TieredStoreConfig{}, [this] { return slab.usable_bytes(); })),
       namespaces([this](const std::map<std::string, std::string>& facts) { return config.codec.codec_for(facts); }),
       sessions({.max_sessions = config.sessions.max_sessions,
                 .staging_bytes_max = config.sessions.staging_bytes_max,
@@ -224,6 +225,7 @@ Daemon::State::State(const ServiceConfig& config_in)
                  .sessions = sessions,
                  .namespaces = namespaces,
                  .store = *store,
+                 .tiers = *tiers,
                  .pipeline = pipeline,
                  .encoders = &encoders,
                  .in_flight = in_flight,
@@ -313,6 +315,7 @@ void Daemon::State::start_servers() {
   collector = std::make_unique<Collector>(
       Collector::Parts{.sessions = sessions,
                        .store = *store,
+                       .tiers = *tiers,
                        .encoders = encoders,
                        .in_flight = in_flight,
                        .clock = clock,
@@ -406,6 +409,10 @@ void Daemon::drain() {
       spdlog::warn("stopping although {} chunks are not stored yet", state.in_flight.size());
       break;
     }
+  }
+  const std::int64_t left_ns = std::max<std::int64_t>(0, deadline - state.clock.now_ns());
+  if (const Status saved = state.tiers->wait_saved(state.abandoned.load() ? 0 : left_ns); !saved) {
+    spdlog::warn("stopping: {}", saved.message());
   }
 }
 

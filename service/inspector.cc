@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <string_view>
 
+#include "service/tiers.h"
 #include "transport/wire.h"
 
 namespace kvern {
@@ -38,6 +39,20 @@ nlohmann::json session_json(Session& session, std::int64_t now_ns) {
           {"attributes", identity.attributes}};
 }
 
+nlohmann::json tier_json(const TieredStoreStats::OfTier& tier) {
+  return {{"name", tier.name},
+          {"write", write_policy_name(tier.write)},
+          {"capacity_bytes", tier.tier.capacity_bytes},
+          {"used_bytes", tier.tier.used_bytes},
+          {"chunks", tier.tier.objects},
+          {"queued_bytes", tier.tier.queued_bytes},
+          {"breaker", breaker_state_name(tier.tier.breaker)},
+          {"promoted_chunks", tier.promoted_chunks},
+          {"saved_chunks", tier.saved_chunks},
+          {"unsaved_chunks", tier.unsaved_chunks},
+          {"corrupt_chunks", tier.corrupt_chunks}};
+}
+
 std::string about_namespace(const Namespace& space) {
   return "namespace " + space.id.to_hex() + " (model " + space.fact("model") + ", tenant " + space.tenant + ")";
 }
@@ -61,6 +76,8 @@ std::string Inspector::status_json(bool stopping) const {
                           {"block_tokens", space->shape.block_tokens},
                           {"chunk_tokens", space->shape.chunk_tokens}});
   }
+  auto tiers = nlohmann::json::array();
+  for (const auto& tier : parts_.tiers.stats().tiers) tiers.push_back(tier_json(tier));
   const nlohmann::json report = {{"version", KVERN_VERSION},
                                  {"protocol", kProtocolVersion},
                                  {"container", kContainerVersion},
@@ -88,6 +105,7 @@ std::string Inspector::status_json(bool stopping) const {
                                    {"index_slots_used", stats.index_slots_used},
                                    {"index_slots", parts_.config.index_slots()},
                                    {"eviction", parts_.config.store.eviction}}},
+                                 {"lower_tiers", std::move(tiers)},
                                  {"pipeline",
                                   {{"threads", parts_.config.encode_threads()},
                                    {"queued", parts_.encoders == nullptr ? 0 : parts_.encoders->queued()},

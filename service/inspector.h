@@ -14,6 +14,7 @@
 #include "service/sessions.h"
 #include "service/store_pipeline.h"
 #include "store/chunk_store.h"
+#include "store/tiered_store.h"
 
 namespace kvern {
 
@@ -26,6 +27,7 @@ class Inspector {
     const Sessions& sessions;
     const NamespaceRegistry& namespaces;
     const ChunkStore& store;
+    const TieredStore& tiers;
     const StorePipeline& pipeline;
     const ThreadPool* encoders;  ///< for the length of its queue
     const InFlight& in_flight;

@@ -46,6 +46,27 @@ void label_all(Array& array, prometheus::Family<prometheus::Counter>& family, co
 constexpr std::size_t kMaxCodecLabels = 32;
 constexpr const char* kOtherCodec = "other";
 
+/// How an operation of a tier ended; the label "outcome".
+constexpr std::array<const char*, 4> kOutcomes = {"ok", "miss", "declined", "error"};
+std::size_t outcome_of(const Status& status) {
+  switch (status.code()) {
+    case Code::kOk:
+      return 0;
+    case Code::kNotFound:
+      return 1;
+    case Code::kBusy:
+    case Code::kRefused:
+    case Code::kExpired:
+      return 2;
+    case Code::kInvalid:
+    case Code::kCorrupt:
+    case Code::kUnavailable:
+    case Code::kInternal:
+      return 3;
+  }
+  return 3;
+}
+
 }  // namespace
 
 std::string codec_label(std::string_view spec) {
@@ -98,6 +119,35 @@ void Metrics::session_ended(std::string_view why) {
 
 void Metrics::chunk_removed(std::string_view reason) {
   if (const auto found = removed_.find(reason); found != removed_.end()) found->second->Increment();
+}
+
+void Metrics::finished(std::string_view tier, TierOperation which, const Status& status, std::uint64_t bytes,
+                       double seconds) {
+  OfOperation& figures = operation(tier, which);
+  figures.ended[outcome_of(status)]->Increment();
+  figures.bytes.Increment(static_cast<double>(bytes));
+  if (status) figures.seconds.Observe(seconds);
+}
+
+Metrics::OfOperation& Metrics::operation(std::string_view tier, TierOperation which) {
+  const std::pair key(std::string(tier), which);
+  std::lock_guard lock(tiers_mutex_);
+  if (const auto found = operations_.find(key); found != operations_.end()) return *found->second;
+  const prometheus::Labels labels = {{"tier", key.first}, {"operation", std::string(operation_name(which))}};
+  auto made = std::make_unique<OfOperation>(OfOperation{
+      .ended = {},
+      .bytes = counters(*registry_, "kvern_tier_bytes_total", "Bytes that moved from and to lower tiers").Add(labels),
+      .seconds =
+          histograms(*registry_, "kvern_tier_operation_seconds", "Time of operations of lower tiers that succeeded")
+              .Add(labels, seconds_buckets())});
+  auto& ended = counters(*registry_, "kvern_tier_operations_total",
+                         "Operations of lower tiers; declined: no room, not admitted or cancelled");
+  for (std::size_t outcome = 0; outcome < kOutcomes.size(); ++outcome) {
+    auto with_outcome = labels;
+    with_outcome.emplace("outcome", kOutcomes[outcome]);
+    made->ended[outcome] = &ended.Add(with_outcome);
+  }
+  return *operations_.emplace(key, std::move(made)).first->second;
 }
 
 Metrics::OfCodec& Metrics::codec(std::string_view spec) {

@@ -11,8 +11,10 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "base/status.h"
+#include "store/tier.h"
 
 namespace kvern {
 
@@ -39,9 +41,13 @@ enum class Miss { kNotStored, kEvictedBeforeLoad, kFailedLoad, kCount };
 
 /// Counters and histograms of the daemon, registered once; hot paths only add. Figures that somebody else keeps
 /// (occupancy, sessions, queues) are collected when they are asked for. Thread-safe.
-class Metrics {
+class Metrics final : public TierObserver {
  public:
   Metrics();
+
+  /// Counts an operation of a lower tier.
+  void finished(std::string_view tier, TierOperation operation, const Status& status, std::uint64_t bytes,
+                double seconds) override;
 
   void request(RequestType type) { at(requests_, type).Increment(); }
   void refused(Refusal why) { at(refused_, why).Increment(); }
@@ -93,6 +99,16 @@ class Metrics {
   prometheus::Histogram& fetch_seconds;
 
  private:
+  /// One operation of one tier.
+  struct OfOperation {
+    std::array<prometheus::Counter*, 4> ended;  ///< by Outcome
+    prometheus::Counter& bytes;
+    prometheus::Histogram& seconds;
+  };
+  OfOperation& operation(std::string_view tier, TierOperation operation);
+
+  std::mutex tiers_mutex_;
+  std::map<std::pair<std::string, TierOperation>, std::unique_ptr<OfOperation>> operations_;
   std::mutex codecs_mutex_;
   std::map<std::string, std::unique_ptr<OfCodec>, std::less<>> codecs_;
 };

@@ -50,7 +50,7 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
   struct Place {
     std::unique_ptr<Tier> tier;
     WritePolicy write = WritePolicy::kOff;
-    std::atomic<std::uint64_t> promoted_chunks{0}, promoted_bytes{0};
+    std::atomic<std::uint64_t> promoted_chunks{0}, promoted_bytes{0}, promoted_tokens{0};
     std::atomic<std::uint64_t> saved_chunks{0}, unsaved_chunks{0}, corrupt_chunks{0};
   };
   using Waiter = std::function<void(const Status&)>;
@@ -155,6 +155,7 @@ Status TieredStore::State::publish(Place& place, std::size_t number, const TierH
   if (status) {
     ++place.promoted_chunks;
     place.promoted_bytes += hit.bytes;
+    place.promoted_tokens += shards->front().info.shape.tokens;
   } else if (status.code() == Code::kCorrupt) {
     ++place.corrupt_chunks;
     place.tier->erase({hit.key}, [](const Status&) {});
@@ -462,6 +463,7 @@ TieredStoreStats TieredStore::stats() const {
                            .tier = place->tier->stats(),
                            .promoted_chunks = place->promoted_chunks.load(),
                            .promoted_bytes = place->promoted_bytes.load(),
+                           .promoted_tokens = place->promoted_tokens.load(),
                            .saved_chunks = place->saved_chunks.load(),
                            .unsaved_chunks = place->unsaved_chunks.load(),
                            .corrupt_chunks = place->corrupt_chunks.load()});

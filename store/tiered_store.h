@@ -54,7 +54,7 @@ struct TieredStoreStats {
     std::string name;
     WritePolicy write = WritePolicy::kOff;
     TierStats tier;
-    std::uint64_t promoted_chunks = 0, promoted_bytes = 0;
+    std::uint64_t promoted_chunks = 0, promoted_bytes = 0, promoted_tokens = 0;
     std::uint64_t saved_chunks = 0, unsaved_chunks = 0;  ///< written, and given up
     std::uint64_t corrupt_chunks = 0;                    ///< read, found damaged and erased
   };

@@ -14,7 +14,7 @@ import time
 
 import requests
 
-from engine import BUILD, _Process, free_port, tail
+from engine import BUILD, Process, free_port, tail
 
 READY_SECONDS = 20
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)$")
@@ -51,7 +51,7 @@ def binary(name: str) -> str:
     return str(path)
 
 
-class Daemon(_Process):
+class Daemon(Process):
     """One kvernd whose files all lie in one folder. Its address stays the same over restarts. Settings are keys of the
     configuration file, such as {"store.dram_bytes": "64MiB"}."""
 

@@ -94,7 +94,7 @@ def tail(log: pathlib.Path, lines: int = 40) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-class _Process:
+class Process:
     """A child in its own process group, with a log file; nothing of the group outlives stop()."""
 
     _numbers = itertools.count()
@@ -131,7 +131,7 @@ class _Process:
             self.child.wait()
 
 
-class Engine(_Process):
+class Engine(Process):
     """One offline engine. Prompts are token ids. Methods that are not defined here are commands of engine_process.py."""
 
     def __init__(
@@ -268,7 +268,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-class Server(_Process):
+class Server(Process):
     """`vllm serve`: front end, engine core and worker as processes of their own."""
 
     def __init__(self, model: pathlib.Path, folder: pathlib.Path, *, transfer: dict | None, threads: int = 1, **options):

@@ -24,6 +24,7 @@ struct ControlServiceTest : ::testing::Test {
                        .sessions = service.sessions,
                        .namespaces = service.namespaces,
                        .store = service.store,
+                       .tiers = service.tiers,
                        .pipeline = service.pipeline,
                        .encoders = nullptr,
                        .in_flight = service.in_flight,

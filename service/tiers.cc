@@ -1,0 +1,114 @@
+#include "service/tiers.h"
+
+#include <spdlog/spdlog.h>
+
+#include <fstream>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "store/nvme_tier.h"
+#include "store/redis_tier.h"
+
+namespace kvern {
+namespace {
+
+WritePolicy write_policy(const std::string& word) {
+  return word == "through" ? WritePolicy::kThrough : word == "back" ? WritePolicy::kBack : WritePolicy::kOff;
+}
+
+BlockIoKind block_io_kind(const std::string& word) {
+  return word == "io_uring" ? BlockIoKind::kUring : word == "threads" ? BlockIoKind::kThreads : BlockIoKind::kAuto;
+}
+
+std::string first_line(const std::string& file, const char* key) {
+  std::ifstream in(file);
+  std::string line;
+  if (!std::getline(in, line) || line.empty()) {
+    throw std::runtime_error(std::string(key) + ": " + file + " has no first line that could be read");
+  }
+  return line;
+}
+
+std::unique_ptr<Tier> make_nvme(const ServiceConfig::Nvme& config, std::span<std::byte> slab, const Clock& clock,
+                                TierObserver& observer) {
+  NvmeConfig nvme;
+  for (const auto& path : split_list(config.files)) nvme.files.push_back({path, config.bytes / 4096 * 4096});
+  nvme.sync = config.sync;
+  nvme.write_queue_bytes = config.write_queue_bytes;
+  nvme.write_bytes_per_second = config.write_bytes_per_second;
+  nvme.io.kind = block_io_kind(config.io);
+  nvme.io.memory = {slab};
+  auto tier = std::make_unique<NvmeTier>(nvme, clock, &observer);
+  for (const auto& note : tier->notes()) spdlog::warn("nvme: {}", note);
+  spdlog::info("nvme: {} file(s) of {}, by {}", nvme.files.size(), format_bytes(config.bytes), tier->io_kind());
+  return tier;
+}
+
+std::unique_ptr<Tier> make_redis(const ServiceConfig::Redis& config, const Clock& clock, TierObserver& observer) {
+  RedisTierConfig redis;
+  redis.nodes = split_list(config.nodes);
+  redis.user = config.user;
+  if (!config.password_file.empty()) redis.password = first_line(config.password_file, "redis.password_file");
+  redis.tls = config.tls;
+  redis.tls_ca_file = config.tls_ca_file;
+  redis.prefix = config.prefix;
+  redis.ttl_seconds = config.ttl_seconds;
+  redis.write_queue_bytes = config.write_queue_bytes;
+  redis.operation_timeout_ns = static_cast<std::int64_t>(config.timeout_ms) * 1'000'000;
+  spdlog::info("redis: {}, keys {}*", config.nodes, config.prefix);
+  return std::make_unique<RedisTier>(std::move(redis), clock, &observer);
+}
+
+/// Names the tier in the message of whatever goes wrong.
+template <typename Make>
+void add(std::vector<LowerTier>& tiers, const char* name, const std::string& write, Make make) {
+  try {
+    tiers.push_back({make(), write_policy(write)});
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("the ") + name + " tier: " + error.what());
+  }
+}
+
+}  // namespace
+
+std::vector<LowerTier> make_tiers(const ServiceConfig& config, std::span<std::byte> slab, const Clock& clock,
+                                  TierObserver& observer) {
+  std::vector<LowerTier> tiers;
+  if (!config.nvme.files.empty()) {
+    add(tiers, "nvme", config.nvme.write, [&] { return make_nvme(config.nvme, slab, clock, observer); });
+  }
+  if (!config.redis.nodes.empty()) {
+    add(tiers, "redis", config.redis.write, [&] { return make_redis(config.redis, clock, observer); });
+  }
+  return tiers;
+}
+
+std::string_view write_policy_name(WritePolicy policy) {
+  switch (policy) {
+    case WritePolicy::kOff:
+      return "off";
+    case WritePolicy::kThrough:
+      return "through";
+    case WritePolicy::kBack:
+      return "back";
+  }
+  return "unknown";
+}
+
+std::vector<std::string> split_list(std::string_view text) {
+  constexpr std::string_view kSpace = " \t";
+  std::vector<std::string> words;
+  while (!text.empty()) {
+    const auto comma = text.find(',');
+    std::string_view word = text.substr(0, comma);
+    text.remove_prefix(comma == std::string_view::npos ? text.size() : comma + 1);
+    word.remove_prefix(std::min(word.find_first_not_of(kSpace), word.size()));
+    word = word.substr(0, word.find_last_not_of(kSpace) + 1);
+    if (!word.empty()) words.emplace_back(word);
+  }
+  return words;
+}
+
+}  // namespace kvern
