@@ -61,8 +61,8 @@ void RedisConnection::submit(std::shared_ptr<RedisBatch> batch) {
     if (!batch->abandoned) batch->done(failure(last_error_));
     return;
   }
+  arm_deadline(batch->deadline_ns);
   queue_.push_back(std::move(batch));
-  arm_deadline();
   if (state_ == State::kDown) connect();
   flush_later();
 }
@@ -239,9 +239,16 @@ bool RedisConnection::deliver() {
 }
 
 void RedisConnection::arm_deadline() {
-  if (deadline_timer_ || queue_.empty()) return;
+  if (queue_.empty()) return;
   const auto first = std::ranges::min_element(queue_, {}, [](const auto& batch) { return batch->deadline_ns; });
-  deadline_timer_ = loop_.at((*first)->deadline_ns, [this] {
+  arm_deadline((*first)->deadline_ns);
+}
+
+void RedisConnection::arm_deadline(std::int64_t deadline_ns) {
+  if (deadline_timer_ && armed_ns_ <= deadline_ns) return;
+  if (deadline_timer_) loop_.cancel(*deadline_timer_);
+  armed_ns_ = deadline_ns;
+  deadline_timer_ = loop_.at(deadline_ns, [this] {
     deadline_timer_.reset();
     const std::int64_t now = loop_.now_ns();
     const bool late = std::ranges::any_of(queue_, [&](const auto& batch) { return batch->deadline_ns <= now; });

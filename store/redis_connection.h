@@ -67,6 +67,7 @@ class RedisConnection {
   void consume(std::size_t bytes);
   void want(std::uint32_t events);
   void arm_deadline();
+  void arm_deadline(std::int64_t deadline_ns);
   void disconnect();
   void fail(const Status& why);
   void end(std::deque<std::shared_ptr<RedisBatch>> batches, const Status& why);
@@ -83,6 +84,7 @@ class RedisConnection {
   std::uint32_t events_ = 0;
   std::optional<std::uint64_t> timer_;  ///< of connecting or connecting again
   std::optional<std::uint64_t> deadline_timer_;
+  std::int64_t armed_ns_ = 0;
   bool flushing_ = false;
   int failures_ = 0;  ///< in a row
   Status last_error_;

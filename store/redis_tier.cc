@@ -45,6 +45,18 @@ Status first_error(std::span<const RespValue> replies) {
   return Status::ok();
 }
 
+/// Of a write: every command must have been confirmed, in EXEC's answer or by itself.
+Status confirmed(std::span<const RespValue> replies) {
+  if (auto status = first_error(replies); !status) return status;
+  const RespValue& last = replies.back();
+  const bool executed = last.type == RespValue::Type::kArray && last.elements.size() + 2 == replies.size();
+  const auto results = executed ? std::span<const RespValue>(last.elements) : replies;
+  const bool good = std::ranges::all_of(results, [](const RespValue& result) {
+    return result.type == RespValue::Type::kSimple || result.type == RespValue::Type::kInteger;
+  });
+  return good ? Status::ok() : Status(Code::kUnavailable, "Redis does not confirm what was written");
+}
+
 }  // namespace
 
 Status RedisTierConfig::validate() const {
@@ -480,7 +492,7 @@ void RedisTier::Work::store(Write write, std::string name, std::string manifest,
   call->requests.push_back(redis_command({"EXEC"}));
   call->done = [this, shared](const Result<std::vector<RespValue>>& replies) {
     --writes_under_way;
-    finish(*shared, replies ? first_error(*replies) : replies.error());
+    finish(*shared, replies ? confirmed(*replies) : replies.error());
     pump();
   };
   cluster->execute(std::move(call));

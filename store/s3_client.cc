@@ -183,7 +183,9 @@ void S3Client::answered(const std::shared_ptr<S3Call>& call, Result<HttpResponse
       return finish(call, std::move(response));
     }
   }
-  Status why = response ? status_of(*call, *response) : Status(Code::kUnavailable, "S3: " + response.error().message());
+  if (response) call->said = status_of(*call, *response);
+  // A last attempt that has no time left says less than the answers before it.
+  Status why = call->said ? Status(Code::kUnavailable, "S3: " + response.error().message()) : call->said;
   if (response && !may_pass(response->status)) {
     // A key that was just replaced is worth a look; the next call gets it.
     if (response->status == 403) static_cast<void>(read_credentials());

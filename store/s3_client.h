@@ -66,6 +66,7 @@ struct S3Call {
 
   // Of S3Client:
   int attempts = 0;
+  Status said = {};  ///< the last trouble that the server named
   std::optional<std::uint64_t> exchange = {}, timer = {};
   bool ended = false;
 };

@@ -2,11 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <thread>
+
 #include "store/redis_object.h"
 #include "store/redis_slots.h"
 #include "store/remote_key.h"
 #include "tests/integration/redis_servers.h"
-#include "tests/integration/tier_samples.h"
+#include "tests/store/tier_samples.h"
 
 namespace kvern::testing {
 namespace {
@@ -256,6 +259,93 @@ TEST(RedisTierOnACluster, GivesBackWhatWasWrittenFromAllNodes) {
   for (std::size_t i = 0; i < servers.size(); ++i) EXPECT_NE(servers.server(i).cli({"DBSIZE"}), "0\n");
   EXPECT_TRUE(erase_all(tier, std::nullopt));
   for (std::size_t i = 0; i < servers.size(); ++i) EXPECT_EQ(servers.server(i).cli({"DBSIZE"}), "0\n");
+}
+
+TEST(RedisTierOnACluster, ServesAgainOnceAReplicaHasTakenOver) {
+  RedisClusterServers servers(3, 1);
+  ASSERT_TRUE(servers.ready()) << servers.text();
+  auto config = config_of(servers.server(0));
+  for (std::size_t i = 1; i < servers.size(); ++i) config.nodes.push_back(servers.server(i).address());
+  config.breaker.open_max_ns = config.breaker.open_ns;
+  RedisTier tier(config, Clock::system(), nullptr);
+  std::vector<SampleObject> samples;
+  for (std::uint64_t prompt = 0; prompt < 12; ++prompt)
+    samples.emplace_back(prompt, 2, std::vector<std::size_t>{65536});
+  for (const auto& sample : samples) ASSERT_TRUE(write(tier, sample));
+  // Replicas have to have what masters acknowledged, or there is nothing to be found.
+  for (std::size_t i = 0; i < servers.size(); ++i) servers.server(i).cli({"WAIT", "1", "10000"});
+
+  const auto slot = redis_slot(remote_object_name("kvern", samples[0].key));
+  const std::string nodes = servers.server(0).cli({"CLUSTER", "SLOTS"});
+  RedisServer* master = nullptr;
+  for (std::size_t i = 0; i < servers.size(); ++i) {
+    if (servers.server(i).cli({"GET", manifest_key(samples[0])}).starts_with("kvernRM1")) master = &servers.server(i);
+  }
+  ASSERT_NE(master, nullptr) << "nobody serves slot " << slot << ": " << nodes;
+  master->process().kill();
+
+  // Until the replica serves, its objects are errors or misses, and never anything else.
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  bool all = false;
+  while (!all && std::chrono::steady_clock::now() < deadline) {
+    all = true;
+    for (const auto& sample : samples) {
+      const auto bytes = read(tier, sample.hit());
+      all = all && bytes;
+      if (bytes) {
+        EXPECT_EQ(*bytes, sample.bytes());
+      }
+    }
+  }
+  EXPECT_TRUE(all);
+  EXPECT_TRUE(write(tier, SampleObject(100, 2, {65536})));
+}
+
+TEST(RedisTierOnACluster, FollowsSlotsWhileTheyMove) {
+  RedisClusterServers servers(3);
+  ASSERT_TRUE(servers.ready()) << servers.text();
+  RedisTier tier(config_of(servers.server(0)), Clock::system(), nullptr);
+  std::vector<SampleObject> samples;
+  for (std::uint64_t prompt = 0; prompt < 150; ++prompt)
+    samples.emplace_back(prompt, 2, std::vector<std::size_t>{65536, 8192});
+  for (const auto& sample : samples) ASSERT_TRUE(write(tier, sample));
+
+  std::string to = servers.server(1).cli({"CLUSTER", "MYID"});
+  to.pop_back();
+  ChildProcess reshard({REDIS_CLI_PATH, "--cluster", "reshard", servers.server(0).address(), "--cluster-from", "all",
+                        "--cluster-to", to, "--cluster-slots", "1500", "--cluster-yes", "--cluster-pipeline", "1"});
+  std::jthread watcher;
+  std::atomic<bool> moving = true;
+  std::optional<int> code;
+  watcher = std::jthread([&] {
+    code = reshard.wait();
+    moving = false;
+  });
+  std::uint64_t next = 1000;
+  std::vector<SampleObject> written_meanwhile;
+  std::size_t reads = 0;
+  while (moving) {
+    for (const auto& sample : samples) {
+      const auto bytes = read(tier, sample.hit());
+      // A key is on its way for a moment in which neither node has all of the object.
+      ++reads;
+      if (bytes) {
+        EXPECT_EQ(*bytes, sample.bytes());
+      } else {
+        EXPECT_NE(bytes.error().code(), Code::kCorrupt);
+      }
+      if (!moving) break;
+    }
+    SampleObject sample(next++, 2, {65536, 8192});
+    if (write(tier, sample)) written_meanwhile.push_back(std::move(sample));
+  }
+  watcher.join();
+  ASSERT_EQ(code, 0) << reshard.text();
+  std::size_t lost = 0;
+  for (const auto& sample : samples) lost += has(tier, sample) ? 0U : 1U;
+  EXPECT_EQ(lost, 0U) << "of " << reads << " reads";
+  for (const auto& sample : written_meanwhile) EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+  EXPECT_GT(written_meanwhile.size(), 0U);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "tests/integration/s3_server.h"
-#include "tests/integration/tier_samples.h"
+#include "tests/store/tier_samples.h"
 
 namespace kvern::testing {
 namespace {
