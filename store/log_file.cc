@@ -5,6 +5,7 @@
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,6 +27,14 @@ constexpr std::chrono::milliseconds kLockInterval{10};  ///< flock has no wait w
 
 [[noreturn]] void refuse(const std::string& path, const std::string& sentence) {
   throw std::runtime_error(path + " cannot be used as an NVMe log: " + sentence);
+}
+
+// Also fills holes, so that the room is there for good. Returns errno, or 0.
+int fallocate_all(int fd, std::uint64_t bytes) {
+  while (::fallocate(fd, 0, 0, static_cast<off_t>(bytes)) != 0) {
+    if (errno != EINTR) return errno;
+  }
+  return 0;
 }
 
 std::string error_text() { return std::system_category().message(errno); }
@@ -93,22 +102,27 @@ void LogFile::allocate() {
     return;
   }
   if (!S_ISREG(about.st_mode)) refuse(path_, "it is neither a file nor a block device");
-  // Also fills holes, so that the room is there for good.
-  int result = 0;
-  do {
-    result = ::fallocate(fd_, 0, 0, static_cast<off_t>(bytes_));
-  } while (result != 0 && errno == EINTR);
-  if (result == 0) return;
-  if (errno == ENOSPC) {
-    if (about.st_size == 0) {
-      ::unlink(path_.c_str());  // was made here, and holds nothing
-    } else if (::ftruncate(fd_, about.st_size) != 0) {
-      refuse(path_, error_text());
-    }
-    refuse(path_,
-           "its file system has no room for " + std::to_string(bytes_) + " bytes. Configure fewer, or make room");
+  // Asked first, since an attempt would take from all others what is left until it fails.
+  struct statvfs room {};
+  if (::fstatvfs(fd_, &room) != 0) refuse(path_, error_text());
+  const std::uint64_t has = static_cast<std::uint64_t>(about.st_blocks) * 512;
+  const bool fits = bytes_ <= has || bytes_ - has <= std::uint64_t{room.f_bavail} * room.f_frsize;
+  const int error = fits ? fallocate_all(fd_, bytes_) : ENOSPC;
+  if (error == 0) return;
+  if (about.st_size == 0) {
+    ::unlink(path_.c_str());  // was made here, and holds nothing
+  } else if (::ftruncate(fd_, about.st_size) != 0) {
+    refuse(path_, error_text());
   }
-  refuse(path_, errno == EOPNOTSUPP ? "its file system cannot preallocate" : error_text());
+  switch (error) {
+    case ENOSPC:
+      refuse(path_,
+             "its file system has no room for " + std::to_string(bytes_) + " bytes. Configure fewer, or make room");
+    case EOPNOTSUPP:
+      refuse(path_, "its file system cannot preallocate");
+    default:
+      refuse(path_, std::system_category().message(error));
+  }
 }
 
 }  // namespace kvern

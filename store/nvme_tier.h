@@ -52,9 +52,10 @@ struct NvmeConfig {
   std::uint64_t write_bytes_per_second = 0;
   /// What may be written at once after a pause.
   std::uint64_t write_burst_bytes = std::uint64_t{1} << 30;
-  /// Of the log's regions, the share that may be filled with objects which were read since they were written, when
-  /// theirs is reclaimed; 0: none. Bounds the extra writing: 1 / (1 - share) in all.
-  double rewrite_share = 0.25;
+  /// The share of a region that may be written again when it is the next to be reclaimed: objects that were read since
+  /// they were written; 0: none. Bounds the wear: 1 / (1 - share) times what is new. Why a half:
+  /// docs/decisions/0007-nvme-log.md.
+  double rewrite_share = 0.5;
 
   /// How long to wait for the lock of a predecessor that was killed.
   std::int64_t lock_wait_ns = 5'000'000'000;
