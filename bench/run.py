@@ -115,6 +115,13 @@ def kernels() -> dict:
     return results
 
 
+def nvme() -> dict:
+    """The NVMe tier beside fio on the same disk, the time of recovery, and the index."""
+    say("the NVMe tier, beside fio")
+    with tempfile.TemporaryDirectory(prefix="kvern-bench-", dir="/var/tmp") as folder:  # /tmp may be in memory
+        return run_lines([str(BUILD / "bin" / "nvme_bench"), "--folder", folder])
+
+
 def load_seconds(engine: Engine) -> float:
     """What Kvern's loads have taken so far, as vLLM's own metrics tell it."""
     return engine.metrics().get("vllm:kvern_load_seconds_sum", 0.0)
@@ -153,7 +160,7 @@ def e2e() -> dict:
     }
 
 
-PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "e2e": e2e}
+PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "e2e": e2e}
 
 
 def machine() -> dict:
