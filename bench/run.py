@@ -25,6 +25,7 @@ from daemon import Daemon  # noqa: E402
 from engine import Engine, free_port, kvern_transfer  # noqa: E402
 from models import smollm2  # noqa: E402
 from prompts import tokens  # noqa: E402
+from redis_rates import measure as measure_redis  # noqa: E402
 
 BUILD = pathlib.Path(os.environ.get("KVERN_BUILD", ROOT / "build" / "release"))
 OUT = ROOT / "build" / "bench"
@@ -160,7 +161,12 @@ def e2e() -> dict:
     }
 
 
-PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "e2e": e2e}
+def redis() -> dict:
+    say("the redis tier, beside redis-benchmark")
+    return measure_redis(BUILD)
+
+
+PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "redis": redis, "e2e": e2e}
 
 
 def machine() -> dict:

@@ -49,6 +49,7 @@ struct HttpClient::Curl {
 };
 
 struct HttpClient::Exchange {
+  const std::uint64_t id;
   HttpRequest request;
   Done done;
   CURL* easy = nullptr;
@@ -57,7 +58,8 @@ struct HttpClient::Exchange {
   HttpResponse response = {};
   char error[CURL_ERROR_SIZE] = {};
 
-  Exchange(HttpRequest what, Done told) : request(std::move(what)), done(std::move(told)) {}
+  Exchange(std::uint64_t name, HttpRequest what, Done told)
+      : id(name), request(std::move(what)), done(std::move(told)) {}
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
   ~Exchange() {
@@ -153,7 +155,7 @@ HttpClient::~HttpClient() {
 
 std::uint64_t HttpClient::execute(HttpRequest request, Done done) {
   const std::uint64_t id = next_id_++;
-  auto exchange = std::make_unique<Exchange>(std::move(request), std::move(done));
+  auto exchange = std::make_unique<Exchange>(id, std::move(request), std::move(done));
   CURL* easy = exchange->easy = ::curl_easy_init();
   if (easy == nullptr) throw std::bad_alloc();
   for (const auto& header : exchange->request.headers) {
@@ -161,7 +163,7 @@ std::uint64_t HttpClient::execute(HttpRequest request, Done done) {
   }
   exchange->headers = ::curl_slist_append(exchange->headers, "Expect:");  // the round trip costs more than it saves
   const auto& asked = exchange->request;
-  ::curl_easy_setopt(easy, CURLOPT_PRIVATE, reinterpret_cast<void*>(id));
+  ::curl_easy_setopt(easy, CURLOPT_PRIVATE, exchange.get());
   ::curl_easy_setopt(easy, CURLOPT_URL, asked.url.c_str());
   ::curl_easy_setopt(easy, CURLOPT_PATH_AS_IS, 1L);
   ::curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
@@ -251,7 +253,7 @@ void HttpClient::collect() {
     ::curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &private_data);
     ::curl_easy_getinfo(message->easy_handle, CURLINFO_RESPONSE_CODE, &status);
     ::curl_multi_remove_handle(curl_->multi, message->easy_handle);
-    auto ended = exchanges_.extract(reinterpret_cast<std::uint64_t>(private_data));
+    auto ended = exchanges_.extract(reinterpret_cast<Exchange*>(private_data)->id);
     auto& exchange = *ended.mapped();
     exchange.response.status = static_cast<int>(status);
     if (code == CURLE_OK) {

@@ -70,11 +70,11 @@ void RedisCluster::abandon(RedisCall& call) {
   if (const auto batch = call.batch.lock()) batch->abandoned = true;
 }
 
-void RedisCluster::execute(std::shared_ptr<RedisCall> call) {
+void RedisCluster::execute(const std::shared_ptr<RedisCall>& call) {
   if (closing_) return finish(*call, failure(Code::kUnavailable, "Redis is being left"));
   if (!map_known_) {
     if (!map_failure_) return finish(*call, failure(map_failure_));
-    waiting_.push_back(std::move(call));
+    waiting_.push_back(call);
     return;
   }
   const auto& endpoint = slots_[call->slot];
@@ -85,18 +85,19 @@ void RedisCluster::execute(std::shared_ptr<RedisCall> call) {
   call->unanswered.resize(call->requests.size());
   for (std::size_t i = 0; i < call->unanswered.size(); ++i) call->unanswered[i] = i;
   call->replies.resize(call->requests.size());
-  send(*endpoint, std::move(call), false, true);
+  send(*endpoint, call, false, true);
 }
 
-void RedisCluster::execute_on(const RedisEndpoint& node, std::shared_ptr<RedisCall> call) {
+void RedisCluster::execute_on(const RedisEndpoint& node, const std::shared_ptr<RedisCall>& call) {
   if (closing_) return finish(*call, failure(Code::kUnavailable, "Redis is being left"));
   call->unanswered.resize(call->requests.size());
   for (std::size_t i = 0; i < call->unanswered.size(); ++i) call->unanswered[i] = i;
   call->replies.resize(call->requests.size());
-  send(node, std::move(call), false, false);
+  send(node, call, false, false);
 }
 
-void RedisCluster::send(const RedisEndpoint& endpoint, std::shared_ptr<RedisCall> call, bool asking, bool follow) {
+void RedisCluster::send(const RedisEndpoint& endpoint, const std::shared_ptr<RedisCall>& call, bool asking,
+                        bool follow) {
   auto batch = std::make_shared<RedisBatch>();
   for (const std::size_t i : call->unanswered) {
     // Inside MULTI the first ASKING still holds, and another one would be queued.
@@ -180,7 +181,8 @@ void RedisCluster::refresh() {
   std::set<RedisEndpoint> known(seeds_.begin(), seeds_.end());
   for (const auto& [endpoint, node] : nodes_) known.insert(endpoint);
   std::vector<RedisEndpoint> candidates(known.begin(), known.end());
-  std::ranges::rotate(candidates, candidates.begin() + static_cast<std::ptrdiff_t>(asked_++ % candidates.size()));
+  std::rotate(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(asked_++ % candidates.size()),
+              candidates.end());
   ask_for_map(std::move(candidates), 0);
 }
 
@@ -208,7 +210,7 @@ void RedisCluster::ask_for_map(std::vector<RedisEndpoint> candidates, std::size_
     if (next + 1 < candidates.size()) return ask_for_map(candidates, next + 1);
     no_map(why);
   };
-  execute_on(endpoint, std::move(call));
+  execute_on(endpoint, call);
 }
 
 void RedisCluster::take_map(const std::vector<RedisSlotRange>& ranges) {
@@ -225,7 +227,7 @@ void RedisCluster::take_map(const std::vector<RedisSlotRange>& ranges) {
     return node != nodes_.end() && node->second.failing();
   });
   if (failing) refresh_soon();
-  for (auto& call : std::exchange(waiting_, {})) execute(std::move(call));
+  for (const auto& call : std::exchange(waiting_, {})) execute(call);
   loop_.later([this, alive = alive_] {
     if (*alive) prune();
   });

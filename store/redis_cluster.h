@@ -55,14 +55,14 @@ class RedisCluster {
   RedisCluster(const RedisCluster&) = delete;
   RedisCluster& operator=(const RedisCluster&) = delete;
 
-  void execute(std::shared_ptr<RedisCall> call);
+  void execute(const std::shared_ptr<RedisCall>& call);
   /// done is not called any more and no bytes are received for it. (What is written may be written nevertheless.)
   static void abandon(RedisCall& call);
 
   /// Those that serve slots; kUnavailable while none is known.
   Result<std::vector<RedisEndpoint>> masters() const;
   /// To this node, wherever the keys are.
-  void execute_on(const RedisEndpoint& node, std::shared_ptr<RedisCall> call);
+  void execute_on(const RedisEndpoint& node, const std::shared_ptr<RedisCall>& call);
 
  private:
   struct Node {
@@ -72,7 +72,7 @@ class RedisCluster {
   };
 
   RedisConnection& connection(const RedisEndpoint& endpoint, RedisLane lane);
-  void send(const RedisEndpoint& endpoint, std::shared_ptr<RedisCall> call, bool asking, bool follow);
+  void send(const RedisEndpoint& endpoint, const std::shared_ptr<RedisCall>& call, bool asking, bool follow);
   void answered(const RedisEndpoint& endpoint, const std::shared_ptr<RedisCall>& call, bool asking,
                 Result<std::vector<RespValue>> replies);
   void finish(RedisCall& call, Result<std::vector<RespValue>> replies);

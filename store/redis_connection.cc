@@ -15,6 +15,8 @@ constexpr std::size_t kMaxParts = 256;                // of one send; the system
 
 std::int64_t retry_after(int failures) { return std::min(kFirstRetryNs << std::min(failures - 1, 16), kLastRetryNs); }
 
+constexpr std::size_t kWakeBytes = std::size_t{256} << 10;  // waking up costs as much as copying about so much
+
 constexpr std::string_view kBodyEnd = "\r\n";
 
 std::size_t size_of(const RedisRequest& request) {
@@ -201,6 +203,7 @@ void RedisConnection::receive() {
         break;
       case StreamSocket::Progress::kWouldBlock:
         if (socket_.wants_write()) want(EPOLLIN | EPOLLOUT);
+        socket_.wake_at(std::clamp<std::size_t>(reader_.expected_in_place(into), 1, kWakeBytes));
         return;
       case StreamSocket::Progress::kClosed:
         if (queue_.empty()) return disconnect();  // servers close what has been idle for long
@@ -279,7 +282,7 @@ void RedisConnection::fail(const Status& why) {
   on_failure_();
 }
 
-void RedisConnection::end(std::deque<std::shared_ptr<RedisBatch>> batches, const Status& why) {
+void RedisConnection::end(const std::deque<std::shared_ptr<RedisBatch>>& batches, const Status& why) {
   for (const auto& batch : batches) {
     if (!batch->abandoned) batch->done(failure(why));
   }

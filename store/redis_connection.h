@@ -70,7 +70,7 @@ class RedisConnection {
   void arm_deadline(std::int64_t deadline_ns);
   void disconnect();
   void fail(const Status& why);
-  void end(std::deque<std::shared_ptr<RedisBatch>> batches, const Status& why);
+  static void end(const std::deque<std::shared_ptr<RedisBatch>>& batches, const Status& why);
   Status unavailable(const std::string& what) const;
 
   EventLoop& loop_;

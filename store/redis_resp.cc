@@ -185,6 +185,10 @@ std::span<std::byte> RespReader::room(std::span<std::byte> into) {
   return std::span(buffer_).subspan(end_);
 }
 
+std::size_t RespReader::expected_in_place(std::span<std::byte> into) const {
+  return body_ && into.size() == body_->bytes && begin_ == end_ ? body_->bytes - body_->received : 0;
+}
+
 void RespReader::received(std::size_t bytes) {
   if (room_was_in_place_) {
     body_->received += bytes;

@@ -15,7 +15,7 @@
 namespace kvern {
 
 /// RESP2, the protocol of Redis and Valkey: requests whose large arguments stay where they lie, and a reader that
-/// receives large replies where they belong (docs/decisions/0010-remote-tiers.md says why that is our own code).
+/// receives large replies where they belong (docs/decisions/0008-remote-tiers.md says why that is our own code).
 
 struct RespValue {
   enum class Type { kSimple, kError, kInteger, kBulk, kNull, kArray };
@@ -54,6 +54,8 @@ class RespReader {
 
   /// Where to receive bytes, never empty; within `into` as soon as nothing else can come.
   std::span<std::byte> room(std::span<std::byte> into);
+  /// So many bytes at least are still to come of the body that room() receives in place.
+  std::size_t expected_in_place(std::span<std::byte> into) const;
   /// So many bytes were received where the last room() said.
   void received(std::size_t bytes);
 

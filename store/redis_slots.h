@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "base/status.h"
@@ -22,7 +23,8 @@ std::uint16_t redis_slot(std::string_view key);
 struct RedisEndpoint {
   std::string host;
   std::uint16_t port = 0;
-  auto operator<=>(const RedisEndpoint&) const = default;
+  bool operator==(const RedisEndpoint&) const = default;
+  bool operator<(const RedisEndpoint& other) const { return std::tie(host, port) < std::tie(other.host, other.port); }
   std::string to_string() const { return host + ":" + std::to_string(port); }
 };
 

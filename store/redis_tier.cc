@@ -29,8 +29,8 @@ Status status_of_error(const std::string& error) {
   if (error.starts_with("TRYAGAIN")) return {Code::kBusy, "the slot is on its way to another Redis node"};
   if (error.starts_with("NOPERM")) {
     return {Code::kUnavailable,
-            "the Redis user lacks a permission (it needs +@read +@write +@transaction +@keyspace "
-            "+@connection and the prefix's keys): " +
+            "the Redis user lacks a permission (it needs +@read +@write +@transaction +@keyspace +@connection "
+            "+cluster|slots and the prefix's keys): " +
                 error};
   }
   return {Code::kUnavailable, "Redis answers: " + error};
@@ -140,7 +140,7 @@ struct RedisTier::Work {
   void finish(Find& find, Result<std::vector<TierHit>> hits);
 
   void send(Write write);
-  void store(Write write, std::string name, std::string manifest, std::size_t old_pieces);
+  void store(Write write, const std::string& name, std::string manifest, std::size_t old_pieces);
   void finish(const Write& write, Status status);
   void pump();
   void pump_writes();
@@ -208,7 +208,7 @@ void RedisTier::Work::execute(RedisLane lane, const std::string& name, std::vect
   call->requests = std::move(requests);
   call->timeout_ns = lane == RedisLane::kLookup ? config.find_timeout_ns : config.operation_timeout_ns;
   call->done = std::move(done);
-  cluster->execute(std::move(call));
+  cluster->execute(call);
 }
 
 // ---- find: the manifests of all candidates, in one round trip to each node
@@ -255,7 +255,7 @@ void RedisTier::Work::probe(const std::shared_ptr<Find>& find, std::size_t cell,
     finish(*find, failure(find->trouble));
   };
   find->calls.push_back(call);
-  cluster->execute(std::move(call));
+  cluster->execute(call);
 }
 
 void RedisTier::Work::take(Find& find, std::size_t cell, std::size_t block, const RespValue& reply) {
@@ -267,7 +267,7 @@ void RedisTier::Work::take(Find& find, std::size_t cell, std::size_t block, cons
   if (reply.type != RespValue::Type::kBulk) return;
   const CellQuery& query = find.cells[cell];
   const auto manifest = RedisManifest::decode(reply.text);
-  if (!manifest) return;  // a miss; the next write replaces it
+  if (!manifest || manifest->bytes % kTierAlignment != 0) return;  // a miss; the next write replaces it
   TierHit& best = find.hits[cell];
   if (best.blocks > block) return;
   best = {.key = {query.namespace_id, query.group, query.blocks[block]},
@@ -336,7 +336,7 @@ void RedisTier::Work::send(const std::shared_ptr<Read>& read) {
     pump();
   };
   read->call = call;
-  cluster->execute(std::move(call));
+  cluster->execute(call);
 }
 
 Status RedisTier::Work::judge(const Read& read, std::span<const RespValue> replies) {
@@ -467,7 +467,7 @@ void RedisTier::Work::send(Write write) {
           });
 }
 
-void RedisTier::Work::store(Write write, std::string name, std::string manifest, std::size_t old_pieces) {
+void RedisTier::Work::store(Write write, const std::string& name, std::string manifest, std::size_t old_pieces) {
   auto shared = std::make_shared<Write>(std::move(write));
   const auto kept_manifest = std::make_shared<std::string>(std::move(manifest));
   const auto set = [&](const std::string& key, ByteParts body) {
@@ -495,7 +495,7 @@ void RedisTier::Work::store(Write write, std::string name, std::string manifest,
     finish(*shared, replies ? confirmed(*replies) : replies.error());
     pump();
   };
-  cluster->execute(std::move(call));
+  cluster->execute(call);
 }
 
 void RedisTier::Work::finish(const Write& write, Status status) {
@@ -552,7 +552,7 @@ void RedisTier::Work::go_on(const std::shared_ptr<EraseAll>& erase) {
     unlink_scanned(erase, page.elements[1]);
   };
   const std::size_t node = erase->node;
-  cluster->execute_on(erase->nodes[node], std::move(call));
+  cluster->execute_on(erase->nodes[node], call);
 }
 
 void RedisTier::Work::unlink_scanned(const std::shared_ptr<EraseAll>& erase, const RespValue& keys) {

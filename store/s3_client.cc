@@ -150,7 +150,9 @@ HttpRequest S3Client::signed_request(const S3Call& call) const {
                       .into = call.into};
   if (const auto query = canonical_query(call.query); !query.empty()) request.url += "?" + query;
   for (const auto& [name, value] : to_sign.headers) {
-    if (name != "host") request.headers.push_back(name + ": " + value);
+    if (name == "host") continue;  // libcurl sends it
+    request.headers.push_back(name);
+    request.headers.back().append(": ").append(value);
   }
   request.headers.push_back("authorization: " + sigv4_authorization(to_sign, credentials_, bucket_.region, "s3"));
   return request;
@@ -209,19 +211,17 @@ void S3Client::finish(const std::shared_ptr<S3Call>& call, Result<HttpResponse> 
 }
 
 void S3Client::cancel(const std::shared_ptr<S3Call>& call) {
-  const auto kept = call;  // the caller's may be the one in the set
   call->ended = true;
   call->done = nullptr;
   if (call->exchange) http_.cancel(*std::exchange(call->exchange, std::nullopt));
   if (call->timer) loop_.cancel(*std::exchange(call->timer, std::nullopt));
-  calls_.erase(kept);
+  calls_.erase(call);  // last: the caller's may be the one in the set
 }
 
 void S3Client::close() {
   closed_ = true;
-  while (!calls_.empty()) {
-    finish(*calls_.begin(), failure(Code::kUnavailable, "the s3 tier is closing"));
-  }
+  const auto calls = std::exchange(calls_, {});
+  for (const auto& call : calls) finish(call, failure(Code::kUnavailable, "the s3 tier is closing"));
 }
 
 std::vector<std::string> xml_texts(std::string_view xml, std::string_view element) {

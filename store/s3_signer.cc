@@ -82,7 +82,10 @@ std::string canonical_query(const HttpQuery& query) {
   for (const auto& [name, value] : query) encoded.emplace_back(uri_encode(name, false), uri_encode(value, false));
   std::ranges::sort(encoded);
   std::string text;
-  for (const auto& [name, value] : encoded) text += (text.empty() ? "" : "&") + name + "=" + value;
+  for (const auto& [name, value] : encoded) {
+    if (!text.empty()) text += '&';
+    text.append(name).append("=").append(value);
+  }
   return text;
 }
 
@@ -91,8 +94,9 @@ std::string sigv4_authorization(const SigV4Request& request, const S3Credentials
   std::string headers;
   std::string signed_headers;
   for (const auto& [name, value] : request.headers) {
-    headers += name + ":" + trimmed(value) + "\n";
-    signed_headers += (signed_headers.empty() ? "" : ";") + name;
+    headers.append(name).append(":").append(trimmed(value)).append("\n");
+    if (!signed_headers.empty()) signed_headers += ';';
+    signed_headers += name;
   }
   const std::string canonical = request.method + "\n" + uri_encode(request.path, true) + "\n" +
                                 canonical_query(request.query) + "\n" + headers + "\n" + signed_headers + "\n" +

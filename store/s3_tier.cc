@@ -122,7 +122,7 @@ struct S3Tier::Work {
 
   void start(const std::shared_ptr<Find>& find);
   void pump_probes();
-  void send(Probe probe);
+  void send(const Probe& probe);
   void probed(Probe probe, std::size_t block, const Result<HttpResponse>& response);
   void finish(Find& find, Result<std::vector<TierHit>> hits);
   static Result<std::vector<TierHit>> known(Find& find);
@@ -222,13 +222,13 @@ void S3Tier::Work::start(const std::shared_ptr<Find>& find) {
 
 void S3Tier::Work::pump_probes() {
   while (!closed && probes_under_way < config.concurrent_probes && !waiting_probes.empty()) {
-    Probe probe = std::move(waiting_probes.front());
+    const Probe probe = std::move(waiting_probes.front());
     waiting_probes.pop_front();
-    if (!probe.find->ended) send(std::move(probe));
+    if (!probe.find->ended) send(probe);
   }
 }
 
-void S3Tier::Work::send(Probe probe) {
+void S3Tier::Work::send(const Probe& probe) {
   const CellQuery& query = probe.find->cells[probe.cell];
   const std::size_t block = query.blocks.size() - 1 - probe.tried;
   auto call = make_call("HEAD", key_of({query.namespace_id, query.group, query.blocks[block]}), config.find_timeout_ns);

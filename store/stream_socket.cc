@@ -71,7 +71,8 @@ StreamSocket::StreamSocket(StreamSocket&& other) noexcept
       context_(std::move(other.context_)),
       tls_(std::exchange(other.tls_, nullptr)),
       connected_(other.connected_),
-      wants_write_(other.wants_write_) {}
+      wants_write_(other.wants_write_),
+      wake_bytes_(other.wake_bytes_) {}
 
 StreamSocket& StreamSocket::operator=(StreamSocket&& other) noexcept {
   StreamSocket old(std::move(*this));
@@ -80,6 +81,7 @@ StreamSocket& StreamSocket::operator=(StreamSocket&& other) noexcept {
   tls_ = std::exchange(other.tls_, nullptr);
   connected_ = other.connected_;
   wants_write_ = other.wants_write_;
+  wake_bytes_ = other.wake_bytes_;
   return *this;
 }
 
@@ -180,6 +182,13 @@ StreamSocket::Moved StreamSocket::receive(std::span<std::byte> room) {
   if (received > 0) return {Progress::kMoved, static_cast<std::size_t>(received)};
   if (received == 0) return {Progress::kClosed};
   return {errno == EAGAIN || errno == EINTR ? Progress::kWouldBlock : Progress::kFailed};
+}
+
+void StreamSocket::wake_at(std::size_t bytes) {
+  if (tls_ != nullptr || bytes == wake_bytes_) return;
+  const int low = static_cast<int>(bytes);
+  ::setsockopt(fd_, SOL_SOCKET, SO_RCVLOWAT, &low, sizeof low);
+  wake_bytes_ = bytes;
 }
 
 }  // namespace kvern

@@ -65,6 +65,9 @@ class StreamSocket {
   Result<bool> finish_connect();
   Moved send(std::span<iovec> parts);
   Moved receive(std::span<std::byte> room);
+  /// The descriptor need not become readable before so many bytes are there, or the connection ends. Only a hint, and
+  /// none with TLS. The peer must be about to send that much.
+  void wake_at(std::size_t bytes);
   int fd() const { return fd_; }
   /// Whether what would block waits for the descriptor to become writable.
   bool wants_write() const { return wants_write_; }
@@ -77,6 +80,7 @@ class StreamSocket {
   ssl_st* tls_ = nullptr;
   bool connected_ = false;
   bool wants_write_ = false;
+  std::size_t wake_bytes_ = 1;
 };
 
 }  // namespace kvern

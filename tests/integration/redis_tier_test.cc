@@ -234,7 +234,8 @@ TEST_F(RedisTierOnOneServer, DrainWaitsForEveryWrite) {
 }
 
 TEST(RedisTierAuthentication, TakesUsersAndPasswordsAndSaysWhenTheyAreWrong) {
-  RedisServer server({"--user", "kv", "on", ">secret", "~{kvern/*", "+@all", "-@admin", "--user", "default", "off"});
+  RedisServer server({"--user", "kv", "on", ">secret", "~{kvern/*", "+@read", "+@write", "+@transaction", "+@keyspace",
+                      "+@connection", "+cluster|slots", "-@dangerous", "--user", "default", "off"});
   ASSERT_TRUE(server.ready());
   auto config = config_of(server);
   config.user = "kv";
@@ -243,12 +244,44 @@ TEST(RedisTierAuthentication, TakesUsersAndPasswordsAndSaysWhenTheyAreWrong) {
   const SampleObject sample(1, 4, {4096});
   EXPECT_TRUE(write(tier, sample));
   EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  EXPECT_FALSE(has(tier, sample));
   config.password = "another";
   RedisTier stranger(config, Clock::system(), nullptr);
   const auto refused = write(stranger, sample);
   EXPECT_EQ(refused.code(), Code::kUnavailable);
   EXPECT_NE(refused.message().find("WRONGPASS"), std::string::npos) << refused.message();
   EXPECT_EQ(refused.message().find("another"), std::string::npos) << refused.message();
+}
+
+TEST(RedisTierOverTls, ChecksTheCertificate) {
+  const TemporaryFolder folder;
+  const auto path = [&](const char* name) { return folder.path() + "/" + name; };
+  ChildProcess certificate({OPENSSL_PATH, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
+                            "/CN=kvern", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path("key.pem"), "-out",
+                            path("certificate.pem")});
+  ASSERT_EQ(certificate.wait(), 0) << certificate.text();
+  const std::uint16_t port = free_port();
+  RedisServer server(
+      {"--port", "0", "--tls-port", std::to_string(port), "--tls-cert-file", path("certificate.pem"), "--tls-key-file",
+       path("key.pem"), "--tls-ca-cert-file", path("certificate.pem"), "--tls-auth-clients", "yes"},
+      port);
+  ASSERT_TRUE(server.ready()) << server.process().text();
+  auto config = config_of(server);
+  config.tls = true;
+  config.tls_ca_file = path("certificate.pem");
+  config.tls_certificate_file = path("certificate.pem");
+  config.tls_key_file = path("key.pem");
+  RedisTier tier(config, Clock::system(), nullptr);
+  expect_round_trips(tier);
+
+  config.tls_ca_file.clear();  // the system's authorities do not know this one
+  RedisTier stranger(config, Clock::system(), nullptr);
+  const auto refused = write(stranger, SampleObject(1, 4, {4096}));
+  EXPECT_EQ(refused.code(), Code::kUnavailable);
+  EXPECT_NE(refused.message().find("certificate"), std::string::npos) << refused.message();
+  config.tls_ca_file = path("nothing.pem");
+  EXPECT_THROW(RedisTier(config, Clock::system(), nullptr), std::invalid_argument);
 }
 
 TEST(RedisTierOnACluster, GivesBackWhatWasWrittenFromAllNodes) {
