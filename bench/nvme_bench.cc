@@ -1,10 +1,11 @@
-// The NVMe tier beside fio on the same file system, in turns; the time that recovery takes; the index.
+// The NVMe tier beside fio on the same file system, in turns; reads while it writes; the time that recovery takes; the
+// index.
 //
 // fio writes and reads one file in requests of 1 MiB as deep as the tier's, and flushes at the end. The tier writes
 // chunk objects of a common size and reads them back in the order of a prompt; what it does beyond moving bytes
 // (records, flushes before them, checksums) is in its time.
 
-#include <sys/wait.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -30,6 +31,8 @@ namespace kvern::bench {
 namespace {
 
 constexpr std::int64_t kPatienceNs = 600'000'000'000;
+constexpr std::uint64_t kWritesAtOnce = 24;  ///< objects: the tier's queue is never empty
+constexpr std::uint64_t kReadsAtOnce = 4;    ///< as a long prompt has them
 
 struct Options {
   std::string folder = "/var/tmp";
@@ -67,9 +70,8 @@ class Latch {
 
 NvmeConfig config_of(const Options& options, const std::string& name) {
   NvmeConfig config;
-  config.files = {{options.folder + "/" + name, options.bytes + 2 * config.region_bytes}};
+  config.files = {{options.folder + "/" + name, (options.bytes / config.region_bytes + 2) * config.region_bytes}};
   config.rewrite_share = 0;
-  config.write_queue_bytes = std::uint64_t{128} << 20;
   return config;
 }
 
@@ -84,13 +86,13 @@ std::vector<BlockHash> hashes_of(std::uint64_t number, std::size_t blocks) {
   return hashes;
 }
 
-/// GB/s of fio's own count, flush at the end included.
-double fio(const Options& options, const std::string& path, const char* direction) {
-  const std::string out = path + ".json";
-  const std::string command =
-      "fio --name=kvern --filename=" + path + " --rw=" + direction +
-      " --bs=1M --direct=1 --ioengine=io_uring --iodepth=16 --end_fsync=1 --size=" + std::to_string(options.bytes) +
-      " --output-format=json --output=" + out + " >/dev/null 2>&1";
+/// GB/s of fio's own count, flush at the end included. Behind the log in the log's file.
+double fio(const Options& options, const NvmeFileConfig& log, const char* direction) {
+  const std::string out = log.path + ".json";
+  const std::string command = "fio --name=kvern --filename=" + log.path + " --offset=" + std::to_string(log.bytes) +
+                              " --size=" + std::to_string(options.bytes) + " --rw=" + direction +
+                              " --bs=1M --direct=1 --ioengine=io_uring --iodepth=16 --end_fsync=1" +
+                              " --output-format=json --output=" + out + " >/dev/null 2>&1";
   if (std::system(command.c_str()) != 0) throw std::runtime_error("fio failed: is it installed? " + command);
   const auto report = nlohmann::json::parse(std::ifstream(out));
   std::filesystem::remove(out);
@@ -101,22 +103,33 @@ struct Speeds {
   std::vector<double> read, write;
 };
 
+std::span<std::byte> slot(std::span<std::byte> slab, const Options& options, std::uint64_t number) {
+  return slab.subspan((number % kWritesAtOnce) * options.object_bytes, options.object_bytes);
+}
+
+void start_write(NvmeTier& tier, std::uint64_t number, std::span<std::byte> from, Latch& latch) {
+  TierObject object;
+  object.blocks = hashes_of(number, 16);
+  object.key.last_block = object.blocks.back();
+  object.pieces = {from};
+  tier.write(std::move(object), latch.one());
+}
+
+void start_read(NvmeTier& tier, std::uint64_t number, std::span<std::byte> into, Latch& latch) {
+  TierHit hit;
+  hit.key.last_block = hashes_of(number, 16).back();
+  hit.bytes = into.size();
+  tier.read(hit, 0, into, {}, latch.one());
+}
+
 void drive(NvmeTier& tier, const Options& options, std::uint64_t first, std::span<std::byte> slab, Speeds& speeds) {
   const std::uint64_t objects = options.bytes / options.object_bytes;
-  const std::uint64_t slots = slab.size() / options.object_bytes;
-  const auto slot = [&](std::uint64_t i) {
-    return slab.subspan((i % slots) * options.object_bytes, options.object_bytes);
-  };
   const double begin = now(kWallTime);
   {
     Latch latch;
     for (std::uint64_t i = 0; i < objects; ++i) {
-      latch.wait_below(slots);
-      TierObject object;
-      object.blocks = hashes_of(first + i, 16);
-      object.key.last_block = object.blocks.back();
-      object.pieces = {slot(i)};
-      tier.write(std::move(object), latch.one());
+      latch.wait_below(kWritesAtOnce);
+      start_write(tier, first + i, slot(slab, options, i), latch);
     }
     latch.wait_below(1);
   }
@@ -124,11 +137,8 @@ void drive(NvmeTier& tier, const Options& options, std::uint64_t first, std::spa
   {
     Latch latch;
     for (std::uint64_t i = 0; i < objects; ++i) {
-      latch.wait_below(slots);
-      TierHit hit;
-      hit.key.last_block = hashes_of(first + i, 16).back();
-      hit.bytes = options.object_bytes;
-      tier.read(hit, 0, slot(i), {}, latch.one());
+      latch.wait_below(kReadsAtOnce);
+      start_read(tier, first + i, slot(slab, options, i), latch);
     }
     latch.wait_below(1);
   }
@@ -138,10 +148,35 @@ void drive(NvmeTier& tier, const Options& options, std::uint64_t first, std::spa
   speeds.read.push_back(bytes / (read - written));
 }
 
+/// One object after another, alone and in a burst of writes.
+void latency(NvmeTier& tier, const Options& options, std::uint64_t first, std::span<std::byte> slab,
+             std::vector<double>& alone, std::vector<double>& among_writes) {
+  const AlignedBuffer into(options.object_bytes);
+  const auto read_one = [&](std::uint64_t number) {
+    Latch latch;
+    const double begin = now(kWallTime);
+    start_read(tier, number, into.span(), latch);
+    latch.wait_below(1);
+    return (now(kWallTime) - begin) * 1e3;
+  };
+  constexpr std::uint64_t kReads = 40;
+  for (std::uint64_t i = 0; i < kReads; ++i) alone.push_back(read_one(first + i));
+  Latch writes;
+  for (std::uint64_t i = 0; i < kReads; ++i) {
+    for (int more = 0; more < 2; ++more) {
+      writes.wait_below(kWritesAtOnce);
+      start_write(tier, (first << 8) + 2 * i + static_cast<std::uint64_t>(more), slot(slab, options, 2 * i), writes);
+    }
+    among_writes.push_back(read_one(first + i));
+  }
+  writes.wait_below(1);
+}
+
 void report(const char* key, double value) { std::printf("%s %.6g\n", key, value); }
 
 void beside_fio(const Options& options) {
-  const AlignedBuffer slab(8 * options.object_bytes);
+  const AlignedBuffer slab(kWritesAtOnce * options.object_bytes);
+  ::madvise(slab.span().data(), slab.size(), MADV_HUGEPAGE);  // as slabs have where it is allowed
   std::mt19937_64 random(1);
   for (std::size_t i = 0; i < slab.size(); i += sizeof(std::uint64_t)) {
     const std::uint64_t word = random();
@@ -149,23 +184,23 @@ void beside_fio(const Options& options) {
   }
   NvmeConfig config = config_of(options, "kvern-bench.log");
   config.io.memory = {slab.span()};
-  const std::string plain = options.folder + "/kvern-bench.fio";
   Speeds ours, theirs;
+  std::vector<double> alone, among_writes;
   {
     NvmeTier tier(config, Clock::system(), nullptr);
     if (!tier.recovery(kPatienceNs)) throw std::runtime_error("recovery did not end");
     std::printf("# %s\n", std::string(tier.io_kind()).c_str());
-    // The first pass over each file changes its extents from unwritten to written, which is not what is measured.
+    // The first pass over each place changes its extent from unwritten to written, which is not what is measured.
     Speeds warm_up;
-    drive(tier, options, 0, slab.span(), warm_up);
-    fio(options, plain, "write");
+    for (const std::uint64_t pass : {1U, 2U}) drive(tier, options, pass << 62, slab.span(), warm_up);
+    fio(options, config.files[0], "write");
     for (int round = 1; round <= options.rounds; ++round) {
-      theirs.write.push_back(fio(options, plain, "write"));
-      theirs.read.push_back(fio(options, plain, "read"));
+      theirs.write.push_back(fio(options, config.files[0], "write"));
+      theirs.read.push_back(fio(options, config.files[0], "read"));
       drive(tier, options, static_cast<std::uint64_t>(round) << 32, slab.span(), ours);
     }
+    latency(tier, options, static_cast<std::uint64_t>(options.rounds) << 32, slab.span(), alone, among_writes);
   }
-  std::filesystem::remove(plain);
   std::filesystem::remove(config.files[0].path);
   std::vector<double> read, write;
   for (std::size_t i = 0; i < ours.read.size(); ++i) {
@@ -174,6 +209,8 @@ void beside_fio(const Options& options) {
   }
   report("store.nvme.read_gb_per_s", median(ours.read));
   report("store.nvme.write_gb_per_s", median(ours.write));
+  report("store.nvme.read_ms", median(alone));
+  report("store.nvme.read_among_writes_ms", median(among_writes));
   report("store.nvme.read_over_fio", median(read));
   report("store.nvme.write_over_fio", median(write));
 }

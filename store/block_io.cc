@@ -22,12 +22,15 @@ namespace {
 // than a few dozen gain nothing on the disks measured and cost a stack each.
 constexpr std::uint32_t kMostThreads = 32;
 
+constexpr std::size_t kFlushDepth = 2;
+
 class ThreadBlockIo final : public BlockIo {
  public:
   ThreadBlockIo(const std::vector<int>& files, const BlockIoConfig& config)
       : files_(files),
         readers_("nvme-read", std::min(config.read_depth, kMostThreads), std::numeric_limits<std::size_t>::max()),
-        writers_("nvme-write", std::min(config.write_depth, kMostThreads), std::numeric_limits<std::size_t>::max()) {}
+        writers_("nvme-write", std::min(config.write_depth, kMostThreads), std::numeric_limits<std::size_t>::max()),
+        flushers_("nvme-flush", kFlushDepth, std::numeric_limits<std::size_t>::max()) {}
   ~ThreadBlockIo() override { stopping_ = true; }
 
   void read(std::uint32_t file, std::uint64_t offset, std::span<std::byte> into, std::stop_token cancel,
@@ -38,13 +41,14 @@ class ThreadBlockIo final : public BlockIo {
   }
   void write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from, bool through,
              BlockDone done) override {
-    run(writers_, {}, std::move(done), [fd = files_[file], offset, from, through]() -> std::int64_t {
-      const iovec range{const_cast<std::byte*>(from.data()), from.size()};
-      return ::pwritev2(fd, &range, 1, static_cast<off_t>(offset), through ? RWF_DSYNC : 0);
-    });
+    run(through ? flushers_ : writers_, {}, std::move(done),
+        [fd = files_[file], offset, from, through]() -> std::int64_t {
+          const iovec range{const_cast<std::byte*>(from.data()), from.size()};
+          return ::pwritev2(fd, &range, 1, static_cast<off_t>(offset), through ? RWF_DSYNC : 0);
+        });
   }
   void sync(std::uint32_t file, BlockDone done) override {
-    run(writers_, {}, std::move(done), [fd = files_[file]]() -> std::int64_t { return ::fdatasync(fd); });
+    run(flushers_, {}, std::move(done), [fd = files_[file]]() -> std::int64_t { return ::fdatasync(fd); });
   }
   std::string_view kind() const override { return "threads"; }
 
@@ -66,6 +70,7 @@ class ThreadBlockIo final : public BlockIo {
   std::atomic<bool> stopping_ = false;
   ThreadPool readers_;
   ThreadPool writers_;
+  ThreadPool flushers_;
 };
 
 Status status_of_errno(const char* verb, std::uint32_t file, std::uint64_t offset, std::int64_t result) {

@@ -21,6 +21,8 @@ namespace {
 constexpr std::size_t kLongestFixedBuffer = std::size_t{1} << 30;  ///< the kernel's limit of one registered buffer
 constexpr std::size_t kMostFixedBuffers = 1024;                    ///< the limit of kernels before 5.13
 
+constexpr std::uint32_t kFlushDepth = 4;
+
 enum class Kind { kRead, kWrite, kWriteThrough, kSync };
 
 struct Request {
@@ -38,9 +40,10 @@ struct Request {
 class UringBlockIo final : public BlockIo {
  public:
   UringBlockIo(const std::vector<int>& files, const BlockIoConfig& config)
-      : read_depth_(config.read_depth), write_depth_(config.write_depth) {
+      : reads_{.depth = config.read_depth}, writes_{.depth = config.write_depth}, flushes_{.depth = kFlushDepth} {
     // One more for the eventfd.
-    if (const int error = io_uring_queue_init(read_depth_ + write_depth_ + 1, &ring_, 0); error < 0) {
+    const unsigned entries = reads_.depth + writes_.depth + flushes_.depth + 1;
+    if (const int error = io_uring_queue_init(entries, &ring_, 0); error < 0) {
       throw std::system_error(-error, std::system_category(), "io_uring_setup");
     }
     try {
@@ -88,6 +91,18 @@ class UringBlockIo final : public BlockIo {
   std::string_view kind() const override { return "io_uring"; }
 
  private:
+  /// Requests that do not wait for room behind those of other lanes.
+  struct Lane {
+    std::uint32_t depth;
+    std::uint32_t in_flight = 0;
+    std::deque<std::unique_ptr<Request>> waiting = {};
+  };
+
+  Lane& lane_of(const Request& request) {
+    if (request.kind == Kind::kRead) return reads_;
+    return request.kind == Kind::kWrite ? writes_ : flushes_;
+  }
+
   void require_operations() {
     io_uring_probe* probe = io_uring_get_probe_ring(&ring_);
     if (probe == nullptr) throw std::system_error(EINVAL, std::system_category(), "probing io_uring");
@@ -153,9 +168,8 @@ class UringBlockIo final : public BlockIo {
     listen();
     while (true) {
       const bool stopping = take_incoming();
-      begin(reads_, reads_in_flight_, read_depth_, stopping);
-      begin(writes_, writes_in_flight_, write_depth_, stopping);
-      if (stopping && reads_in_flight_ + writes_in_flight_ == 0) {
+      for (Lane* lane : {&reads_, &flushes_, &writes_}) begin(*lane, stopping);
+      if (stopping && reads_.in_flight + writes_.in_flight + flushes_.in_flight == 0) {
         if (nothing_incoming()) return;  // a function may have queued more
         continue;
       }
@@ -168,7 +182,7 @@ class UringBlockIo final : public BlockIo {
   bool take_incoming() {
     std::lock_guard lock(mutex_);
     for (auto& request : incoming_) {
-      (request->kind == Kind::kRead ? reads_ : writes_).push_back(std::move(request));
+      lane_of(*request).waiting.push_back(std::move(request));
     }
     incoming_.clear();
     return stopping_;
@@ -179,18 +193,17 @@ class UringBlockIo final : public BlockIo {
     return incoming_.empty();
   }
 
-  void begin(std::deque<std::unique_ptr<Request>>& waiting, std::uint32_t& in_flight, std::uint32_t depth,
-             bool stopping) {
-    while (!waiting.empty() && (stopping || in_flight < depth)) {
-      auto request = std::move(waiting.front());
-      waiting.pop_front();
+  void begin(Lane& lane, bool stopping) {
+    while (!lane.waiting.empty() && (stopping || lane.in_flight < lane.depth)) {
+      auto request = std::move(lane.waiting.front());
+      lane.waiting.pop_front();
       if (stopping || request->cancel.stop_requested()) {
         request->done(-ECANCELED);
         continue;
       }
-      prepare(*io_uring_get_sqe(&ring_), *request);  // never null: the ring has room for both depths
+      prepare(*io_uring_get_sqe(&ring_), *request);  // never null: the ring has room for all depths
       request.release();
-      ++in_flight;
+      ++lane.in_flight;
     }
   }
 
@@ -240,17 +253,16 @@ class UringBlockIo final : public BlockIo {
         listen();
         continue;
       }
-      --(request->kind == Kind::kRead ? reads_in_flight_ : writes_in_flight_);
+      Lane& lane = lane_of(*request);
+      --lane.in_flight;
       if (result == -EINTR || result == -EAGAIN) {
-        (request->kind == Kind::kRead ? reads_ : writes_).push_front(std::move(request));
+        lane.waiting.push_front(std::move(request));
       } else {
         request->done(result);
       }
     }
   }
 
-  const std::uint32_t read_depth_;
-  const std::uint32_t write_depth_;
   io_uring ring_{};
   std::vector<iovec> fixed_;
   int wake_fd_ = -1;
@@ -258,10 +270,9 @@ class UringBlockIo final : public BlockIo {
   std::vector<std::unique_ptr<Request>> incoming_;
   bool stopping_ = false;
   // Of the ring's thread.
-  std::deque<std::unique_ptr<Request>> reads_;
-  std::deque<std::unique_ptr<Request>> writes_;
-  std::uint32_t reads_in_flight_ = 0;
-  std::uint32_t writes_in_flight_ = 0;
+  Lane reads_;
+  Lane writes_;
+  Lane flushes_;
   std::uint64_t wake_count_ = 0;
   std::thread thread_;
 };

@@ -10,9 +10,10 @@
 namespace kvern {
 namespace {
 
-// What is flushed together at most: a flush and a record of a few milliseconds then cost little beside it, and with one
-// batch being written while another is flushed, nothing.
-constexpr std::uint64_t kBatchBytes = std::uint64_t{16} << 20;
+// What is flushed together at most. A flush waits for what is on its way as well, so that it is never hidden behind the
+// next batch altogether: batches of 16 MiB reached 0.6 of fio's rate on a virtual disk, of 64 MiB as much as without
+// flushes.
+constexpr std::uint64_t kBatchBytes = std::uint64_t{64} << 20;
 // Requests of one read: long enough for full speed, short enough that several run at once.
 constexpr std::size_t kReadBytes = std::size_t{1} << 20;
 // Objects that leave the index under one hold of the lock.
@@ -71,8 +72,8 @@ Status NvmeConfig::validate() const {
   if (regions > ObjectIndex::kMostRegions) {
     return {Code::kInvalid, "the files have more than 65535 regions: configure a larger region_bytes"};
   }
-  if (write_queue_bytes == 0 || read_queue_bytes == 0 || write_bytes_in_flight == 0) {
-    return {Code::kInvalid, "write_queue_bytes, read_queue_bytes and write_bytes_in_flight must be above 0"};
+  if (write_queue_bytes == 0 || read_queue_bytes == 0) {
+    return {Code::kInvalid, "write_queue_bytes and read_queue_bytes must be above 0"};
   }
   if (batch_age_ns < 0 || queue_age_ns <= 0 || lock_wait_ns < 0) {
     return {Code::kInvalid, "batch_age_ns and lock_wait_ns must not be below 0, queue_age_ns above it"};
@@ -103,8 +104,7 @@ NvmeTier::NvmeTier(const NvmeConfig& config, const Clock& clock, TierObserver* o
   auto opened = open_io(descriptors, config_.io);
   io_ = std::move(opened.io);
   if (!opened.why.empty()) notes_.push_back(std::move(opened.why));
-  log_ = std::make_unique<RegionLog>(files_, *io_,
-                                     RegionLogConfig{config_.region_bytes, config_.sync, config_.write_bytes_in_flight},
+  log_ = std::make_unique<RegionLog>(files_, *io_, RegionLogConfig{config_.region_bytes, config_.sync},
                                      [this] { expire_queue(); });
   index_ = ObjectIndex(log_->regions());
   readers_.resize(log_->regions());

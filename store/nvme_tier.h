@@ -43,8 +43,6 @@ struct NvmeConfig {
   std::int64_t batch_age_ns = 10'000'000;
   /// A write that has not begun after this ends with kBusy: the medium hangs, and the memory is wanted back.
   std::int64_t queue_age_ns = 30'000'000'000;
-  /// Writes in flight on the device, which a read may find in front of it there.
-  std::uint64_t write_bytes_in_flight = std::uint64_t{8} << 20;
   /// read() beyond this gives kBusy.
   std::uint64_t read_queue_bytes = std::uint64_t{1} << 30;
 
@@ -178,9 +176,9 @@ class NvmeTier final : public Tier {
   double tokens_ = 0;                   ///< bytes that may be written now
   std::int64_t tokens_ns_ = 0;
   NvmeStats stats_;
-  std::deque<LogEntry> rewrites_;    ///< objects of the region that is reclaimed next, to be written again
-  std::uint32_t next_region_ = 0;    ///< that region
-  bool rewriting_ = false;           ///< one of them is being read or written
+  std::deque<LogEntry> rewrites_;  ///< objects of the region that is reclaimed next, to be written again
+  std::uint32_t next_region_ = 0;  ///< that region
+  bool rewriting_ = false;         ///< one of them is being read or written
   bool stopping_ = false;
   std::thread thread_;
 };

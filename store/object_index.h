@@ -103,6 +103,7 @@ class ObjectIndex {
   static Tag tag_at(const Region& region, std::size_t index);
   std::optional<std::uint32_t> namespace_number(const NamespaceId& namespace_id) const;
   const Slot* look_up(const Tag& tag) const;
+  void prefetch(const Tag& tag) const;
   void put(const Tag& tag, std::uint16_t region, std::uint16_t object);
   void remove(const Tag& tag, std::uint16_t region, std::uint16_t object);
   static void place(Shard& shard, const Slot& slot);

@@ -40,36 +40,33 @@ bool blank(std::span<const std::byte> bytes) {
 
 }  // namespace
 
-std::function<void(Status)> IoGroup::start(std::uint64_t bytes, Status& status) {
+std::function<void(Status)> IoGroup::start(Status& status) {
   {
     std::lock_guard lock(mutex_);
-    bytes_ += bytes;
     ++requests_;
   }
-  return [this, bytes, &status](Status ended) {
+  return [this, &status](Status ended) {
     std::lock_guard lock(mutex_);
     if (status && !ended) status = std::move(ended);
-    bytes_ -= bytes;
-    --requests_;
-    changed_.notify_all();  // under the lock: whoever waits may destroy this as soon as it is let go
+    // Under the lock: whoever waits may destroy this as soon as it is let go.
+    if (--requests_ == 0) changed_.notify_all();
   };
 }
 
 void IoGroup::read(std::uint32_t file, std::uint64_t offset, std::span<std::byte> into, Status& status) {
-  read_fully(io_, file, offset, into, {}, start(into.size(), status));
+  read_fully(io_, file, offset, into, {}, start(status));
 }
 
 void IoGroup::write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from, bool through,
                     Status& status) {
-  write_fully(io_, file, offset, from, through, start(from.size(), status));
+  write_fully(io_, file, offset, from, through, start(status));
 }
 
-void IoGroup::sync(std::uint32_t file, Status& status) { sync_fully(io_, file, start(0, status)); }
+void IoGroup::sync(std::uint32_t file, Status& status) { sync_fully(io_, file, start(status)); }
 
-void IoGroup::wait(std::uint64_t bytes_in_flight) {
+void IoGroup::wait() {
   std::unique_lock lock(mutex_);
-  const auto reached = [&] { return bytes_in_flight == 0 ? requests_ == 0 : bytes_ <= bytes_in_flight; };
-  while (!changed_.wait_for(lock, kIdleInterval, reached)) {
+  while (!changed_.wait_for(lock, kIdleInterval, [this] { return requests_ == 0; })) {
     if (!idle_) continue;
     lock.unlock();
     idle_();
@@ -110,7 +107,7 @@ Status RegionLog::read_now(std::uint32_t region, std::uint64_t offset, std::span
   Status status;
   IoGroup group(io_, idle_);
   group.read(places_[region].file, places_[region].offset + offset, into, status);
-  group.wait(0);
+  group.wait();
   return status;
 }
 
@@ -120,7 +117,7 @@ Status RegionLog::read_superblocks(LogRecovery& recovery) {
   std::vector<Status> statuses(files_.size());
   IoGroup group(io_, idle_);
   for (std::uint32_t file = 0; file < files_.size(); ++file) group.read(file, 0, block(file), statuses[file]);
-  group.wait(0);
+  group.wait();
 
   std::optional<LogId> log;
   bool same_cut = true;
@@ -153,7 +150,7 @@ Status RegionLog::read_superblocks(LogRecovery& recovery) {
     encode(Superblock{log_, config_.region_bytes}, block(file));
     group.write(file, 0, block(file), config_.sync, statuses[file]);
   }
-  group.wait(0);
+  group.wait();
   for (auto& status : statuses) {
     if (!status) return std::move(status);
   }
@@ -171,7 +168,7 @@ std::vector<RegionLog::Written> RegionLog::read_headers(LogRecovery& recovery) {
       const Place& at = places_[begin + i];
       group.read(at.file, at.offset, blocks.span().subspan(i * kBlockAlignment, kBlockAlignment), statuses[i]);
     }
-    group.wait(0);
+    group.wait();
     for (std::uint32_t i = 0; i < count; ++i) {
       const auto block = blocks.span().subspan(i * kBlockAlignment, kBlockAlignment);
       RegionHeader header;
@@ -294,7 +291,7 @@ Result<LogRecovery> RegionLog::recover(const Apply& apply) {
       const Place& at = places_[written[begin + i].region];
       group.read(at.file, at.offset + at.bytes - tail(i).size(), tail(i), statuses[i]);
     }
-    group.wait(0);
+    group.wait();
     for (std::size_t i = 0; i < count; ++i) {
       const bool newest = begin + i + 1 == written.size();
       recover_region(written[begin + i], statuses[i] ? tail(i) : std::span<std::byte>(), newest, recovery, apply);
@@ -344,7 +341,7 @@ void RegionLog::close_region() {
   Status ignored;
   IoGroup group(io_, idle_);
   group.write(at.file, at.offset + at.bytes - block.size(), block.span(), false, ignored);
-  group.wait(0);
+  group.wait();
 }
 
 Status RegionLog::open_next() {
@@ -361,7 +358,7 @@ Status RegionLog::open_next() {
   Status status;
   IoGroup group(io_, idle_);
   group.write(at.file, at.offset, block.span(), config_.sync, status);
-  group.wait(0);
+  group.wait();
   if (!status) return status;
   open_ = region;
   position_ = kBlockAlignment;
@@ -403,7 +400,6 @@ void RegionLog::write(LogBatch& batch) {
     for (auto piece : line.pieces) {
       while (!piece.empty()) {
         const auto part = piece.first(std::min(piece.size(), kIoBytes));
-        batch.writes->wait(config_.write_bytes_in_flight);
         batch.writes->write(at.file, at.offset + end, part, false, line.status);
         end += part.size();
         piece = piece.subspan(part.size());
@@ -414,7 +410,7 @@ void RegionLog::write(LogBatch& batch) {
 }
 
 bool RegionLog::commit(LogBatch& batch) {
-  batch.writes->wait(0);
+  batch.writes->wait();
   if (broken_) return false;
   const Place& at = places_[*open_];
   std::vector<std::byte> table;
@@ -434,9 +430,9 @@ bool RegionLog::commit(LogBatch& batch) {
   encode_record(header, table, block.span());
   Status status;
   if (config_.sync && batch.data_bytes > 0) batch.writes->sync(at.file, status);
-  batch.writes->wait(0);
+  batch.writes->wait();
   if (status) batch.writes->write(at.file, at.offset + batch.offset, block.span(), config_.sync, status);
-  batch.writes->wait(0);
+  batch.writes->wait();
   if (!status) {
     left_ = broken_ = true;
     for (auto& line : batch.lines) {

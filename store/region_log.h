@@ -24,26 +24,25 @@ class IoGroup {
  public:
   /// idle: called from time to time while waiting; may be empty.
   IoGroup(BlockIo& io, const std::function<void()>& idle) : io_(io), idle_(idle) {}
-  ~IoGroup() { wait(0); }
+  ~IoGroup() { wait(); }
   IoGroup(const IoGroup&) = delete;
   IoGroup& operator=(const IoGroup&) = delete;
 
-  /// status lives until the request has ended, keeps the first error, and is read after wait(0). Not cancelled, but may
+  /// status lives until the request has ended, keeps the first error, and is read after wait(). Not cancelled, but may
   /// end with kExpired when the medium is being closed.
   void read(std::uint32_t file, std::uint64_t offset, std::span<std::byte> into, Status& status);
   void write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from, bool through, Status& status);
   void sync(std::uint32_t file, Status& status);
-  /// Until no more than so many bytes are in flight; 0: until all requests have ended.
-  void wait(std::uint64_t bytes_in_flight);
+  /// Until all requests have ended.
+  void wait();
 
  private:
-  std::function<void(Status)> start(std::uint64_t bytes, Status& status);
+  std::function<void(Status)> start(Status& status);
 
   BlockIo& io_;
   const std::function<void()>& idle_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::uint64_t bytes_ = 0;
   std::uint64_t requests_ = 0;
 };
 
@@ -67,7 +66,6 @@ struct RegionLogConfig {
   std::uint64_t region_bytes = 0;
   /// Flush the device's cache before a batch counts as durable: survives loss of power, not only of the process.
   bool sync = true;
-  std::uint64_t write_bytes_in_flight = 0;
 };
 
 struct LogRecovery {
