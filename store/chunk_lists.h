@@ -30,6 +30,17 @@ class ChunkLists {
     head.first = chunk;
   }
 
+  /// In front of another one, in its list.
+  void insert_before(std::uint32_t other, std::uint32_t chunk) {
+    const std::uint32_t list = list_of(other);
+    const std::uint32_t previous = links_[other].previous;
+    if (previous == kNoChunk) return push_front(list, chunk);
+    detach(list, chunk);
+    links_[chunk] = {.previous = previous, .next = other, .list = list};
+    links_[previous].next = chunk;
+    links_[other].previous = chunk;
+  }
+
   void remove(std::uint32_t chunk) {
     if (!contains(chunk)) return;
     const Links links = links_[chunk];
@@ -44,7 +55,9 @@ class ChunkLists {
   /// kNoList when it is in none.
   std::uint32_t list_of(std::uint32_t chunk) const { return chunk < links_.size() ? links_[chunk].list : kNoList; }
   std::uint32_t front(std::uint32_t list) const { return heads_[list].first; }
+  std::uint32_t back(std::uint32_t list) const { return heads_[list].last; }
   std::uint32_t next(std::uint32_t chunk) const { return links_[chunk].next; }
+  std::uint32_t previous(std::uint32_t chunk) const { return links_[chunk].previous; }
   std::size_t size(std::uint32_t list) const { return heads_[list].size; }
   std::size_t lists() const { return heads_.size(); }
 

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/status.h"
 
 namespace kvern {
@@ -20,6 +21,8 @@ struct ChunkTraits {
   std::uint64_t bytes = 0;
   /// Names the content for good, so that a policy recognises a chunk that left and comes back under another number.
   std::uint64_t fingerprint = 0;
+  /// A wish that it stays until then, by the clock of the policy; 0: none. See make_retaining_policy().
+  std::int64_t retain_until_ns = 0;
 };
 
 /// Decides what leaves first. Knows chunks by their number only, and time by the uses that it is told of.
@@ -59,6 +62,10 @@ std::unique_ptr<EvictionPolicy> make_tinylfu_policy();
 std::unique_ptr<EvictionPolicy> make_reuse_policy();
 
 inline constexpr std::string_view kDefaultEvictionPolicy = "reuse";
+
+/// The policy, with regard to ChunkTraits::retain_until_ns: what is to be retained leaves after all else. clock
+/// outlives it.
+std::unique_ptr<EvictionPolicy> make_retaining_policy(std::unique_ptr<EvictionPolicy> policy, const Clock& clock);
 
 std::span<const std::string_view> eviction_policy_names();
 /// kInvalid, with the names that there are, for any other.

@@ -23,8 +23,10 @@ constexpr std::uint64_t kHorizonsPerHalving = 4;
 constexpr std::uint64_t kEstimatesPerStore = 8;
 constexpr std::uint64_t kUsesPerEstimateLeast = 256;
 // What is believed before anything was seen, and how many observations it weighs: 2 % of what reached an age is used
-// before the next one, whatever the age. Ages grow geometrically, so that the hazard per use falls as 1 / age: LRU.
+// before the next one, whatever the age, and 10 % within the first. Ages grow geometrically, so that the hazard per use
+// falls as 1 / age: LRU.
 constexpr double kPriorHazard = 0.02;
+constexpr double kPriorFirstHazard = 0.1;
 constexpr double kPriorWeight = 20;
 constexpr double kHazardMost = 0.999;
 
@@ -152,7 +154,7 @@ void ReuseModel::estimate() {
   PerAge together{};
   for (std::size_t step = 0; step < kAges; ++step) {
     double reached = kPriorWeight;
-    double used = kPriorWeight * kPriorHazard;
+    double used = kPriorWeight * (step == 0 ? kPriorFirstHazard : kPriorHazard);
     for (std::size_t each = 0; each < kClasses; ++each) {
       reached += at_risk_[each][step];
       used += used_[each][step];
@@ -173,7 +175,7 @@ void ReuseModel::estimate() {
       for (std::size_t step = from; step < kAges; ++step) {
         const std::uint64_t end = step + 1 < kAges ? kBegins[step + 1] : 2 * kBegins[step];
         // A chunk of the first age is somewhere within it.
-        const double length = static_cast<double>(end - kBegins[step]) * (step == from ? 0.5 : 1.0);
+        const double length = static_cast<double>(end - kBegins[step]) * (step == from ? 0.75 : 1.0);
         uses += left * hazard[step];
         time += left * length * (1 - hazard[step] / 2);
         left *= 1 - hazard[step];

@@ -20,7 +20,7 @@ namespace kvern {
 /// does; where chunks come back after a typical pause that is too long for the store, those that are half-way are worth
 /// more than new ones, and a part of them is kept long enough instead of none.
 ///
-/// Memory: 2 MiB at most for the sample, 16 to 32 bytes per chunk for the counts.
+/// Memory: 2 MiB at most for the sample, 32 to 64 bytes per chunk for the counts.
 class ReuseModel {
  public:
   static constexpr std::size_t kClasses = 4;
@@ -57,7 +57,7 @@ class ReuseModel {
 
   std::uint64_t now_ = 0;
   std::size_t most_stored_ = 0;
-  FrequencySketch counts_;
+  FrequencySketch counts_{kClasses - 1};
 
   // The sample: a ring of uses in order, and an open hash table of those that are the last of their chunk.
   std::vector<Sampled> ring_;

@@ -24,7 +24,9 @@ class ReusePolicy final : public EvictionPolicy {
     if (chunk >= chunks_.size()) chunks_.resize(chunk + std::size_t{1});
     chunks_[chunk] = {.fingerprint = traits.fingerprint};
     model_.set_stored(tree_.size());
+    if (const std::uint32_t before = lists_.front(kNewest); before != kNoChunk) list(before);
     use(chunk);
+    lists_.push_back(kNewest, chunk);
   }
 
   void follows(std::uint32_t chunk, std::uint32_t parent) override {
@@ -64,7 +66,7 @@ class ReusePolicy final : public EvictionPolicy {
   void skipped(std::uint32_t chunk) override {
     if (!lists_.contains(chunk)) return;
     lists_.push_back(kHeld, chunk);
-    chunks_[chunk].held_at = model_.now();
+    if (held_until_ <= model_.now()) held_until_ = model_.now() + kHeldUses;
   }
 
   double expected_use(std::uint32_t chunk) const override {
@@ -77,15 +79,17 @@ class ReusePolicy final : public EvictionPolicy {
   struct Chunk {
     std::uint64_t fingerprint = 0;
     std::uint64_t used_at = 0;
-    std::uint64_t held_at = 0;
     std::uint8_t chunk_class = 0;
     bool is_unreachable = false;  ///< its parent left
   };
   static constexpr std::uint64_t kOneUse = 16;
-  // How long a chunk that was held is not asked about again, in uses.
+  // How long chunks that were held are not asked about again, in uses.
   static constexpr std::uint64_t kHeldUses = 64;
+  static constexpr int kSearchSteps = 32;
   static constexpr std::uint32_t kUnreachable = ReuseModel::kClasses * ReuseModel::kAges;
-  static constexpr std::uint32_t kHeld = kUnreachable + 1;
+  // The chunk that came last: it is about to be continued, and what continues it must not take its place.
+  static constexpr std::uint32_t kNewest = kUnreachable + 1;
+  static constexpr std::uint32_t kHeld = kNewest + 1;
   static constexpr std::uint32_t kLists = kHeld + 1;
 
   std::uint32_t list_for(std::uint32_t chunk) const {
@@ -103,16 +107,35 @@ class ReusePolicy final : public EvictionPolicy {
     list(chunk);
   }
 
-  // Where it belongs now: nowhere while others follow it. What becomes the end of a prompt goes to the front, so that
-  // one prompt is shortened further before the next is begun.
+  // Where it belongs now: nowhere while others follow it.
   void list(std::uint32_t chunk) {
     if (tree_.children(chunk) > 0) {
       lists_.remove(chunk);
-    } else if (chunks_[chunk].used_at == model_.now()) {
-      lists_.push_back(list_for(chunk), chunk);
     } else {
-      lists_.push_front(list_for(chunk), chunk);
+      list_by_age(list_for(chunk), chunk);
     }
+  }
+
+  // Lists are in the order of use. What was used now goes to the end; what becomes the end of a prompt was mostly used
+  // with what followed it, and goes near the front. Where neither is true the place is not looked for any further.
+  void list_by_age(std::uint32_t list, std::uint32_t chunk) {
+    const auto is_older = [this, used_at = chunks_[chunk].used_at](std::uint32_t other) {
+      return chunks_[other].used_at < used_at;
+    };
+    lists_.remove(chunk);
+    std::uint32_t from_front = lists_.front(list);
+    std::uint32_t from_back = lists_.back(list);
+    for (int steps = 0; steps < kSearchSteps; ++steps) {
+      if (from_back == kNoChunk) break;
+      if (is_older(from_back)) {
+        const std::uint32_t after = lists_.next(from_back);
+        return after == kNoChunk ? lists_.push_back(list, chunk) : lists_.insert_before(after, chunk);
+      }
+      if (!is_older(from_front)) return lists_.insert_before(from_front, chunk);
+      from_front = lists_.next(from_front);
+      from_back = lists_.previous(from_back);
+    }
+    lists_.push_back(list, chunk);
   }
 
   void let_age();
@@ -121,22 +144,21 @@ class ReusePolicy final : public EvictionPolicy {
   ChunkTree tree_;
   ChunkLists lists_{kLists};
   std::vector<Chunk> chunks_;
+  std::uint64_t held_until_ = 0;
 };
 
-// The front of a list is the oldest in it, nearly: whoever became the end of a prompt may stand before older ones, and
-// comes to the next list a little late.
+// The front of a list is the oldest in it, nearly; who stands behind a younger one comes to the next list a little
+// late.
 void ReusePolicy::let_age() {
   for (std::uint32_t each = 0; each < kUnreachable; ++each) {
     for (std::uint32_t chunk = lists_.front(each); chunk != kNoChunk; chunk = lists_.front(each)) {
       const std::uint32_t wanted = list_for(chunk);
       if (wanted == each) break;
-      lists_.push_back(wanted, chunk);
+      list_by_age(wanted, chunk);
     }
   }
-  for (std::uint32_t chunk = lists_.front(kHeld); chunk != kNoChunk; chunk = lists_.front(kHeld)) {
-    if (model_.now() - chunks_[chunk].held_at < kHeldUses) break;
-    lists_.push_front(list_for(chunk), chunk);
-  }
+  if (model_.now() < held_until_) return;
+  for (std::uint32_t chunk = lists_.front(kHeld); chunk != kNoChunk; chunk = lists_.front(kHeld)) list(chunk);
 }
 
 std::vector<std::uint32_t> ReusePolicy::victims(std::size_t count) {
@@ -155,7 +177,7 @@ std::vector<std::uint32_t> ReusePolicy::victims(std::size_t count) {
   std::unordered_map<std::uint32_t, std::uint32_t> named_children;
   const auto worth_in = [this](std::uint32_t list) {
     if (list == kUnreachable) return 0.0;
-    if (list == kHeld) return std::numeric_limits<double>::infinity();
+    if (list == kHeld || list == kNewest) return std::numeric_limits<double>::infinity();
     return model_.worth(list / ReuseModel::kAges, list % ReuseModel::kAges);
   };
   const auto add = [&](std::uint32_t list, std::uint32_t chunk) {
@@ -168,8 +190,8 @@ std::vector<std::uint32_t> ReusePolicy::victims(std::size_t count) {
   while (named.size() < count && !candidates.empty()) {
     const std::uint32_t chunk = candidates.top().chunk;
     candidates.pop();
-    named.push_back(chunk);
     if (const std::uint32_t list = lists_.list_of(chunk); list != ChunkLists::kNoList) add(list, lists_.next(chunk));
+    named.push_back(chunk);
     const std::uint32_t parent = tree_.parent(chunk);
     if (parent == kNoChunk || ++named_children[parent] < tree_.children(parent)) continue;
     candidates.push({worth_in(list_for(parent)), named.size(), parent});

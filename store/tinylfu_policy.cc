@@ -76,7 +76,7 @@ class TinyLfuPolicy final : public EvictionPolicy {
 
   ChunkTree tree_;
   ChunkLists segments_{kSegments};
-  FrequencySketch sketch_;
+  FrequencySketch sketch_{15};
   std::vector<std::uint64_t> fingerprints_;
 };
 

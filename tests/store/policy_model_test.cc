@@ -188,7 +188,7 @@ class NaiveTinyLfu final : public Naive {
     return all;
   }
   Numbers window, probation, shielded;
-  FrequencySketch sketch;
+  FrequencySketch sketch{15};
 };
 
 using Operations = std::vector<std::tuple<std::uint8_t, std::uint8_t, std::uint8_t>>;
