@@ -8,6 +8,7 @@
 #include "store/redis_object.h"
 #include "store/redis_slots.h"
 #include "store/remote_key.h"
+#include "tests/integration/network_namespace.h"
 #include "tests/integration/redis_servers.h"
 #include "tests/store/tier_samples.h"
 
@@ -282,6 +283,42 @@ TEST(RedisTierOverTls, ChecksTheCertificate) {
   EXPECT_NE(refused.message().find("certificate"), std::string::npos) << refused.message();
   config.tls_ca_file = path("nothing.pem");
   EXPECT_THROW(RedisTier(config, Clock::system(), nullptr), std::invalid_argument);
+}
+
+TEST(RedisTierOnAnotherHost, EndsOperationsWhileTheNetworkIsCutAndServesAfterwards) {
+  if (::geteuid() != 0) GTEST_SKIP() << "network namespaces need root";
+  const NetworkNamespace host;
+  ASSERT_TRUE(host.ready());
+  const std::uint16_t port = 6379;
+  ChildProcess server(host.inside({REDIS_SERVER_PATH, "--bind", host.address(), "--port", std::to_string(port),
+                                   "--protected-mode", "no", "--save", "", "--appendonly", "no"}));
+  ASSERT_TRUE(server.says("Ready to accept connections")) << server.text();
+  RedisTierConfig config;
+  config.nodes = {host.address() + ":" + std::to_string(port)};
+  config.find_timeout_ns = config.operation_timeout_ns = config.connect_timeout_ns = 300'000'000;
+  config.breaker.open_max_ns = config.breaker.open_ns;
+  RedisTier tier(config, Clock::system(), nullptr);
+  const SampleObject sample(1, 4, {kMiB});
+  const auto eventually = [&](const auto& condition) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    while (!condition() && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+    return condition();
+  };
+  // A new device needs a moment.
+  ASSERT_TRUE(eventually([&] { return write(tier, sample).is_ok(); }));
+  EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
+
+  ASSERT_TRUE(host.cut());
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_EQ(find(tier, {sample.query()}).error().code(), Code::kUnavailable);
+    EXPECT_EQ(read(tier, sample.hit()).error().code(), Code::kUnavailable);
+    EXPECT_EQ(write(tier, SampleObject(2, 4, {kMiB})).code(), Code::kUnavailable);
+  }
+  EXPECT_EQ(tier.stats().breaker, BreakerState::kOpen);
+
+  ASSERT_TRUE(host.connect());
+  EXPECT_TRUE(eventually([&] { return has(tier, sample); }));
+  EXPECT_TRUE(eventually([&] { return read(tier, sample.hit()) == sample.bytes(); }));
 }
 
 TEST(RedisTierOnACluster, GivesBackWhatWasWrittenFromAllNodes) {
