@@ -7,6 +7,7 @@
 
 #include "base/status.h"
 #include "connector/client.h"
+#include "plan/planner.h"
 #include "transport/control.h"
 
 namespace kvern {
@@ -51,6 +52,9 @@ struct BenchOptions {
   std::uint32_t batch = 8;
   std::string codec = "raw";
 };
+/// Needs no daemon. model: see plan::kv_bytes_per_token(). options without bytes_per_token; chart_path may be empty.
+int run_plan(const std::string& trace_path, const std::string& model, plan::PlanOptions options,
+             const std::string& chart_path, std::ostream& out);
 int run_bench(const DaemonAddress& address, const BenchOptions& options, std::ostream& out);
 
 }  // namespace kvern

@@ -72,6 +72,38 @@ int main(int argc, char** argv) {
   bench->add_option("--batch", bench_options.batch, "chunks per request")->capture_default_str();
   bench->add_option("--codec", bench_options.codec, "codec chain")->capture_default_str();
 
+  kvern::plan::PlanOptions plan_options;
+  plan_options.codecs = {"exact", "balanced", "compact"};
+  std::string trace;
+  std::string model;
+  std::string chart;
+  auto* plan =
+      app.add_subcommand("plan", "replays a trace and says which tier sizes and codecs pay (no daemon needed)");
+  plan->add_option("--trace", trace, "requests in the Mooncake format (docs/planner.md)")->required();
+  plan->add_option("--model", model, "config.json of the model, or bytes of keys and values per token")->required();
+  plan->add_option("--dram", plan_options.dram_bytes, "sizes of the DRAM tier to try, such as 64GiB 256GiB")
+      ->required()
+      ->transform(CLI::AsSizeValue(false));
+  plan->add_option("--nvme", plan_options.nvme_bytes, "sizes of the NVMe tier to try")
+      ->transform(CLI::AsSizeValue(false));
+  plan->add_option("--remote", plan_options.remote_bytes, "sizes of the remote tier to try; 0: without limit")
+      ->transform(CLI::AsSizeValue(false));
+  plan->add_option("--codec", plan_options.codecs, "ladders, or codec chains of one, to try")->capture_default_str();
+  plan->add_option("--max-error", plan_options.max_relative_error, "leaves out forms with a larger error")
+      ->capture_default_str();
+  plan->add_option("--error-price", plan_options.demotion.error_price,
+                   "what an error of 1 costs, in hits (0: only hits count)")
+      ->capture_default_str();
+  plan->add_option("--policy", plan_options.policy, "eviction policy: lru, s3fifo, tinylfu or reuse")
+      ->capture_default_str();
+  plan->add_option("--prefill", plan_options.speeds.prefill_tokens_per_second, "prompt tokens computed a second")
+      ->capture_default_str();
+  plan->add_option("--dram-speed", plan_options.speeds.dram_bytes_per_second, "bytes a second")->capture_default_str();
+  plan->add_option("--nvme-speed", plan_options.speeds.nvme_bytes_per_second, "bytes a second")->capture_default_str();
+  plan->add_option("--remote-speed", plan_options.speeds.remote_bytes_per_second, "bytes a second")
+      ->capture_default_str();
+  plan->add_option("--chart", chart, "an SVG file to write");
+
   CLI11_PARSE(app, argc, argv);
   if (status->parsed()) return kvern::run_status(address, json, std::cout);
   if (explain->parsed()) return kvern::run_explain(address, hash, std::cout);
@@ -82,5 +114,6 @@ int main(int argc, char** argv) {
   if (flush->parsed()) return kvern::run_flush(address, namespace_hex, std::cout);
   if (keygen->parsed()) return kvern::run_keygen(directory, key_name, std::cout);
   if (doctor->parsed()) return kvern::run_doctor(address, std::cout);
+  if (plan->parsed()) return kvern::run_plan(trace, model, plan_options, chart, std::cout);
   return kvern::run_bench(address, bench_options, std::cout);
 }
