@@ -295,6 +295,7 @@ void RedisTier::Work::start(const std::shared_ptr<Read>& read) {
       if (cancelled_read == nullptr || cancelled_read->ended) return;
       if (cancelled_read->call != nullptr) {
         RedisCluster::abandon(*cancelled_read->call);
+        cancelled_read->call.reset();
         --reads_under_way;
       } else {
         std::erase(waiting_reads, cancelled_read);
@@ -332,6 +333,7 @@ void RedisTier::Work::send(const std::shared_ptr<Read>& read) {
   call->requests.push_back(redis_command({"GET", redis_manifest_key(name)}));
   call->done = [this, read](const Result<std::vector<RespValue>>& replies) {
     --reads_under_way;
+    read->call.reset();  // which holds the read
     finish(*read, replies ? judge(*read, *replies) : replies.error());
     pump();
   };
