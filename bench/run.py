@@ -1,6 +1,6 @@
 """Runs every benchmark against its rival or limit and writes build/bench/results.json.
 
-Usage: run.py [--only transfer|rivals|e2e|kernels ...]   (make bench runs all)
+Usage: run.py [--only transfer|rivals|kernels|replay|e2e ...]   (make bench runs all)
 
 Everything in one flat JSON object; what each key means is in docs/benchmarks.md. Figures are ratios taken inside one
 round wherever the machine's own speed would drown them.
@@ -166,7 +166,19 @@ def redis() -> dict:
     return measure_redis(BUILD)
 
 
-PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "redis": redis, "e2e": e2e}
+def replay() -> dict:
+    """Traces through the real policies and ladders, in Mooncake's format: KVERN_TRACES is the folder that has them."""
+    folder = pathlib.Path(os.environ.get("KVERN_TRACES", ROOT.parent / "shared" / "traces"))
+    traces = sorted(folder.glob("*_trace.jsonl"))
+    if not traces:
+        say(f"no trace in {folder}: the replay is left out (KVERN_TRACES names another folder)")
+        return {}
+    say("replays of " + ", ".join(trace.name for trace in traces))
+    return run_lines([str(BUILD / "bin" / "replay_bench"), *map(str, traces)])
+
+
+PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "redis": redis, "replay": replay,
+         "e2e": e2e}
 
 
 def machine() -> dict:
