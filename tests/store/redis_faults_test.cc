@@ -178,6 +178,19 @@ TEST(RedisTierFaults, AConnectionThatIsCutWithinAPieceIsAnErrorAndTheNextOneServ
   EXPECT_EQ(bytes.value(), sample.bytes());
 }
 
+TEST(RedisTierFaults, AnObjectThatIsReplacedWhileItIsReadIsAMissAndStays) {
+  const SampleObject old(1, 4, {8192}, 1);
+  const SampleObject replacing(1, 4, {8192}, 2);
+  std::atomic<int> looks = 0;
+  FakeRedis server([&](const FakeRedis::Command& command) {
+    const bool look = command.front() == "GET" && !command[1].ends_with(":0");
+    return answer_with(look && ++looks > 1 ? replacing : old, command);
+  });
+  RedisTier tier(patient({server.address()}), Clock::system(), nullptr);
+  EXPECT_EQ(read(tier, old.hit()).error().code(), Code::kNotFound);
+  EXPECT_EQ(server.count("UNLINK"), 0U);
+}
+
 TEST(RedisTierFaults, ASilentServerCostsOneTimeoutAndNothingMore) {
   const SampleObject sample(1, 4, {8192});
   FakeRedis server([&](const FakeRedis::Command& command) -> std::optional<std::string> {
