@@ -45,7 +45,7 @@ test: build test-cpp fuzz test-python test-e2e ## All tests but the long matrix 
 .PHONY: test-full
 test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
-	@ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS) --output-junit $(abspath $(REPORTS))/ctest.xml
+	@KVERN_CRASH_ROUNDS=300 ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS) --output-junit $(abspath $(REPORTS))/ctest.xml
 	@$(PYTEST) tests/python --junitxml $(REPORTS)/python.xml
 	@$(PYTEST) tests/e2e --run-full --junitxml $(REPORTS)/e2e.xml
 	@$(PYTHON) tools/test_summary.py $(REPORTS)/*.xml >$(REPORTS)/test-full.md && cp $(REPORTS)/test-full.md docs/

@@ -70,6 +70,7 @@ class Latch {
 
 NvmeConfig config_of(const Options& options, const std::string& name) {
   NvmeConfig config;
+  config.region_bytes = NvmeConfig::kRegionBytes;
   config.files = {{options.folder + "/" + name, (options.bytes / config.region_bytes + 2) * config.region_bytes}};
   config.rewrite_share = 0;
   return config;
@@ -220,6 +221,7 @@ void recovery(const Options& options) {
   constexpr std::uint64_t kObjectBytes = kTierAlignment;
   constexpr std::size_t kBlocks = 8;
   NvmeConfig config;
+  config.region_bytes = NvmeConfig::kRegionBytes;
   const std::uint64_t bytes = options.recovery_objects * kObjectBytes * 5 / 4 + 2 * config.region_bytes;
   config.files = {{options.folder + "/kvern-bench.log", bytes / kTierAlignment * kTierAlignment}};
   config.sync = false;

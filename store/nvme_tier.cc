@@ -56,8 +56,21 @@ struct NvmeTier::Reading {
   Done done;
 };
 
+NvmeConfig NvmeConfig::resolved() const {
+  NvmeConfig config = *this;
+  if (region_bytes != 0 || files.empty()) return config;
+  const auto smallest = std::ranges::min_element(files, {}, &NvmeFileConfig::bytes);
+  const std::uint64_t share = smallest->bytes / kRegionsOfSmallFile / kBlockAlignment * kBlockAlignment;
+  std::uint64_t total = 0;
+  for (const auto& file : files) total += file.bytes;
+  const std::uint64_t least = (total / ObjectIndex::kMostRegions / kBlockAlignment + 1) * kBlockAlignment;
+  config.region_bytes = std::max(std::clamp(share, kSmallestRegion, kRegionBytes), least);
+  return config;
+}
+
 Status NvmeConfig::validate() const {
   if (files.empty()) return {Code::kInvalid, "name one file at least"};
+  if (region_bytes == 0) return resolved().validate();
   if (region_bytes < kSmallestRegion || region_bytes > kLargestRegion || region_bytes % kBlockAlignment != 0) {
     return {Code::kInvalid, "region_bytes must be a multiple of 4096 between 64 KiB and 16 GiB"};
   }
@@ -88,7 +101,7 @@ Status NvmeConfig::validate() const {
 
 NvmeTier::NvmeTier(const NvmeConfig& config, const Clock& clock, TierObserver* observer, const OpenIo& open_io)
     : Tier("nvme", config.breaker, clock, observer),
-      config_(config),
+      config_(config.resolved()),
       clock_(clock),
       files_(open_files(config)),
       index_(0),
@@ -258,8 +271,9 @@ void NvmeTier::do_write(TierObject object, Done done) {
   if (object.blocks.size() > kMostBlocks) return done(Status(Code::kInvalid, "the object has too many blocks"));
   write.line.entry = entry_of(LogEntry::Kind::kObject, object.key, std::move(object.blocks));
   if (!log_->fits_empty_region(write.line.entry, write.bytes)) {
-    return done(Status(Code::kRefused, "an object of " + std::to_string(write.bytes) +
-                                           " bytes does not fit into a region: configure a larger region_bytes"));
+    return done(
+        Status(Code::kRefused, "an object of " + std::to_string(write.bytes) +
+                                   " bytes does not fit into a region: configure larger files, or region_bytes"));
   }
   write.line.entry.first_page_checksum = checksum64(object.pieces.front().data(), kBlockAlignment);
   write.line.pieces = std::move(object.pieces);

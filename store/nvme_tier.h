@@ -27,12 +27,15 @@ struct NvmeFileConfig {
 
 struct NvmeConfig {
   /// An object lies in one region: those of common models have 32 to 80 MiB, and what is left at the end of a region is
-  /// lost, half an object on average. Reclaiming takes the objects of one region at once, so that a log should have
-  /// some dozens.
+  /// lost, half an object on average.
   static constexpr std::uint64_t kRegionBytes = std::uint64_t{256} << 20;
+  /// Reclaiming takes the objects of one region at once: a small log has at least so many regions in each file.
+  static constexpr std::uint64_t kRegionsOfSmallFile = 16;
 
   std::vector<NvmeFileConfig> files;
-  std::uint64_t region_bytes = kRegionBytes;  ///< a multiple of 4096; another value empties the log
+  /// A multiple of 4096; 0: as the two constants above say, and larger in logs of more than 16 TiB. Another value
+  /// empties the log.
+  std::uint64_t region_bytes = 0;
   /// Flush the device before a write counts as done, so that it survives loss of power. Off, it survives the end of the
   /// process only.
   bool sync = true;
@@ -61,6 +64,8 @@ struct NvmeConfig {
   BreakerConfig breaker;
 
   Status validate() const;
+  /// With what 0 stands for filled in.
+  NvmeConfig resolved() const;
 };
 
 struct NvmeStats {

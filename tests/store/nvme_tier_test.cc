@@ -671,6 +671,22 @@ TEST(NvmeTier, RefusesWhenThereIsNoRoom) {
   EXPECT_NE(refusal(config).find("No such file"), std::string::npos);
 }
 
+TEST(NvmeTier, SmallFilesHaveSmallRegions) {
+  NvmeConfig config;
+  EXPECT_EQ(config.validate().code(), Code::kInvalid) << "no files";
+  config.files = {{"a", std::uint64_t{1} << 40}, {"b", std::uint64_t{1} << 33}};
+  EXPECT_EQ(config.resolved().region_bytes, NvmeConfig::kRegionBytes);
+  config.files[1].bytes = std::uint64_t{1} << 30;
+  EXPECT_EQ(config.resolved().region_bytes, std::uint64_t{64} << 20);
+  EXPECT_TRUE(config.validate());
+  config.files[0].bytes = std::uint64_t{100} << 40;
+  EXPECT_GT(config.resolved().region_bytes, std::uint64_t{1} << 30) << "or there would be too many";
+  config.files = {{"a", std::uint64_t{128} << 10}};
+  EXPECT_TRUE(config.validate()) << "the smallest that there is";
+  config.files[0].bytes /= 2;
+  EXPECT_EQ(config.validate().code(), Code::kInvalid);
+}
+
 TEST(NvmeTier, RefusesConfigurationsThatMakeNoSense) {
   TempFolder folder;
   const NvmeConfig good = small_log(folder.file("log"));
