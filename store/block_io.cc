@@ -35,26 +35,25 @@ class ThreadBlockIo final : public BlockIo {
 
   void read(std::uint32_t file, std::uint64_t offset, std::span<std::byte> into, std::stop_token cancel,
             BlockDone done) override {
-    run(readers_, std::move(cancel), std::move(done), [fd = files_[file], offset, into]() -> std::int64_t {
+    run(readers_, std::move(cancel), done, [fd = files_[file], offset, into]() -> std::int64_t {
       return ::pread(fd, into.data(), into.size(), static_cast<off_t>(offset));
     });
   }
   void write(std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from, bool through,
              BlockDone done) override {
-    run(through ? flushers_ : writers_, {}, std::move(done),
-        [fd = files_[file], offset, from, through]() -> std::int64_t {
-          const iovec range{const_cast<std::byte*>(from.data()), from.size()};
-          return ::pwritev2(fd, &range, 1, static_cast<off_t>(offset), through ? RWF_DSYNC : 0);
-        });
+    run(through ? flushers_ : writers_, {}, done, [fd = files_[file], offset, from, through]() -> std::int64_t {
+      const iovec range{const_cast<std::byte*>(from.data()), from.size()};
+      return ::pwritev2(fd, &range, 1, static_cast<off_t>(offset), through ? RWF_DSYNC : 0);
+    });
   }
   void sync(std::uint32_t file, BlockDone done) override {
-    run(flushers_, {}, std::move(done), [fd = files_[file]]() -> std::int64_t { return ::fdatasync(fd); });
+    run(flushers_, {}, done, [fd = files_[file]]() -> std::int64_t { return ::fdatasync(fd); });
   }
   std::string_view kind() const override { return "threads"; }
 
  private:
   template <typename Call>
-  void run(ThreadPool& pool, std::stop_token cancel, BlockDone done, Call call) {
+  void run(ThreadPool& pool, std::stop_token cancel, const BlockDone& done, Call call) {
     const bool taken = pool.submit([this, cancel = std::move(cancel), done, call] {
       if (stopping_ || cancel.stop_requested()) return done(-ECANCELED);
       std::int64_t result = 0;
@@ -113,7 +112,7 @@ OpenedBlockIo open_block_io(const std::vector<int>& files, const BlockIoConfig& 
 }
 
 void read_fully(BlockIo& io, std::uint32_t file, std::uint64_t offset, std::span<std::byte> into,
-                std::stop_token cancel, std::function<void(Status)> done) {
+                const std::stop_token& cancel, std::function<void(Status)> done) {
   io.read(file, offset, into, cancel, [&io, file, offset, into, cancel, done = std::move(done)](std::int64_t result) {
     if (result == static_cast<std::int64_t>(into.size())) return done(Status::ok());
     const std::size_t moved = result < 0 ? 0 : whole_blocks(result);

@@ -89,7 +89,7 @@ std::unique_ptr<BlockIo> make_thread_block_io(const std::vector<int>& files, con
 /// The whole range, in as many requests as it takes: kInternal on an error of the medium or when it ends early,
 /// kExpired when it was cancelled. The functions run on a thread of the medium.
 void read_fully(BlockIo& io, std::uint32_t file, std::uint64_t offset, std::span<std::byte> into,
-                std::stop_token cancel, std::function<void(Status)> done);
+                const std::stop_token& cancel, std::function<void(Status)> done);
 void write_fully(BlockIo& io, std::uint32_t file, std::uint64_t offset, std::span<const std::byte> from, bool through,
                  std::function<void(Status)> done);
 void sync_fully(BlockIo& io, std::uint32_t file, std::function<void(Status)> done);

@@ -202,7 +202,7 @@ class UringBlockIo final : public BlockIo {
         continue;
       }
       prepare(*io_uring_get_sqe(&ring_), *request);  // never null: the ring has room for all depths
-      request.release();
+      static_cast<void>(request.release());          // finish_ended() takes it back
       ++lane.in_flight;
     }
   }

@@ -197,11 +197,11 @@ void NvmeTier::do_read(const TierHit& hit, std::uint64_t offset, std::span<std::
   reading_bytes_ += into.size();
   ++readers_[location->region];
   lock.unlock();
-  start_reading(std::move(reading), cancel);
+  start_reading(reading, cancel);
 }
 
 // The reader is counted already.
-void NvmeTier::start_reading(std::shared_ptr<Reading> reading, const std::stop_token& cancel) {
+void NvmeTier::start_reading(const std::shared_ptr<Reading>& reading, const std::stop_token& cancel) {
   const RegionLog::Place& at = log_->place(reading->location.region);
   const std::uint64_t begin = at.offset + std::uint64_t{reading->location.page} * kBlockAlignment + reading->offset;
   const std::span<std::byte> into = reading->into;
@@ -590,7 +590,7 @@ void NvmeTier::rewrite_next() {
     reading->key = key_of(entry);
     reading->location = location;
     reading->into = buffer->span();
-    reading->done = [this, entry, location, buffer](Status status) {
+    reading->done = [this, entry, location, buffer](const Status& status) {
       std::lock_guard held(mutex_);
       // Anything that was erased since must not come back behind its erasure.
       if (!status || stopping_ || pending_erasures_ > 0 || index_.locate(key_of(entry)) != location) {
@@ -614,7 +614,7 @@ void NvmeTier::rewrite_next() {
     reading_bytes_ += buffer->size();
     ++readers_[location.region];
     lock.unlock();
-    start_reading(std::move(reading), {});
+    start_reading(reading, {});
     return;
   }
 }

@@ -139,7 +139,7 @@ class NvmeTier final : public Tier {
   /// With the lock held: whether the object may be queued. OK with known set: it is there already.
   Status admit(const ChunkKey& key, std::uint64_t bytes, bool& known);
   void queue_erasures(std::vector<LogEntry> entries, Done done);
-  void start_reading(std::shared_ptr<Reading> reading, const std::stop_token& cancel);
+  void start_reading(const std::shared_ptr<Reading>& reading, const std::stop_token& cancel);
   void part_ended(Reading& reading, Status status);
 
   // Of the thread.
