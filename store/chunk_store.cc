@@ -383,7 +383,7 @@ bool ChunkStore::State::evict_until(std::uint64_t bytes, Enough enough) {
       --left;
       if (record(chunk).pins > 0) {
         policy->skipped(chunk);
-        continue;
+        break;  // what it is reached through is next in the list, and must not leave before it
       }
       candidates.push_back(chunk);
       candidate_bytes += record(chunk).encoded_bytes();

@@ -48,7 +48,7 @@ class RetainingPolicy final : public EvictionPolicy {
       std::vector<std::uint32_t> named = inner_->victims(asked);
       const auto free = static_cast<std::size_t>(std::ranges::count_if(named, is_free));
       if (free < count && named.size() == asked && asked > 0) continue;
-      std::ranges::stable_partition(named, is_free);
+      std::stable_partition(named.begin(), named.end(), is_free);
       named.resize(std::min(named.size(), count));
       return named;
     }
