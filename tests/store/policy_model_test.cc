@@ -243,7 +243,7 @@ INSTANTIATE_TEST_SUITE_P(Names, EveryPolicy,
                          [](const auto& each) { return std::string(each.param); });
 
 TEST_P(EveryPolicy, KeepsParentsLongerThanWhatFollowsThem) {
-  rc::check([this](const Operations& operations) {
+  EXPECT_TRUE(rc::check([this](const Operations& operations) {
     const auto policy = *make_eviction_policy(GetParam());
     Numbers known;
     std::map<std::uint32_t, std::uint32_t> parent_of;
@@ -290,7 +290,7 @@ TEST_P(EveryPolicy, KeepsParentsLongerThanWhatFollowsThem) {
       for (std::uint32_t each = 0; each < kChunks; ++each)
         RC_ASSERT((policy->expected_use(each) > 0) <= has(known, each));
     }
-  });
+  }));
 }
 
 TEST_P(EveryPolicy, NamesAnotherOneAfterASkip) {
