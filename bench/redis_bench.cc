@@ -13,7 +13,8 @@
 
 #include "store/redis_tier.h"
 
-/// Writes objects to a Redis server through the tier and reads them again, many at a time; prints the rates as "set_gb_per_s <value>" and "get_gb_per_s <value>". bench/redis_rates.py compares them to redis-benchmark.
+/// Writes objects to a Redis server through the tier and reads them again, many at a time; prints the rates as
+/// "set_gb_per_s <value>" and "get_gb_per_s <value>". bench/redis_rates.py compares them to redis-benchmark.
 namespace kvern::bench {
 namespace {
 
@@ -80,6 +81,8 @@ void print_rate(const char* name, std::size_t bytes, const Run& run) {
 }
 
 void measure(const Options& options) {
+  if (options.objects == 0 || options.at_once == 0)
+    throw std::invalid_argument("--objects and --at-once must be above 0");
   RedisTierConfig config;
   config.nodes = {options.node};
   config.prefix = "kvern-bench";
@@ -91,7 +94,7 @@ void measure(const Options& options) {
   for (std::size_t i = 0; i < options.at_once; ++i) targets.push_back(memory_of(options.value_bytes));
 
   print_rate("set_gb_per_s", options.objects * options.value_bytes, [&] {
-    Window window(config.concurrent_writes * 2);
+    Window window(std::size_t{2} * config.concurrent_writes);
     for (std::size_t i = 0; i < options.objects; ++i) {
       const ChunkKey key = key_of(i);
       window.enter();

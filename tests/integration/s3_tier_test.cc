@@ -121,7 +121,7 @@ TEST_F(S3TierOnAServer, AnObjectOfAnotherSizeReplacesTheOldOneAndIsNotReadAsIt) 
   ASSERT_TRUE(write(*tier, old));
   ASSERT_TRUE(write(*tier, smaller));
   EXPECT_EQ(read(*tier, old.hit()).error().code(), Code::kNotFound);
-  EXPECT_EQ(read(*tier, old.hit(), 512 * 1024, 4096).error().code(), Code::kNotFound);
+  EXPECT_EQ(read(*tier, old.hit(), kMiB / 2, 4096).error().code(), Code::kNotFound);
   EXPECT_EQ(read(*tier, smaller.hit()).value(), smaller.bytes());
 }
 

@@ -16,6 +16,7 @@ namespace kvern::testing {
 namespace {
 
 constexpr std::int64_t kMs = 1'000'000;
+constexpr std::size_t kHalfMiB = std::size_t{512} << 10;
 
 /// A tier whose breaker stays out of the way, so that each operation meets the fault.
 RedisTierConfig patient(std::vector<std::string> nodes) {
@@ -237,7 +238,7 @@ TEST(RedisTierFaults, ANodeThatIsDownCostsItsOwnObjectsOnly) {
 }
 
 TEST(RedisTierFaults, ACancelledReadEndsAtOnceAndItsMemoryIsLeftAlone) {
-  const SampleObject sample(1, 4, {512 * 1024});
+  const SampleObject sample(1, 4, {kHalfMiB});
   std::promise<void> asked;
   std::promise<void> go_on;
   FakeRedis server([&](const FakeRedis::Command& command) -> std::optional<std::string> {
@@ -248,7 +249,7 @@ TEST(RedisTierFaults, ACancelledReadEndsAtOnceAndItsMemoryIsLeftAlone) {
     return answer_with(sample, command);
   });
   RedisTier tier(patient({server.address()}), Clock::system(), nullptr);
-  const AlignedBytes memory(512 * 1024);
+  const AlignedBytes memory(kHalfMiB);
   std::stop_source cancel;
   std::promise<Status> ended;
   tier.read(sample.hit(), 0, memory.span(), cancel.get_token(),

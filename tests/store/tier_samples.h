@@ -49,7 +49,7 @@ inline BlockHash sample_hash(std::uint64_t prompt, std::uint64_t block) {
 
 /// An object of made-up bytes and its memory. The bytes follow from the seed.
 struct SampleObject {
-  SampleObject(std::uint64_t prompt, std::uint32_t block_count, std::vector<std::size_t> piece_bytes,
+  SampleObject(std::uint64_t prompt, std::uint32_t block_count, const std::vector<std::size_t>& piece_bytes,
                std::uint64_t seed = 0, std::uint8_t namespace_number = 1) {
     for (std::uint32_t i = 0; i < block_count; ++i) blocks.push_back(sample_hash(prompt, i));
     key = {sample_namespace(namespace_number), 0, blocks.back()};
