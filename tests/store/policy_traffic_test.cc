@@ -158,6 +158,55 @@ TEST(S3FifoAndTinyLfuPolicy, AreNotSweptByScans) {
   EXPECT_GT(hit_rate("tinylfu", 400, with_scans(), kRequests), lru + 0.1);
 }
 
+// A request a second, with the conversations' own pauses; the clock is stepped.
+TEST(ReusePolicy, ServesADayInSeconds) {
+  constexpr int kSeconds = 24 * 3600;
+  constexpr std::uint32_t kCapacity = 2000;
+  ManualClock clock;
+  const auto policy = make_retaining_policy(make_reuse_policy(), clock);
+  std::map<std::uint64_t, std::uint32_t> chunk_of;
+  std::map<std::uint32_t, std::uint64_t> name_of;
+  std::map<std::uint32_t, int> children;
+  std::map<std::uint32_t, std::uint32_t> parent_of;
+  const Traffic traffic = sessions(300);
+  std::size_t found = 0;
+  for (int second = 0; second < kSeconds; ++second) {
+    clock.advance(std::chrono::seconds(1));
+    const Prompt prompt = traffic();
+    bool is_prefix = true;
+    for (std::size_t i = 0; i < prompt.size(); ++i) {
+      if (const auto hit = chunk_of.find(prompt[i]); hit != chunk_of.end()) {
+        policy->touched(hit->second);
+        found += is_prefix ? 1 : 0;
+        continue;
+      }
+      is_prefix = false;
+      auto chunk = static_cast<std::uint32_t>(chunk_of.size());
+      if (chunk == kCapacity) {
+        chunk = policy->victims(1).at(0);
+        ASSERT_EQ(children[chunk], 0) << "what follows it is still there, in second " << second;
+        if (const auto parent = parent_of.find(chunk); parent != parent_of.end()) {
+          --children[parent->second];
+          parent_of.erase(parent);
+        }
+        policy->erased(chunk);
+        chunk_of.erase(name_of[chunk]);
+      }
+      chunk_of[prompt[i]] = chunk;
+      name_of[chunk] = prompt[i];
+      // System prompts are to be kept for an hour.
+      const std::int64_t retain = i < kDocumentChunks ? clock.now_ns() + 3'600'000'000'000 : 0;
+      policy->inserted(chunk, {.bytes = 1, .fingerprint = prompt[i], .retain_until_ns = retain});
+      if (const auto parent = i > 0 ? chunk_of.find(prompt[i - 1]) : chunk_of.end(); parent != chunk_of.end()) {
+        policy->follows(chunk, parent->second);
+        parent_of[chunk] = parent->second;
+        ++children[parent->second];
+      }
+    }
+  }
+  EXPECT_GT(found, static_cast<std::size_t>(kSeconds) * kDocumentChunks) << "system prompts and more";
+}
+
 TEST(ReusePolicy, DecidesTheSameEveryTime) {
   EXPECT_EQ(hit_rate("reuse", 300, zipf(500, 0.9), 2000), hit_rate("reuse", 300, zipf(500, 0.9), 2000));
 }
