@@ -43,6 +43,7 @@ wire::HotRequest reserve_request(const StoreContext& context, std::span<const st
     const StoreChunk& chunk = context.job.chunks[index];
     wire::ReserveItem* item = body->add_items();
     item->set_position(chunk.position);
+    if (chunk.previous) item->set_previous_block(chunk.previous->bytes().data(), chunk.previous->size());
     for (const BlockHash& hash : chunk.hashes) {
       item->mutable_block_hashes()->append(reinterpret_cast<const char*>(hash.bytes().data()), hash.size());
     }

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,8 +24,9 @@ struct WorkerConfig {
 /// One chunk of a store: whole blocks, all layers and heads of this rank.
 struct StoreChunk {
   std::vector<BlockHash> hashes;
-  std::vector<std::uint32_t> block_ids;  ///< same length
-  std::uint64_t position = 0;            ///< of the first token
+  std::vector<std::uint32_t> block_ids;    ///< same length
+  std::uint64_t position = 0;              ///< of the first token
+  std::optional<BlockHash> previous = {};  ///< the block before it in the prompt
 };
 struct StoreJob {
   std::uint64_t id = 0;  ///< caller's, unique

@@ -43,7 +43,7 @@ struct ServiceConfig {
   } server;
   struct Store {
     std::uint64_t dram_bytes = 4ULL << 30;
-    std::string eviction = "lru";
+    std::string eviction = "reuse";
     bool warm_restart = true;
     std::uint64_t incomplete_ttl_seconds = 60;
     std::uint64_t chunk_capacity = 0;
@@ -70,6 +70,22 @@ struct ServiceConfig {
     std::uint64_t write_queue_bytes = 256ULL << 20;
     std::uint64_t timeout_ms = 5000;
   } redis;
+  struct S3 {
+    std::string bucket;  ///< empty: no such tier
+    std::string endpoint;
+    std::string region = "us-east-1";
+    bool path_style = false;
+    std::string access_key_id_file;
+    std::string secret_access_key_file;
+    std::string session_token_file;
+    std::string ca_file;
+    std::string proxy;
+    std::string prefix = "kvern";
+    std::string write = "through";
+    std::uint64_t write_queue_bytes = 256ULL << 20;
+    std::uint64_t part_bytes = 16ULL << 20;
+    std::uint64_t timeout_ms = 10'000;
+  } s3;
   struct Sessions {
     std::uint64_t max_sessions = 256;
     std::uint64_t staging_bytes_max = 1ULL << 30;

@@ -328,11 +328,9 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
       optional_namespace(request.has_flush() ? request.flush().namespace_id() : request.explain().namespace_id());
   if (!id) return id.error();
   if (request.has_flush()) {
-    // Lower tiers first: what is on its way up from them is dropped, and nothing comes back.
     std::promise<Status> erased;
-    parts_.tiers.erase_all(*id, [&erased](const Status& status) { erased.set_value(status); });
+    const auto [chunks, bytes] = parts_.tiers.flush(*id, [&erased](const Status& status) { erased.set_value(status); });
     const Status lower = erased.get_future().get();
-    const auto [chunks, bytes] = parts_.store.flush(*id);
     reply->mutable_flushed()->set_chunks(chunks);
     reply->mutable_flushed()->set_bytes(bytes);
     spdlog::info("flushed {} chunks of {} bytes", chunks, bytes);

@@ -201,7 +201,7 @@ Daemon::State::State(const ServiceConfig& config_in)
               .index_slots = config.index_slots(),
               .generation = epoch,
               .incomplete_ttl_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000},
-          slab.bytes(), index.bytes(), make_lru_policy(),
+          slab.bytes(), index.bytes(), or_throw(make_eviction_policy(config.store.eviction)),
           [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock, slab.map_bytes())),
       tiers(std::make_unique<TieredStore>(*store, make_tiers(config, slab.bytes(), clock, metrics), movers,
                                           TieredStoreConfig{}, [this] { return slab.usable_bytes(); })),

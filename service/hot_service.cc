@@ -82,9 +82,10 @@ std::vector<std::uint64_t> parse_checksums(const std::string& bytes) {
 /// One Commit whose items end on different threads: the last one answers.
 class PendingCommit {
  public:
-  PendingCommit(std::size_t items, HotReplyFunction reply, Metrics& metrics, const Clock& clock,
+  PendingCommit(std::size_t items, HotReplyFunction reply, ChunkStore& store, Metrics& metrics, const Clock& clock,
                 StorePipeline& pipeline)
       : work_(pipeline),
+        store_(store),
         statuses_(items),
         left_(items),
         reply_(std::move(reply)),
@@ -92,9 +93,15 @@ class PendingCommit {
         clock_(clock),
         started_(clock.now_ns()) {}
 
+  /// Before the item can finish.
+  void follows(const BlockHash& previous, const ChunkKey& chunk) { order_.emplace_back(previous, chunk); }
+
   void finish(std::size_t item, Status status) {
     statuses_[item] = std::move(status);
     if (left_.fetch_sub(1) != 1) return;
+    for (const auto& [previous, chunk] : order_) {
+      store_.link(chunk.namespace_id, chunk.group, previous, chunk.last_block);
+    }
     metrics_.commit_seconds.Observe(seconds_since(clock_, started_));
     wire::HotReply reply;
     for (const Status& each : statuses_) set_status(each, reply.mutable_committed()->add_items());
@@ -103,6 +110,8 @@ class PendingCommit {
 
  private:
   const StorePipeline::Work work_;  // a stop waits until the answer is given
+  ChunkStore& store_;
+  std::vector<std::pair<BlockHash, ChunkKey>> order_;  // each chunk with the block before it; known when all are stored
   std::vector<Status> statuses_;
   std::atomic<std::size_t> left_;
   const HotReplyFunction reply_;
@@ -302,6 +311,7 @@ void HotService::reserve_item(Session& session, const ReserveTerms& terms, const
   info = terms.info;
   info.shape.tokens = static_cast<std::uint32_t>(hashes->size()) * info.block_tokens;
   info.position = item.position();
+  reservation->previous = BlockHash::from_bytes(as_bytes(item.previous_block()));
   info.key.last_block = hashes->back();
   info.block_hashes = std::move(*hashes);
   if (const Status fits = terms.space->shape.accepts(info.shape, info.group_layers, info.model_heads); !fits) {
@@ -350,8 +360,8 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
     answer.set_id(id);
     reply(std::move(answer));
   };
-  const auto pending = std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), with_id, parts_.metrics,
-                                                       parts_.clock, parts_.pipeline);
+  const auto pending = std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), with_id, parts_.store,
+                                                       parts_.metrics, parts_.clock, parts_.pipeline);
   std::size_t index = 0;
   for (const auto& item : items) {
     const std::size_t mine = index++;
@@ -369,6 +379,7 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
       pending->finish(mine, invalid("there must be one checksum per layer, part and head"));
       continue;
     }
+    if (reservation->previous) pending->follows(*reservation->previous, reservation->info.key);
     const Status queued =
         parts_.pipeline.submit(reservation, parse_checksums(item.plane_checksums()),
                                [pending, mine](Status status) { pending->finish(mine, std::move(status)); });
@@ -391,6 +402,7 @@ Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fet
   const auto space = named_namespace(session, request.namespace_id(), request.group());
   if (!space) return space.error();
   std::size_t locations = 0;
+  std::optional<BlockHash> previous;
   for (const auto& item : request.items()) {
     auto* fetched = answer->add_items();
     if (locations >= kMaxLocations) {
@@ -399,6 +411,12 @@ Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fet
     }
     fetch_item(session, **space, static_cast<std::uint16_t>(request.group()), item, fetched);
     locations += 1 + static_cast<std::size_t>(fetched->shards_size());
+    // Who fetches a prompt names its chunks in order, and eviction wants to know it.
+    const auto block = BlockHash::from_bytes(as_bytes(item.block_hash()));
+    if (previous && block) {
+      parts_.store.link((*space)->id, static_cast<std::uint16_t>(request.group()), *previous, *block);
+    }
+    previous = block;
   }
   return Status::ok();
 }

@@ -51,6 +51,7 @@ struct SessionIdentity {
 struct Reservation {
   std::uint64_t id = 0;
   ContainerInfo info;
+  std::optional<BlockHash> previous;  ///< the block before the chunk in its prompt
   std::shared_ptr<const Codec> codec;
   Staging::Block block;
   InFlight::Claim claim;

@@ -2,6 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 
 #include "store/nvme_tier.h"
 #include "store/redis_tier.h"
+#include "store/s3_tier.h"
 
 namespace kvern {
 namespace {
@@ -61,6 +63,33 @@ std::unique_ptr<Tier> make_redis(const ServiceConfig::Redis& config, const Clock
   return std::make_unique<RedisTier>(std::move(redis), clock, &observer);
 }
 
+SecretSource secret(const std::string& file, const char* variable) {
+  SecretSource source;
+  source.file = file;
+  if (file.empty() && std::getenv(variable) != nullptr) source.environment = variable;
+  return source;
+}
+
+std::unique_ptr<Tier> make_s3(const ServiceConfig::S3& config, const Clock& clock, TierObserver& observer) {
+  S3TierConfig s3;
+  s3.bucket.bucket = config.bucket;
+  s3.bucket.endpoint = config.endpoint;
+  s3.bucket.region = config.region;
+  s3.bucket.path_style = config.path_style;
+  s3.bucket.access_key_id = secret(config.access_key_id_file, "AWS_ACCESS_KEY_ID");
+  s3.bucket.secret_access_key = secret(config.secret_access_key_file, "AWS_SECRET_ACCESS_KEY");
+  s3.bucket.session_token = secret(config.session_token_file, "AWS_SESSION_TOKEN");
+  s3.ca_file = config.ca_file;
+  s3.proxy = config.proxy;
+  s3.prefix = config.prefix;
+  s3.write_queue_bytes = config.write_queue_bytes;
+  s3.part_bytes = config.part_bytes;
+  s3.read_timeout_ns = static_cast<std::int64_t>(config.timeout_ms) * 1'000'000;
+  spdlog::info("s3: bucket {} at {}, keys {}*", config.bucket, config.endpoint.empty() ? "AWS" : config.endpoint,
+               config.prefix);
+  return std::make_unique<S3Tier>(std::move(s3), clock, &observer);
+}
+
 /// Names the tier in the message of whatever goes wrong.
 template <typename Make>
 void add(std::vector<LowerTier>& tiers, const char* name, const std::string& write, Make make) {
@@ -81,6 +110,9 @@ std::vector<LowerTier> make_tiers(const ServiceConfig& config, std::span<std::by
   }
   if (!config.redis.nodes.empty()) {
     add(tiers, "redis", config.redis.write, [&] { return make_redis(config.redis, clock, observer); });
+  }
+  if (!config.s3.bucket.empty()) {
+    add(tiers, "s3", config.s3.write, [&] { return make_s3(config.s3, clock, observer); });
   }
   return tiers;
 }

@@ -42,6 +42,7 @@ Result<std::vector<LoadedShard>> verify_object(std::span<const std::byte> object
 
 Status TieredStoreConfig::validate() const {
   if (prefetch_window_bytes == 0) return {Code::kInvalid, "prefetch_window_bytes must be above 0"};
+  if (!(saving_share > 0 && saving_share <= 1)) return {Code::kInvalid, "saving_share must be above 0, at most 1"};
   if (prefetches_max == 0) return {Code::kInvalid, "prefetches_max must be above 0"};
   return Status::ok();
 }
@@ -52,12 +53,18 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
     WritePolicy write = WritePolicy::kOff;
     std::atomic<std::uint64_t> promoted_chunks{0}, promoted_bytes{0}, promoted_tokens{0};
     std::atomic<std::uint64_t> saved_chunks{0}, unsaved_chunks{0}, corrupt_chunks{0};
+    std::atomic<std::uint64_t> saving_bytes{0};
   };
   using Waiter = std::function<void(const Status&)>;
 
   State(ChunkStore& dram_store, Executor& verifier, const TieredStoreConfig& store_config,
         std::function<std::uint64_t()> usable)
-      : dram(dram_store), executor(verifier), config(store_config), usable_bytes(std::move(usable)) {}
+      : dram(dram_store),
+        executor(verifier),
+        config(store_config),
+        saving_bytes_max(
+            static_cast<std::uint64_t>(config.saving_share * static_cast<double>(dram_store.stats().capacity_bytes))),
+        usable_bytes(std::move(usable)) {}
 
   void load(std::size_t place, const TierHit& hit, std::stop_token cancel, Waiter waiter);
   void read(std::size_t place, const TierHit& hit, std::stop_token cancel);
@@ -71,12 +78,14 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
   ChunkStore& dram;
   Executor& executor;
   const TieredStoreConfig config;
+  const std::uint64_t saving_bytes_max;
   const std::function<std::uint64_t()> usable_bytes;
   std::vector<std::unique_ptr<Place>> places;  ///< tiers go first of all, see ~TieredStore()
   std::uint8_t written = 0;                    ///< tiers that are written at all
   std::uint8_t written_through = 0;
 
-  std::atomic<std::uint64_t> flushes{0};  ///< what was read before one must not be published after it
+  std::atomic<std::uint64_t> flushes{0};  ///< what moves before one must not arrive after it
+  std::atomic<int> flushing{0};           ///< while it is not 0 nothing moves
   std::atomic<std::size_t> jobs{0};
   mutable std::mutex mutex;
   std::condition_variable changed;
@@ -146,7 +155,8 @@ Status TieredStore::State::publish(Place& place, std::size_t number, const TierH
                                    std::uint64_t flushes_before) {
   const auto shards = verify_object(dram.bytes(ticket), hit.key);
   Status status = status_of(shards);
-  if (status && flushes.load() != flushes_before) status = Status(Code::kNotFound, "it was flushed meanwhile");
+  if (status && (flushing.load() > 0 || flushes.load() != flushes_before))
+    status = Status(Code::kNotFound, "it was flushed meanwhile");
   if (status) {
     status = dram.publish_load(ticket, *shards, bit_of(number));
   } else {
@@ -175,7 +185,8 @@ void TieredStore::State::finish_load(const ChunkKey& key, const Status& status) 
 }
 
 void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
-  if (!begin_task()) return;
+  if (flushing.load() > 0 || !begin_task()) return;
+  const std::uint64_t flushes_before = flushes.load();
   {
     std::lock_guard lock(mutex);
     std::uint8_t& on_its_way = saving[key];
@@ -213,11 +224,26 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
   for (std::size_t number = 0; number < places.size(); ++number) {
     if ((wanted & bit_of(number)) == 0) continue;
     Place& place = *places[number];
-    place.tier->write(object, [this, self = shared_from_this(), number, key, done](const Status& status) {
-      ++(status ? places[number]->saved_chunks : places[number]->unsaved_chunks);
-      if (status) dram.mark_saved(key, bit_of(number));
+    const std::uint64_t bytes = object.bytes();
+    const std::uint64_t others = place.saving_bytes.fetch_add(bytes);
+    if (others > 0 && others + bytes > saving_bytes_max) {
+      place.saving_bytes.fetch_sub(bytes);
+      ++place.unsaved_chunks;
       done(bit_of(number));
-    });
+      continue;
+    }
+    place.tier->write(
+        object, [this, self = shared_from_this(), number, bytes, key, flushes_before, done](const Status& status) {
+          places[number]->saving_bytes.fetch_sub(bytes);
+          // It may have overtaken the flush on its way, and must not outlive it.
+          if (status && flushes.load() != flushes_before && begin_task()) {
+            places[number]->tier->erase({key}, [](const Status&) {});
+            end_task();
+          }
+          ++(status ? places[number]->saved_chunks : places[number]->unsaved_chunks);
+          if (status) dram.mark_saved(key, bit_of(number));
+          done(bit_of(number));
+        });
   }
   end_task();
 }
@@ -429,29 +455,41 @@ Status TieredStore::wait_saved(std::int64_t timeout_ns) {
   return Status(Code::kExpired, std::to_string(state_->saving.size()) + " chunks are not written to lower tiers yet");
 }
 
-void TieredStore::erase_all(const std::optional<NamespaceId>& namespace_id, Tier::Done done) {
+std::pair<std::uint64_t, std::uint64_t> TieredStore::flush(const std::optional<NamespaceId>& namespace_id,
+                                                           Tier::Done done) {
   State& state = *state_;
+  state.flushing.fetch_add(1);
   state.flushes.fetch_add(1);
+  const auto flushed = state.dram.flush(namespace_id);
   struct Pending {
     std::mutex mutex;
     std::size_t left;
     Status status;
     Tier::Done done;
   };
-  if (state.places.empty() || !state.begin_task()) return done(Status::ok());
+  if (state.places.empty() || !state.begin_task()) {
+    state.flushing.fetch_sub(1);
+    done(Status::ok());
+    return flushed;
+  }
   const auto pending = std::make_shared<Pending>();
   pending->left = state.places.size();
   pending->done = std::move(done);
   for (const auto& place : state.places) {
-    place->tier->erase_all(namespace_id, [pending, name = place->tier->name()](const Status& status) {
-      std::unique_lock lock(pending->mutex);
-      if (!status && pending->status) pending->status = Status(status.code(), name + ": " + status.message());
-      if (--pending->left > 0) return;
-      lock.unlock();
-      pending->done(pending->status);
-    });
+    place->tier->erase_all(namespace_id,
+                           [self = state_, namespace_id, pending, name = place->tier->name()](const Status& status) {
+                             std::unique_lock lock(pending->mutex);
+                             if (!status && pending->status)
+                               pending->status = Status(status.code(), name + ": " + status.message());
+                             if (--pending->left > 0) return;
+                             lock.unlock();
+                             self->dram.flush(namespace_id);  // what was being published when it began
+                             self->flushing.fetch_sub(1);
+                             pending->done(pending->status);
+                           });
   }
   state.end_task();
+  return flushed;
 }
 
 TieredStoreStats TieredStore::stats() const {

@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/executor.h"
@@ -37,6 +38,9 @@ struct TieredStoreConfig {
   std::size_t prefetches_max = 256;
   /// How many bytes of next victims are kept saved, so that they can leave without being lost.
   std::uint64_t write_back_bytes = 64ULL << 20;
+  /// Share of the DRAM tier that may be held for the writes of one lower tier: a chunk stays where it is until it is
+  /// written, and a tier that is slow must not fill DRAM with what waits for it.
+  double saving_share = 0.125;
   Status validate() const;
 };
 
@@ -89,8 +93,10 @@ class TieredStore {
   void save_victims();
   /// Waits for what is being written; kExpired when that takes longer.
   Status wait_saved(std::int64_t timeout_ns);
-  /// Erases all objects of the namespace (all namespaces: nullopt) in all tiers; done gets the first failure.
-  void erase_all(const std::optional<NamespaceId>& namespace_id, Tier::Done done);
+  /// Drops everything of the namespace (all namespaces: nullopt): in DRAM at once, but for what is pinned or claimed,
+  /// and returns (chunks, bytes) of that; in the lower tiers until done is called, with the first failure. Meanwhile
+  /// nothing moves, so that nothing comes back from one tier to another.
+  std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id, Tier::Done done);
 
   TieredStoreStats stats() const;
 

@@ -23,7 +23,7 @@ class StoreOrder:
     group: int
     codec: str
     hash_bytes: int
-    chunks: list[tuple[bytes, list[int], int]]  # (hashes, block_ids, position), see _kvern.pyi
+    chunks: list[tuple[bytes, list[int], int, bytes]]  # (hashes, block_ids, position, previous), see _kvern.pyi
 
 
 @dataclasses.dataclass

@@ -500,12 +500,12 @@ class SchedulerSide:
             if len(block_ids) < end - begin or 0 in block_ids:
                 self._recorder.count("stores_skipped", label="blocks left the window")
                 continue
-            chunks.append((hashes[begin * hash_bytes : end * hash_bytes], block_ids, begin * group.block_tokens))
+            previous = hashes[(begin - 1) * hash_bytes : begin * hash_bytes] if begin else b""
+            chunks.append((hashes[begin * hash_bytes : end * hash_bytes], block_ids, begin * group.block_tokens, previous))
             tokens.append((end - begin) * group.block_tokens)
             if notes is not None:
-                parent = hashes[(begin - 1) * hash_bytes : begin * hash_bytes] if begin else None
                 own = [hashes[i * hash_bytes : (i + 1) * hash_bytes] for i in range(begin, end)]
-                notes.append(note_chunk(request, group, own, begin, parent))
+                notes.append(note_chunk(request, group, own, begin, previous or None))
         if not chunks:
             return
         job = next(self._jobs)

@@ -316,14 +316,16 @@ void bind_worker(nb::module_& module) {
           "submit_store",
           [](PyWorker& self, std::uint64_t id, int handle, std::uint16_t group, std::string codec,
              std::uint32_t hash_bytes,
-             std::vector<std::tuple<nb::bytes, std::vector<std::uint32_t>, std::uint64_t>> chunks) {
+             std::vector<std::tuple<nb::bytes, std::vector<std::uint32_t>, std::uint64_t, nb::bytes>> chunks) {
             StoreJob job;
             job.id = id;
             job.namespace_handle = handle;
             job.group = group;
             job.codec_spec = std::move(codec);
-            for (auto& [hashes, blocks, position] : chunks) {
-              job.chunks.push_back({split_hashes(hashes, hash_bytes), std::move(blocks), position});
+            for (auto& [hashes, blocks, position, previous] : chunks) {
+              job.chunks.push_back(
+                  {split_hashes(hashes, hash_bytes), std::move(blocks), position,
+                   BlockHash::from_bytes({static_cast<const std::uint8_t*>(previous.data()), previous.size()})});
             }
             const nb::gil_scoped_release unlocked;
             self->submit_store(std::move(job));

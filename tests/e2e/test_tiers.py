@@ -1,7 +1,9 @@
-"""What DRAM has no room for, and what outlives the daemon: NVMe, Redis, and the warm restart."""
+"""What DRAM has no room for, and what outlives the daemon: NVMe, Redis, S3, and the warm restart."""
 
+import pathlib
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -46,18 +48,57 @@ def redis(tmp_path_factory):
     server.kill()
 
 
-def tier_settings(folder, redis) -> dict:
-    return {
-        "store.dram_bytes": "32MiB",  # 8 KiB of KV per token: room for about 4,000 tokens
-        "nvme.files": str(folder / "nvme"),
-        "nvme.bytes": "1GiB",
-        "redis.nodes": f"127.0.0.1:{redis.port}",
-    }
+class S3(Process):
+    """A server with one bucket. It takes any signature, since it checks those of listings wrongly; the integration tests
+    have those of all else checked."""
+
+    BUCKET = "kvern-e2e"
+
+    def __init__(self, folder):
+        super().__init__("s3", folder)
+        self.folder = folder
+
+    def start(self) -> "S3":
+        script = pathlib.Path(__file__).parents[1] / "integration" / "s3_server.py"
+        self.spawn([sys.executable, str(script), self.BUCKET, "unchecked"], stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (ready := [line for line in self.log.read_text().splitlines() if line.startswith("ready ")]):
+            assert self.alive and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+        _, self.port, access, secret, *_ = ready[0].split()
+        (self.folder / "access").write_text(access)
+        (self.folder / "secret").write_text(secret + "\n")
+        return self
 
 
 @pytest.fixture(scope="module")
-def daemon(stage, redis):
-    return stage.start_daemon(tier_settings(stage.folder, redis))
+def s3(tmp_path_factory):
+    server = S3(tmp_path_factory.mktemp("s3")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def remotes(redis, s3) -> dict[str, dict]:
+    return {
+        "redis": {"redis.nodes": f"127.0.0.1:{redis.port}"},
+        "s3": {
+            "s3.bucket": S3.BUCKET,
+            "s3.endpoint": f"http://127.0.0.1:{s3.port}",
+            "s3.path_style": True,
+            "s3.access_key_id_file": str(s3.folder / "access"),
+            "s3.secret_access_key_file": str(s3.folder / "secret"),
+        },
+    }
+
+
+DRAM = {"store.dram_bytes": "32MiB"}  # 8 KiB of KV per token: room for about 4,000 tokens
+
+
+@pytest.fixture(scope="module")
+def daemon(stage, remotes):
+    nvme = {"nvme.files": str(stage.folder / "nvme"), "nvme.bytes": "1GiB"}
+    return stage.start_daemon({**DRAM, **nvme, **remotes["redis"], **remotes["s3"]})
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +144,14 @@ def test_nvme_outlives_a_killed_daemon(daemon, engine, texts, cold):
     restore(engine, texts, cold)
 
 
-def test_another_daemon_finds_it_in_redis(stage, daemon, redis, tmp_path, texts, cold):
-    daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0, tier="redis")
-    settings = tier_settings(tmp_path, redis)
-    del settings["nvme.files"], settings["nvme.bytes"]
-    elsewhere = Daemon(tmp_path, settings).start()
+@pytest.mark.parametrize("tier", ["redis", "s3"])
+def test_another_daemon_finds_it_in_a_remote_tier(stage, daemon, remotes, tmp_path, texts, cold, tier):
+    daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0, tier=tier, seconds=60)
+    elsewhere = Daemon(tmp_path, {**DRAM, **remotes[tier]}).start()
     try:
         engine = stage.engine(random_llama(), transfer=kvern_transfer(elsewhere.address)).wait_started()
         restore(engine, texts[:3], cold[:3])
-        assert elsewhere.metric("kvern_promoted_chunks_total", tier="redis") > 0
+        assert elsewhere.metric("kvern_promoted_chunks_total", tier=tier) > 0
         engine.stop()
     finally:
         elsewhere.destroy()
@@ -140,7 +180,9 @@ def test_a_flush_empties_every_tier(daemon, engine, redis, texts, cold):
     while daemon.metric("kvern_tier_breaker_state", tier="redis") > 0:
         assert time.monotonic() < deadline
         engine.generate(tokens("probe", str(time.monotonic()), length=100), max_tokens=1)
+    assert engine.settle(limit=60)
     daemon.ctl("flush", "--all")
+    daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0)
     assert redis.cli("dbsize") == "0"
     restore(engine, texts[:2], cold[:2], cached=0)
 

@@ -112,7 +112,7 @@ class Client:
 
 
 class PrefixMatcher:
-    def __init__(self, client, *, block_tokens, chunk_blocks, groups, remote_deadline_ms=50):
+    def __init__(self, client, *, block_tokens, chunk_blocks, groups, remote_deadline_ms=50, prefetch_deadline_ms=2000):
         self.client, self.block_tokens, self.groups = client, block_tokens, groups
         self.claimed: dict[str, int] = {}
         self.unknown = 0  # how many times more to say "not known yet"
@@ -192,7 +192,8 @@ class TransferWorker:
 
     def _run_store(self, job, namespace, group, hash_bytes, chunks):
         store, stored = self.client.store, []
-        for number, (hashes, block_ids, position) in enumerate(chunks):
+        for number, (hashes, block_ids, position, previous) in enumerate(chunks):
+            assert len(previous) == (hash_bytes if position else 0), "a chunk is told which block comes before it"
             blocks = [hashes[i : i + hash_bytes] for i in range(0, len(hashes), hash_bytes)]
             assert len(blocks) == len(block_ids) and all(block_ids), "a null block in a store"
             if store.drop_stores:

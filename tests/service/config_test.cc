@@ -69,7 +69,7 @@ TEST(Config, EveryErrorIsToldWithFileAndLine) {
       "codec = \"zip\"\n",       // 10
       "k.toml");
   EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:2: store.dram_bytes")));
-  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:3: store.eviction must be one of lru")));
+  EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:3: store.eviction must be one of reuse|lru")));
   EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:4: there is no key store.dram;")));
   EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:6: server.insecure must be true or false")));
   EXPECT_THAT(loaded.errors, Contains(StartsWith("k.toml:7: server.ucx_port must be from 0 to 65535")));

@@ -249,6 +249,22 @@ TEST(TieredStore, AChunkIsHeldUntilItIsWritten) {
   EXPECT_EQ(f.dram.store.stats().pinned_chunks, 0U);
 }
 
+TEST(TieredStore, ASlowTierDoesNotFillDram) {
+  TieredFixture f(256, WritePolicy::kThrough);
+  f.slow->immediate = false;
+  for (std::uint64_t number = 0; number < 40; ++number) {
+    ASSERT_TRUE(store_chunk(f.dram.store, f.cell(number)).value()) << "there is room for chunk " << number;
+    f.store->stored(f.cell(number).info().key);
+  }
+  EXPECT_LE(f.dram.store.stats().pinned_chunks * 9 * 4096, 256 * 4096 / 8);
+  EXPECT_GT(f.slow->waiting.size(), 0U);
+  EXPECT_GT(f.store->stats().tiers[1].unsaved_chunks, 0U);
+  EXPECT_EQ(f.store->stats().tiers[0].saved_chunks, 40U);
+  while (f.slow->run()) {
+  }
+  EXPECT_EQ(f.dram.store.stats().pinned_chunks, 0U);
+}
+
 TEST(TieredStore, WritesBackWhatWillLeaveNextAndEachChunkOnce) {
   TieredFixture f(64, WritePolicy::kBack);
   ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
@@ -277,14 +293,25 @@ TEST(TieredStore, AFlushReachesEveryTierAndWhatIsOnItsWay) {
   const auto prefetch = f.prefetch(4);
   EXPECT_TRUE(prefetch->pending()) << "read, and not verified";
   Status flushed(Code::kInternal, "not called");
-  f.store->erase_all(namespace_of(1), [&](const Status& status) { flushed = status; });
+  f.store->flush(namespace_of(1), [&](const Status& status) { flushed = status; });
   EXPECT_TRUE(flushed);
   f.executor.run_all();
   EXPECT_EQ(f.matched(4), 0U);
   EXPECT_TRUE(f.fast->objects.empty());
   f.slow->broken = Status(Code::kUnavailable, "no route");
-  f.store->erase_all(std::nullopt, [&](const Status& status) { flushed = status; });
+  f.store->flush(std::nullopt, [&](const Status& status) { flushed = status; });
   EXPECT_EQ(flushed.code(), Code::kUnavailable);
+}
+
+TEST(TieredStore, AWriteThatOvertakesAFlushIsErased) {
+  TieredFixture f(1024, WritePolicy::kThrough);
+  f.slow->immediate = false;
+  ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
+  f.store->stored(f.cell(0).info().key);
+  f.store->flush(std::nullopt, [](const Status& status) { EXPECT_TRUE(status); });
+  while (f.slow->run()) {
+  }
+  EXPECT_TRUE(f.slow->objects.empty());
 }
 
 TEST(TieredStore, EndsInTheMiddleOfEverything) {
