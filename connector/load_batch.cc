@@ -17,6 +17,10 @@ using SteadyClock = std::chrono::steady_clock;
 /// A piece usually lies in one chunk; each round finds the chunk that holds the last block which is still missing.
 constexpr int kMaxRounds = 16;
 
+/// Bytes that are pulled ahead of the chunk that is being decoded: enough to keep a network busy while one chunk of
+/// 8 MiB is decoded; more only makes pulls wait for each other, and takes memory.
+constexpr std::uint64_t kPullWindowBytes = 16ULL << 20;
+
 /// Blocks [begin, end) of a piece that are not in the pages yet.
 struct Remaining {
   const LoadPiece* piece = nullptr;
@@ -137,6 +141,12 @@ std::vector<PulledShard> pull_shards(const LoadContext& context, const wire::Fet
   return pulled;
 }
 
+std::uint64_t bytes_of(std::span<const PulledShard> pulled) {
+  std::uint64_t bytes = 0;
+  for (const PulledShard& pull : pulled) bytes += pull.shard->bytes();
+  return bytes;
+}
+
 /// Decodes what the fetched chunk holds of the piece and shortens the rest by it. kCorrupt: the bytes are to blame.
 Status decode_chunk(const LoadContext& context, std::span<PulledShard> pulled, Remaining& rest, LoadedBytes* loaded) {
   const GroupPages& pages = *rest.pages;
@@ -204,14 +214,19 @@ Status fetch_and_decode(const LoadContext& context, std::uint16_t group, std::sp
     return {Code::kInvalid, "the daemon answered for another number of chunks than were asked for"};
   }
   std::vector<std::vector<PulledShard>> pulled;
-  for (int i = 0; i < items.size() && to_status(items[i].status()); ++i) {
-    pulled.push_back(pull_shards(context, items[i], *wanted[static_cast<std::size_t>(i)]->pages));
-  }
+  std::uint64_t pulled_bytes = 0;
   for (int i = 0; i < items.size() && status; ++i) {
     status = to_status(items[i].status());
     if (!status) break;
     const auto index = static_cast<std::size_t>(i);
+    while (pulled.size() < wanted.size() && (pulled.size() <= index || pulled_bytes < kPullWindowBytes)) {
+      const auto& next = items[static_cast<int>(pulled.size())];
+      if (!to_status(next.status())) break;
+      pulled.push_back(pull_shards(context, next, *wanted[pulled.size()]->pages));
+      pulled_bytes += bytes_of(pulled.back());
+    }
     status = decode_chunk(context, pulled[index], *wanted[index], loaded);
+    pulled_bytes -= bytes_of(pulled[index]);
     pulled[index].clear();
     if (status.code() == Code::kCorrupt) {
       std::erase(taken, items[i].lease_id());

@@ -2,6 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
@@ -15,6 +16,9 @@
 
 namespace kvern {
 namespace {
+
+// How long the start waits for the recovery of NVMe, to say what it found; it goes on in the background.
+constexpr std::int64_t kRecoveryPatience = 200'000'000;
 
 WritePolicy write_policy(const std::string& word) {
   return word == "through" ? WritePolicy::kThrough : word == "back" ? WritePolicy::kBack : WritePolicy::kOff;
@@ -33,18 +37,24 @@ std::string first_line(const std::string& file, const char* key) {
   return line;
 }
 
-std::unique_ptr<Tier> make_nvme(const ServiceConfig::Nvme& config, std::span<std::byte> slab, const Clock& clock,
-                                TierObserver& observer) {
+std::unique_ptr<Tier> make_nvme(const ServiceConfig::Nvme& config, const Clock& clock, TierObserver& observer) {
   NvmeConfig nvme;
   for (const auto& path : split_list(config.files)) nvme.files.push_back({path, config.bytes / 4096 * 4096});
   nvme.sync = config.sync;
   nvme.write_queue_bytes = config.write_queue_bytes;
   nvme.write_bytes_per_second = config.write_bytes_per_second;
   nvme.io.kind = block_io_kind(config.io);
-  nvme.io.memory = {slab};
   auto tier = std::make_unique<NvmeTier>(nvme, clock, &observer);
   for (const auto& note : tier->notes()) spdlog::warn("nvme: {}", note);
   spdlog::info("nvme: {} file(s) of {}, by {}", nvme.files.size(), format_bytes(config.bytes), tier->io_kind());
+  // Not registered with the kernel (BlockIoConfig::memory): that would pin the whole slab before the daemon is ready.
+  if (const auto found = tier->recovery(kRecoveryPatience)) {
+    if (!found->log.message.empty()) spdlog::warn("nvme: {}", found->log.message);
+    if (!found->status) spdlog::error("nvme: {}", found->status.message());
+    spdlog::info("nvme: {} chunks were found after {:.0f} ms", found->objects, found->seconds * 1e3);
+  } else {
+    spdlog::info("nvme: what is there is being read; it will be found when that has ended");
+  }
   return tier;
 }
 
@@ -102,11 +112,10 @@ void add(std::vector<LowerTier>& tiers, const char* name, const std::string& wri
 
 }  // namespace
 
-std::vector<LowerTier> make_tiers(const ServiceConfig& config, std::span<std::byte> slab, const Clock& clock,
-                                  TierObserver& observer) {
+std::vector<LowerTier> make_tiers(const ServiceConfig& config, const Clock& clock, TierObserver& observer) {
   std::vector<LowerTier> tiers;
   if (!config.nvme.files.empty()) {
-    add(tiers, "nvme", config.nvme.write, [&] { return make_nvme(config.nvme, slab, clock, observer); });
+    add(tiers, "nvme", config.nvme.write, [&] { return make_nvme(config.nvme, clock, observer); });
   }
   if (!config.redis.nodes.empty()) {
     add(tiers, "redis", config.redis.write, [&] { return make_redis(config.redis, clock, observer); });

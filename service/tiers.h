@@ -1,7 +1,7 @@
 #pragma once
 
-#include <cstddef>
-#include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/clock.h"
@@ -11,11 +11,9 @@
 
 namespace kvern {
 
-/// The tiers below DRAM that the configuration names, fastest first. slab: memory that is read into and written from.
-/// clock, observer and slab outlive them. Throws std::runtime_error with a sentence when one cannot be opened; a remote
-/// one that is not reachable is no error.
-std::vector<LowerTier> make_tiers(const ServiceConfig& config, std::span<std::byte> slab, const Clock& clock,
-                                  TierObserver& observer);
+/// The tiers below DRAM that the configuration names, fastest first. clock and observer outlive them. Throws
+/// std::runtime_error with a sentence when one cannot be opened; a remote one that is not reachable is no error.
+std::vector<LowerTier> make_tiers(const ServiceConfig& config, const Clock& clock, TierObserver& observer);
 
 std::string_view write_policy_name(WritePolicy policy);
 

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${KVERN_LINT_BUILD:-build/lint}
 mkdir -p build
-folders=(base kernels transport store service connector python_shim kvernctl tests bench)
+folders=(base kernels transport store plan service connector python_shim kvernctl tests bench)
 
 mapfile -t sources < <(git ls-files --cached --others --exclude-standard -- "${folders[@]}" | grep -E '\.(h|cc|cu|cuh)$')
 echo "lint: formatting of ${#sources[@]} files"

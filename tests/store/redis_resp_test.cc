@@ -50,7 +50,8 @@ TEST(RespReader, ReadsEveryType) {
 
 RC_GTEST_PROP(RespReader, PortionsDoNotMatter, ()) {
   const auto body = *rc::gen::container<std::string>(rc::gen::arbitrary<char>());
-  const auto portions = *rc::gen::nonEmpty(rc::gen::container<std::vector<std::size_t>>(rc::gen::inRange<std::size_t>(1, 40)));
+  const auto portions =
+      *rc::gen::nonEmpty(rc::gen::container<std::vector<std::size_t>>(rc::gen::inRange<std::size_t>(1, 40)));
   std::string text = "$" + std::to_string(body.size()) + "\r\n" + body + "\r\n+next\r\n";
   std::vector<std::byte> memory(body.size() + *rc::gen::inRange<std::size_t>(0, 2));  // of the right size, or not
   const auto values = read_all(text, portions, memory);
