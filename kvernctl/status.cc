@@ -45,6 +45,18 @@ void print_store(const json& store, std::ostream& out) {
       << " in use\n";
 }
 
+void print_tiers(const json& tiers, std::ostream& out) {
+  for (const auto& tier : tiers) {
+    out << std::left << std::setw(11) << text(tier, "name") << bytes_text(tier, "used_bytes");
+    if (tier.value("capacity_bytes", 0.0) > 0) out << " of " << bytes_text(tier, "capacity_bytes");
+    out << " in " << text(tier, "chunks") << " chunks, written " << text(tier, "write") << "; "
+        << text(tier, "promoted_chunks") << " came up, " << text(tier, "saved_chunks") << " went down, "
+        << text(tier, "unsaved_chunks") << " given up, " << text(tier, "corrupt_chunks") << " damaged";
+    if (text(tier, "breaker") != "closed") out << "; CUT OFF after failures (" << text(tier, "breaker") << ")";
+    out << "\n";
+  }
+}
+
 void print_sessions(const json& sessions, std::ostream& out) {
   out << "sessions   " << sessions.size() << "\n";
   for (const auto& session : sessions) {
@@ -99,6 +111,7 @@ int run_status(const DaemonAddress& address, bool as_json, std::ostream& out) {
   out << "pipeline   " << text(pipeline, "stored") << " chunks stored, " << text(pipeline, "failed") << " failed, "
       << text(pipeline, "queued") << " queued for " << text(pipeline, "threads") << " threads\n";
   print_store(status.value("store", json::object()), out);
+  print_tiers(status.value("lower_tiers", json::array()), out);
   print_sessions(status.value("sessions", json::array()), out);
   print_namespaces(status.value("namespaces", json::array()), out);
   return 0;

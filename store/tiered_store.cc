@@ -47,6 +47,11 @@ Status TieredStoreConfig::validate() const {
   return Status::ok();
 }
 
+std::uint64_t TieredStoreConfig::saving_bytes_max(std::uint64_t dram_bytes) const {
+  const auto share = static_cast<std::uint64_t>(saving_share * static_cast<double>(dram_bytes));
+  return std::max(share, std::min(saving_bytes_min, dram_bytes / 4));
+}
+
 struct TieredStore::State : std::enable_shared_from_this<State> {
   struct Place {
     std::unique_ptr<Tier> tier;
@@ -62,8 +67,7 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
       : dram(dram_store),
         executor(verifier),
         config(store_config),
-        saving_bytes_max(
-            static_cast<std::uint64_t>(config.saving_share * static_cast<double>(dram_store.stats().capacity_bytes))),
+        saving_bytes_max(config.saving_bytes_max(dram_store.stats().capacity_bytes)),
         usable_bytes(std::move(usable)) {}
 
   void load(std::size_t place, const TierHit& hit, std::stop_token cancel, Waiter waiter);

@@ -39,8 +39,12 @@ struct TieredStoreConfig {
   /// How many bytes of next victims are kept saved, so that they can leave without being lost.
   std::uint64_t write_back_bytes = 64ULL << 20;
   /// Share of the DRAM tier that may be held for the writes of one lower tier: a chunk stays where it is until it is
-  /// written, and a tier that is slow must not fill DRAM with what waits for it.
+  /// written, and a tier that is slow must not fill DRAM with what waits for it. A small DRAM tier holds as much as
+  /// saving_bytes_min, but no more than a quarter of itself.
   double saving_share = 0.125;
+  std::uint64_t saving_bytes_min = 64ULL << 20;
+
+  std::uint64_t saving_bytes_max(std::uint64_t dram_bytes) const;
   Status validate() const;
 };
 

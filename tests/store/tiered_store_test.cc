@@ -256,7 +256,7 @@ TEST(TieredStore, ASlowTierDoesNotFillDram) {
     ASSERT_TRUE(store_chunk(f.dram.store, f.cell(number)).value()) << "there is room for chunk " << number;
     f.store->stored(f.cell(number).info().key);
   }
-  EXPECT_LE(f.dram.store.stats().pinned_chunks * 9 * 4096, 256 * 4096 / 8);
+  EXPECT_LE(f.dram.store.stats().pinned_chunks * 9 * 4096, 256 * 4096 / 4);
   EXPECT_GT(f.slow->waiting.size(), 0U);
   EXPECT_GT(f.store->stats().tiers[1].unsaved_chunks, 0U);
   EXPECT_EQ(f.store->stats().tiers[0].saved_chunks, 40U);
