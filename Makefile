@@ -40,7 +40,7 @@ demo: build ## Show it: a real model's KV cache stored, restored in the same and
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py $(DEMO_ARGS)
 
 .PHONY: test
-test: build test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
+test: build lint-quick test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
 
 .PHONY: test-full
 test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md
@@ -75,6 +75,10 @@ quality: ## Measure what each method costs in attention output; writes docs/qual
 .PHONY: lint
 lint: setup ## Formatting, clang-tidy, include arrows
 	@tools/lint.sh
+
+.PHONY: lint-quick
+lint-quick: setup ## Formatting and include arrows only
+	@tools/lint.sh --quick
 
 .PHONY: asan tsan
 asan tsan: setup ## Build with sanitizers and run the unit and integration tests
