@@ -9,7 +9,9 @@ build=${KVERN_LINT_BUILD:-build/lint}
 mkdir -p build
 folders=(base kernels transport store plan service connector python_shim kvernctl tests bench)
 
-mapfile -t sources < <(git ls-files --cached --others --exclude-standard -- "${folders[@]}" | grep -E '\.(h|cc|cu|cuh)$')
+# In an unpacked archive there is no git to ask.
+list() { git ls-files --cached --others --exclude-standard -- "${folders[@]}" 2>/dev/null || find "${folders[@]}" -type f; }
+mapfile -t sources < <(list | grep -E '\.(h|cc|cu|cuh)$')
 echo "lint: formatting of ${#sources[@]} files"
 clang-format --dry-run -Werror "${sources[@]}"
 echo "lint: include arrows"
