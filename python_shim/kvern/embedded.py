@@ -125,6 +125,16 @@ def _free_or_zero(address: tuple[str, int]) -> str:
 
 def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = IDLE_SECONDS) -> int:
     """Runs kvernd until it ends or nobody has needed it for a while."""
+    daemon = None
+    stopping = False
+
+    def stop(*_) -> None:
+        nonlocal stopping
+        stopping = True
+        if daemon is not None:
+            daemon.terminate()
+
+    signal.signal(signal.SIGTERM, stop)  # before there is a daemon that our death would leave behind
     daemon = subprocess.Popen(
         [
             program,
@@ -135,7 +145,8 @@ def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = ID
             f"--metrics.listen={_free_or_zero(METRICS_ADDRESS)}",
         ]
     )
-    signal.signal(signal.SIGTERM, lambda *_: daemon.terminate())
+    if stopping:
+        daemon.terminate()
     while True:
         with _locked(folder / "users.lock", fcntl.LOCK_EX):
             pass  # the last engine has gone
