@@ -116,6 +116,7 @@ struct PrefixMatcher::State {
                      std::string_view hashes, std::uint32_t limit);
   Answer match_remote(std::shared_ptr<const Session> session, const std::string& request, Question question);
   bool is_brought_up(std::shared_ptr<const Session> session, const std::string& request, Question question);
+  const RemoteMatch* find_locked(const Session& session, const std::string& request, const Question& question);
   bool start_locked(std::shared_ptr<const Session> session, const std::string& request, Question question);
   void put_claim(const std::string& request, Claim claim);
   void give_lease_back(const std::string& request);
@@ -223,6 +224,17 @@ void PrefixMatcher::State::drop_remote_locked(const std::string& request) {
   remote.erase(found);
 }
 
+/// What the request asks already; nullptr when it asks nothing yet. A question that is another one by now is dropped.
+const RemoteMatch* PrefixMatcher::State::find_locked(const Session& session, const std::string& request,
+                                                     const Question& question) {
+  const auto found = remote.find(request);
+  if (found == remote.end()) return nullptr;
+  const RemoteMatch& match = *found->second;
+  if (match.session->number == session.number && match.question == question) return &match;
+  drop_remote_locked(request);
+  return nullptr;
+}
+
 /// Asks the daemon; false when it is asked too much already.
 bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, const std::string& request,
                                         Question question) {
@@ -245,14 +257,10 @@ bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, 
 PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const Session> session,
                                                          const std::string& request, Question question) {
   const std::lock_guard lock(mutex);
-  if (const auto found = remote.find(request); found != remote.end()) {
-    RemoteMatch& match = *found->second;
-    if (match.session->number == session->number && match.question == question) {
-      if (match.answered) return match.answer;
-      if (SteadyClock::now() < match.deadline) return {false, 0, "asked the daemon"};
-      return {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
-    }
-    drop_remote_locked(request);
+  if (const auto* match = find_locked(*session, request, question)) {
+    if (match->answered) return match->answer;
+    if (SteadyClock::now() < match->deadline) return {false, 0, "asked the daemon"};
+    return {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
   }
   if (!start_locked(std::move(session), request, std::move(question))) {
     return {true, 0, "too many questions at once"};
@@ -264,12 +272,8 @@ PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const S
 bool PrefixMatcher::State::is_brought_up(std::shared_ptr<const Session> session, const std::string& request,
                                          Question question) {
   const std::lock_guard lock(mutex);
-  if (const auto found = remote.find(request); found != remote.end()) {
-    const RemoteMatch& match = *found->second;
-    if (match.session->number == session->number && match.question == question) {
-      return match.answered || SteadyClock::now() >= match.deadline;
-    }
-    drop_remote_locked(request);
+  if (const auto* match = find_locked(*session, request, question)) {
+    return match->answered || SteadyClock::now() >= match->deadline;
   }
   return !start_locked(std::move(session), request, std::move(question));
 }

@@ -107,6 +107,11 @@ struct ChunkRecord {
 inline constexpr std::size_t kMaxBlocksPerChunk = 4096;
 inline constexpr std::size_t kMaxShardsPerChunk = 1024;
 
+/// What a container takes up in the slab, and in a chunk object of a lower tier: whole pages.
+constexpr std::uint64_t padded_bytes(std::uint64_t container_bytes) {
+  return (container_bytes + Slab::kAlignment - 1) / Slab::kAlignment * Slab::kAlignment;
+}
+
 /// Whether the store can keep a container that says this of itself; kInvalid with a sentence otherwise.
 Status check_container_info(const ContainerInfo& info);
 

@@ -156,10 +156,6 @@ std::vector<Extent> extents_of(std::span<const LoadedShard> containers) {
   return extents;
 }
 
-std::uint64_t padded(std::uint64_t bytes) {
-  return (bytes + Slab::kAlignment - 1) / Slab::kAlignment * Slab::kAlignment;
-}
-
 }  // namespace
 
 ChunkStore::State::State(const ChunkStoreConfig& store_config, std::span<std::byte> slab_bytes,
@@ -197,7 +193,7 @@ std::vector<LoadedShard> ChunkStore::State::find_containers() {
       continue;
     }
     containers.push_back({reader->info(), offset, reader->size_bytes()});
-    end = offset + padded(reader->size_bytes());
+    end = offset + padded_bytes(reader->size_bytes());
   }
   return containers;
 }
@@ -441,8 +437,9 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
   ChunkRecord& whole = record(chunk);
   const Extent extent = slab.shrink(ticket.extent, container_bytes);
   // Lower tiers take whole pages; what is left of another chunk must not go with them.
-  std::ranges::fill(slab_memory.subspan(extent.offset + container_bytes, padded(container_bytes) - container_bytes),
-                    std::byte{0});
+  std::ranges::fill(
+      slab_memory.subspan(extent.offset + container_bytes, padded_bytes(container_bytes) - container_bytes),
+      std::byte{0});
   whole.shards.push_back({extent, ticket.range, info.shape.raw_bytes()});
   whole.last_shard_ns = clock.now_ns();
   counters.encoded_bytes += container_bytes;
@@ -633,7 +630,7 @@ Status ChunkStore::publish_load(const WriteTicket& ticket, std::span<const Loade
   Status outcome;
   for (std::size_t i = 0; i < shards.size() && outcome && !complete; ++i) {
     const LoadedShard& shard = shards[i];
-    const std::uint64_t room = padded(shard.bytes);
+    const std::uint64_t room = padded_bytes(shard.bytes);
     if (shard.offset != at || shard.bytes == 0 || room > rest.bytes) {
       outcome = Status(Code::kCorrupt, "the containers do not lie behind one another in the object");
       break;

@@ -17,8 +17,6 @@ namespace {
 
 constexpr std::size_t kMaxTiers = 8;  // bits of ChunkRecord::saved_in
 
-std::uint64_t padded(std::uint64_t bytes) { return (bytes + kTierAlignment - 1) / kTierAlignment * kTierAlignment; }
-
 std::uint8_t bit_of(std::size_t tier) { return static_cast<std::uint8_t>(1U << tier); }
 
 /// The containers of an object, every section verified. kCorrupt when they are damaged or those of another chunk.
@@ -33,7 +31,7 @@ Result<std::vector<LoadedShard>> verify_object(std::span<const std::byte> object
     }
     if (auto status = reader->verify(); !status) return failure(std::move(status));
     shards.push_back({reader->info(), at, reader->size_bytes()});
-    at += padded(reader->size_bytes());
+    at += padded_bytes(reader->size_bytes());
   }
   return shards;
 }
@@ -217,7 +215,7 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
         object.blocks.clear();  // damaged, or a longer chunk took over
         break;
       }
-      object.pieces.emplace_back(bytes.data(), padded(bytes.size()));
+      object.pieces.emplace_back(bytes.data(), padded_bytes(bytes.size()));
     }
     object.hold = std::move(lease);
   }
