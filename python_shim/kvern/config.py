@@ -115,6 +115,11 @@ class Options:
     threads: int = _option(0, _parse_count(0, 64), "transfer threads of each worker; 0: 1, or 2 on more than 4 cores")
     staging: int = _option(256 << 20, parse_size, "staging memory of each worker")
     connect_timeout_ms: int = _option(2000, _parse_count(10, 600_000), "one attempt to connect")
+    setup_timeout_ms: int = _option(
+        2000,
+        _parse_count(0, 600_000),
+        "how long the first requests wait for the first session with the daemon and for their namespace",
+    )
     call_timeout_ms: int = _option(10_000, _parse_count(10, 600_000), "one call of the daemon")
     load_timeout_ms: int = _option(30_000, _parse_count(100, 3_600_000), "a load that takes longer has failed")
     store_timeout_ms: int = _option(30_000, _parse_count(100, 3_600_000), "a store that takes longer is dropped")

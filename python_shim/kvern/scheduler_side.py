@@ -18,10 +18,6 @@ from kvern.stats import Recorder
 
 # An answer stands this long before a waiting request is looked up again; vLLM asks once per step.
 RECHECK_SECONDS = 0.1
-# While the session or a namespace is still being set up, a request is told "not known yet" for this long at most.
-SETUP_SECONDS = 2.0
-# After its start, an engine waits this long for a first session before it takes the daemon for absent.
-FIRST_SESSION_SECONDS = 2.0
 
 
 class _Namespace:
@@ -100,6 +96,8 @@ class SchedulerSide:
         self._weights = weights
         self._clock = clock
         self._started = self._clock()
+        # While the first session or a namespace is being set up, requests are told "not known yet" for this long.
+        self._setup_seconds = options.setup_timeout_ms / 1000
         role = vllm_config.kv_transfer_config.kv_role
         self._may_load = role in ("kv_both", "kv_consumer")
         self._may_store = role in ("kv_both", "kv_producer")
@@ -252,7 +250,7 @@ class SchedulerSide:
         """(known, leading tokens that are stored, why not more). Not known: ask again."""
         state.first_asked = state.first_asked or now
         if not self._ready():
-            starting = self._client.session_count == 0 and now - self._started < FIRST_SESSION_SECONDS
+            starting = self._client.session_count == 0 and now - self._started < self._setup_seconds
             return not (starting and self._client.state == "connecting"), 0, "no daemon"
         known, namespace = self._namespace_of(request.lora_request)
         if known and namespace is None:
@@ -262,7 +260,7 @@ class SchedulerSide:
             if refusal:
                 log_once(logging.WARNING, "Kvern: the daemon refuses this engine's namespace: %s.", refusal)
                 return True, 0, "namespace refused"
-            return now - state.first_asked >= SETUP_SECONDS, 0, "namespace not registered"
+            return now - state.first_asked >= self._setup_seconds, 0, "namespace not registered"
         if limit <= local_tokens:
             return True, 0, ""
         known, found, reason = self._matcher.match(
@@ -285,7 +283,7 @@ class SchedulerSide:
             return True
         if self._connected:
             self._recorder.count("disconnections")
-        grace = not self._connected and self._clock() - self._started < FIRST_SESSION_SECONDS
+        grace = not self._connected and self._clock() - self._started < self._setup_seconds
         self._connected = False
         if not grace and not self._said_absent:
             self._said_absent = True
@@ -303,6 +301,7 @@ class SchedulerSide:
         return state.joined[1]
 
     def _count_miss(self, request, reason: str) -> None:
+        logger.debug("Kvern: request %s is a miss: %s.", request.request_id, reason)
         self._recorder.count("misses", label=reason)
         self._recorder.count("requested_tokens", request.num_tokens)
         self._client.report(0, request.num_tokens)

@@ -19,6 +19,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What the engines and the daemon said of Kvern, beside a failure."""
+    report = yield
+    stage = getattr(item, "funcargs", {}).get("stage")
+    if report.failed and stage is not None:
+        for process in filter(None, [stage.daemon, *stage.engines]):
+            lines = [line for line in process.log.read_text(errors="replace").splitlines() if "kvern" in line.lower()]
+            report.sections.append((process.log.name, "\n".join(line[:300] for line in lines[-25:])))
+    return report
+
+
 class Stage:
     """The daemon and the engines of one test module, and the checks that nothing of them is left behind."""
 

@@ -69,6 +69,7 @@ def engine_environment(threads: int = 1, single_process: bool = True, **extra: s
         VLLM_ENABLE_V1_MULTIPROCESSING="0" if single_process else "1",
         VLLM_NO_USAGE_STATS="1",
         VLLM_SERVER_DEV_MODE="1",
+        VLLM_LOGGING_LEVEL="DEBUG",
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
     )
@@ -76,9 +77,21 @@ def engine_environment(threads: int = 1, single_process: bool = True, **extra: s
     return environment
 
 
+# Whoever is slow on a crowded machine is still found: no test shall fail because something took longer than usual.
+PATIENCE = {
+    "setup_timeout_ms": 120_000,
+    "connect_timeout_ms": 60_000,
+    "call_timeout_ms": 60_000,
+    "match_timeout_ms": 10_000,
+    "prefetch_timeout_ms": 60_000,
+    "load_timeout_ms": 120_000,
+    "store_timeout_ms": 120_000,
+}
+
+
 def kvern_transfer(address: str | None, policy: str = "recompute", **options) -> dict:
     """What a user writes into --kv-transfer-config."""
-    extra = {f"kvern.{name}": value for name, value in options.items()}
+    extra = {f"kvern.{name}": value for name, value in {**PATIENCE, **options}.items()}
     if address is not None:
         extra["kvern.address"] = address
     return {

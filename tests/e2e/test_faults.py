@@ -178,7 +178,7 @@ def test_a_flush_between_match_and_load_costs_a_recompute_at_most(daemon, engine
 def test_the_daemon_may_be_absent_when_the_engine_starts(stage, daemon, engine, other):
     daemon.wait_sessions(4)  # the case before may have left an engine in the middle of coming back
     daemon.stop()
-    late = stage.engine(random_llama()).wait_started()
+    late = stage.engine(random_llama(), kvern={"setup_timeout_ms": 200, "connect_timeout_ms": 2000}).wait_started()
     text = tokens("absent", length=LENGTH)
     cold = late.generate(text)
     assert cold.cached_tokens == 0
