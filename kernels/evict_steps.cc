@@ -53,15 +53,20 @@ class Canonical {
   Result<CodecStep> finish() {
     if (!status_) return failure(status_);
     for (const auto& [name, value] : step_.parameters) {
-      if (made_.find(name) != nullptr) continue;
-      std::string there;
-      for (const auto& [known, unused] : made_.parameters) there.append(there.empty() ? "" : ", ").append(known);
-      return failure(Code::kInvalid, "codec " + step_.name + " has no parameter '" + name + "'; it has: " + there);
+      if (made_.find(name) == nullptr) return unknown(name);
     }
     return std::move(made_);
   }
 
  private:
+  tl::unexpected<Status> unknown(const std::string& name) const {
+    std::string message = "codec " + step_.name + " has no parameter '";
+    message.append(name).append("'; it has: ");
+    for (std::size_t i = 0; i < made_.parameters.size(); ++i) {
+      message.append(i == 0 ? "" : ", ").append(made_.parameters[i].first);
+    }
+    return failure(Code::kInvalid, std::move(message));
+  }
   Canonical& put(std::string_view name, std::string value) {
     made_.parameters.emplace_back(name, std::move(value));
     return *this;

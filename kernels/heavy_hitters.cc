@@ -42,7 +42,7 @@ Result<TokenScores> heavy_hitter_scores(const HeadRows& queries, const HeadRows&
   Observation observation;
   for (std::uint32_t begin = 0; begin < keys.tokens; begin += kTileRows) {
     const std::uint32_t end = std::min(keys.tokens, begin + kTileRows);
-    const Status status = observe(token_range(queries, begin, end), token_range(keys, 0, end),
+    Status status = observe(token_range(queries, begin, end), token_range(keys, 0, end),
                                   {.columns = end, .scale = {}, .dispersion = false}, workspace, executor, observation);
     if (!status) return failure(status);
     add_rows(observation, sums);

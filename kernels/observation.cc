@@ -116,7 +116,7 @@ class Tile {
   }
 
  private:
-  static constexpr std::size_t kFinals = 2 * kGroupRows;
+  static constexpr std::size_t kFinals = std::size_t{2} * kGroupRows;
 
   /// Floats per group.
   std::size_t exponentials_stride() const { return std::size_t{blocks_} * kBlockColumns * kGroupRows; }
