@@ -40,7 +40,7 @@ demo: build ## Show it: a real model's KV cache stored, restored in the same and
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py $(DEMO_ARGS)
 
 .PHONY: test
-test: build lint-quick test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
+test: build lint-recent test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
 
 .PHONY: test-full
 test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md
@@ -76,9 +76,9 @@ quality: ## Measure what each method costs in attention output; writes docs/qual
 lint: setup ## Formatting, clang-tidy, include arrows
 	@tools/lint.sh
 
-.PHONY: lint-quick
-lint-quick: setup ## Formatting and include arrows only
-	@tools/lint.sh --quick
+.PHONY: lint-recent
+lint-recent: setup ## Formatting, include arrows, and clang-tidy over what the last commits changed
+	@tools/lint.sh --recent
 
 .PHONY: asan tsan
 asan tsan: setup ## Build with sanitizers and run the unit and integration tests

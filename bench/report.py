@@ -31,6 +31,23 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
+TIERS = {
+    "store.nvme.read_over_fio": "NVMe: read over fio on the same disk",
+    "store.nvme.write_over_fio": "NVMe: write over fio on the same disk",
+    "store.nvme.read_gb_per_s": "NVMe: read, GB/s",
+    "store.nvme.write_gb_per_s": "NVMe: write, GB/s",
+    "store.nvme.read_ms": "NVMe: one chunk read, ms",
+    "store.nvme.read_among_writes_ms": "NVMe: one chunk read during a burst of writes, ms",
+    "store.nvme.index_bytes_per_chunk": "NVMe: bytes of index per chunk of eight blocks",
+    "store.recovery.s_per_million": "NVMe: seconds of recovery per million chunks",
+    "store.redis.get_over_benchmark": "Redis: get over redis-benchmark",
+}
+REPLAYS = {
+    "lru": "LRU", "s3fifo": "S3-FIFO", "tinylfu": "W-TinyLFU", "policy": "reuse (default)", "ladder_int8": "with int8",
+    "ladder_int4": "with int8, int4", "ladder_full": "whole ladder", "belady": "Belady (limit)",
+}
+
+
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
@@ -61,7 +78,46 @@ def match_rows(results: dict) -> list[list[str]]:
 def kernel_rows(results: dict) -> list[list[str]]:
     steps = sorted({key.removeprefix("kernels.").rpartition(".")[0] for key in results if key.startswith("kernels.")})
     fields = ("gb_per_s", "ms", "over_memcpy", "over_torch", "speedup")
-    return [[step, *(number(results.get(f"kernels.{step}.{field}")) for field in fields)] for step in steps]
+    figures = {step: [results.get(f"kernels.{step}.{field}") for field in fields] for step in steps}
+    return [[step, *map(number, values)] for step, values in figures.items() if any(v is not None for v in values)]
+
+
+def tier_rows(results: dict) -> list[list[str]]:
+    return [[text, number(results[key])] for key, text in TIERS.items() if key in results]
+
+
+def replays(results: dict) -> dict[str, list[int]]:
+    """Traces that were replayed, and at which capacities (thousands of blocks)."""
+    found: dict[str, set[int]] = {}
+    for key in results:
+        parts = key.split(".")
+        if parts[0] == "replay" and parts[2].endswith("k"):
+            found.setdefault(parts[1], set()).add(int(parts[2][:-1]))
+    return {trace: sorted(capacities) for trace, capacities in sorted(found.items())}
+
+
+def replay_rows(results: dict) -> list[list[str]]:
+    return [[trace, f"{capacity}k", *(number(results.get(f"replay.{trace}.{capacity}k.{key}")) for key in REPLAYS)]
+            for trace, capacities in replays(results).items() for capacity in capacities]
+
+
+def plot_replays(results: dict, target: pathlib.Path) -> None:
+    traces = replays(results)
+    if not traces:
+        return
+    figure, axes = plt.subplots(1, len(traces), figsize=(4.5 * len(traces), 3.4), sharey=True, squeeze=False)
+    for axis, (trace, capacities) in zip(axes[0], traces.items()):
+        for key, name in REPLAYS.items():
+            hits = [results.get(f"replay.{trace}.{capacity}k.{key}") for capacity in capacities]
+            axis.plot(capacities, hits, marker=".", linestyle=":" if key in ("lru", "belady") else "-", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(capacities, [f"{capacity}k" for capacity in capacities])
+        axis.set_title(trace)
+        axis.set_xlabel("capacity in uncompressed blocks")
+    axes[0][0].set_ylabel("prompt tokens that hit")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(target)
 
 
 def plot(results: dict, target: pathlib.Path) -> None:
@@ -90,6 +146,7 @@ def main() -> int:
     source = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "bench" / "results.json"
     results = json.loads(source.read_text())
     plot(results, ROOT / "docs" / "images" / "transfers.svg")
+    plot_replays(results, ROOT / "docs" / "images" / "replays.svg")
     lines = [
         "# Measured", "",
         f"Written by `make bench && python bench/report.py` on {results['date']}: {results['machine.cpu']}, "
@@ -104,6 +161,11 @@ def main() -> int:
         *table(["", "1", "64", "1,024"], match_rows(results)),
         "## First token of a prompt of 7,168 tokens", "",
         *table(["", ""], [[text, number(results[key])] for key, text in E2E.items() if key in results]),
+        "## Tiers below DRAM", "",
+        *table(["", ""], tier_rows(results)),
+        "## Replays of production traces: share of prompt tokens that hit", "",
+        "![replays](images/replays.svg)", "",
+        *table(["trace", "capacity in blocks", *REPLAYS.values()], replay_rows(results)),
         "## Kernels, one thread, raw bytes", "",
         *table(["step", "GB/s", "ms", "over memcpy", "over torch", "over full attention"], kernel_rows(results)),
     ]

@@ -39,7 +39,7 @@ Result<double> from_config(const json& whole) {
   const json& config = whole.contains("text_config") && whole["text_config"].is_object() ? whole["text_config"] : whole;
   const auto layers = field(config, "num_hidden_layers");
   if (!layers) return failure(Code::kInvalid, "it has no num_hidden_layers: give the bytes per token instead");
-  const auto bytes = element_bytes(config);
+  auto bytes = element_bytes(config);
   if (!bytes) return bytes;
   if (const auto latent = field(config, "kv_lora_rank")) {
     const auto rope = field(config, "qk_rope_head_dim");

@@ -111,7 +111,7 @@ Status Speeds::validate() const {
                                     std::pair(dram_bytes_per_second, "dram_bytes_per_second"),
                                     std::pair(nvme_bytes_per_second, "nvme_bytes_per_second"),
                                     std::pair(remote_bytes_per_second, "remote_bytes_per_second")}) {
-    if (const Status status = above_zero(value, name); !status) return status;
+    if (Status status = above_zero(value, name); !status) return status;
   }
   if (!(nvme_seconds >= 0) || !(remote_seconds >= 0)) return {Code::kInvalid, "a latency must not be negative"};
   return Status::ok();
@@ -136,7 +136,7 @@ std::string PlanRow::label() const {
 }
 
 Result<Plan> make_plan(const Trace& trace, const PlanOptions& options) {
-  if (const Status status = above_zero(options.bytes_per_token, "bytes_per_token"); !status) return failure(status);
+  if (Status status = above_zero(options.bytes_per_token, "bytes_per_token"); !status) return failure(status);
   if (const Status status = options.speeds.validate(); !status) return failure(status);
   if (options.dram_bytes.empty()) return failure(Code::kInvalid, "there is no size of the DRAM tier to try");
   if (options.codecs.empty()) return failure(Code::kInvalid, "there is no codec to try");

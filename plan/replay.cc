@@ -117,7 +117,7 @@ class Replay {
 
 Status ReplayConfig::validate() const {
   if (const auto made = make_eviction_policy(policy); !made) return made.error();
-  if (const Status status = demotion.validate(); !status) return status;
+  if (Status status = demotion.validate(); !status) return status;
   if (!std::isfinite(block_bytes) || block_bytes <= 0) return {Code::kInvalid, "block_bytes must be above 0"};
   if (std::isnan(dram_bytes) || dram_bytes < 0) return {Code::kInvalid, "dram_bytes must not be negative"};
   for (const LowerTierModel& tier : lower) {

@@ -2,7 +2,8 @@
 # Formatting, include arrows and clang-tidy over the C++ sources. A file that clang-tidy has passed is looked at again
 # only when it, a header of ours, or the configuration has changed.
 #
-# usage: tools/lint.sh [--quick]   --quick: no clang-tidy.   KVERN_LINT_BUILD: folder of compile_commands.json (default: build/lint)
+# usage: tools/lint.sh [--quick | --recent]   --quick: no clang-tidy. --recent: only over what the last commits changed.
+# KVERN_LINT_COMMITS: how many commits that is (default: 10).   KVERN_LINT_BUILD: folder of compile_commands.json (default: build/lint)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${KVERN_LINT_BUILD:-build/lint}
@@ -18,7 +19,16 @@ echo "lint: include arrows"
 python3 cmake/check_layers.py .
 [[ ${1:-} == --quick ]] && exit 0
 
-echo "lint: clang-tidy"
+looked_at() { printf '%s\n' "${sources[@]}" | grep '\.cc$'; }
+if [[ ${1:-} == --recent ]]; then
+  commits=${KVERN_LINT_COMMITS:-10}
+  if ! recent=$(git diff --name-only "HEAD~$commits" -- "${folders[@]}" 2>/dev/null); then
+    echo "lint: no history to see what is recent; clang-tidy is left out (make lint has it)"
+    exit 0
+  fi
+  looked_at() { comm -12 <(printf '%s\n' "${sources[@]}" | grep '\.cc$' | sort) <(sort <<<"$recent"); }
+fi
+echo "lint: clang-tidy of $(looked_at | wc -l) files"
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DKVERN_CUDA=OFF >"$build.log" 2>&1 || {
   cat "$build.log"
   exit 1
@@ -39,6 +49,6 @@ export -f tidy
 export build stamps headers
 compiled=$(python3 -c 'import json, os, sys
 for entry in json.load(open(sys.argv[1])): print(os.path.relpath(entry["file"]))' "$build/compile_commands.json")
-printf '%s\n' "${sources[@]}" | grep '\.cc$' | grep -F -x -f <(echo "$compiled") |
+{ looked_at | grep -F -x -f <(echo "$compiled") || true; } |
   xargs -P "$(nproc)" -I{} bash -c 'tidy {}'
 echo "lint: clean"
