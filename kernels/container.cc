@@ -6,8 +6,10 @@
 #include <limits>
 #include <new>
 
+#include "kernels/chain.h"
 #include "kernels/checksum.h"
 #include "kernels/copy.h"
+#include "kernels/demote.h"
 #include "kernels/scratch.h"
 
 namespace kvern {
@@ -545,6 +547,43 @@ Status ContainerReader::verify() const {
     if (Status status = check_section(checksum, sections_[i], i); !status) return status;
   }
   return Status::ok();
+}
+
+Result<std::size_t> ContainerReader::write_base(std::span<std::byte> out) const {
+  const auto chain = parse_chunk_chain(info_.codec_spec);
+  if (!chain) return failure(chain.error());
+  // Sections of longer chains hold more than one plane of rows, or something else.
+  if (chain->steps.size() != 1 || chain->form->base_spec().empty()) {
+    return failure(Code::kRefused, info_.codec_spec + " has no base to demote to; encode it again");
+  }
+  const PlaneForm& form = *chain->form;
+  const auto base = make_codec(form.base_spec());
+  if (!base) return failure(base.error());
+  const std::size_t room = container_max_bytes(**base, info_);
+  if (out.size() < room) {
+    return failure(Code::kInvalid, "the container may take " + std::to_string(room) + " bytes, but there are " +
+                                       std::to_string(out.size()));
+  }
+  const std::size_t header_bytes = header_size(info_, form.base_spec(), sections_.size());
+  std::vector<SectionInfo> written;
+  written.reserve(sections_.size());
+  SectionWriter writer(out, header_bytes, written);
+  for (std::size_t i = 0; i < sections_.size(); ++i) {
+    const SectionInfo& section = sections_[i];
+    const auto payload = bytes_.subspan(section.offset, section.bytes);
+    if (Status status = check_section(fast_checksum64(payload.data(), payload.size()), section, i); !status) {
+      return failure(std::move(status));
+    }
+    const Part part = section.extent.has_key ? Part::kKey : Part::kValue;
+    const PlaneShape plane{info_.shape.dtype, part, info_.shape.tokens,
+                           part == Part::kKey ? info_.shape.key_dim : info_.shape.value_dim};
+    const auto kept = demote_section(form, plane, payload);
+    if (!kept) return failure(kept.error());
+    const std::uint64_t checksum = stream_copy_checksum(writer.next(), kept->data(), kept->size());
+    writer.finish(section.extent, kept->size(), checksum);
+  }
+  write_header(info_, form.base_spec(), written, writer.offset(), out.first(header_bytes));
+  return writer.offset();
 }
 
 /// A plane of a verbatim codec: hashed whole, the tokens handed on in the same pass.

@@ -76,6 +76,10 @@ class ContainerReader {
                 TokenRange tokens, RowSink& sink) const;
   /// Verifies every section without decoding.
   Status verify() const;
+  /// Demotion that encodes nothing: writes the container of the base that the codec's sections begin with (see
+  /// kernels/demote.h) and returns its size. Verifies what it reads. kRefused when the codec has no base; kInvalid when
+  /// out is smaller than container_max_bytes() of the base.
+  Result<std::size_t> write_base(std::span<std::byte> out) const;
 
  private:
   Status copy_hashing(std::size_t section, TokenRange tokens, RowSink& sink) const;

@@ -43,6 +43,14 @@ void print_store(const json& store, std::ostream& out) {
       << "           " << text(store, "evicted_chunks") << " evicted, " << text(store, "quarantined_chunks")
       << " quarantined, " << text(store, "incomplete_chunks") << " incomplete, " << text(store, "pinned_chunks")
       << " in use\n";
+  const auto forms = store.value("forms", json::array());
+  if (forms.size() < 2 && store.value("demoted_chunks", 0) == 0) return;
+  out << "forms      " << text(store, "demoted_chunks") << " steps down freed " << bytes_text(store, "demoted_bytes")
+      << "\n";
+  for (const auto& form : forms) {
+    out << "           " << text(form, "chunks") << " chunks, " << bytes_text(form, "bytes") << " as "
+        << text(form, "codec") << "\n";
+  }
 }
 
 void print_tiers(const json& tiers, std::ostream& out) {
@@ -76,8 +84,8 @@ void print_namespaces(const json& namespaces, std::ostream& out) {
   out << "namespaces " << namespaces.size() << "\n";
   for (const auto& one : namespaces) {
     out << "  " << text(one, "id") << "  " << text(one, "model") << ", tenant " << text(one, "tenant") << ", codec "
-        << text(one, "codec") << ", blocks of " << text(one, "block_tokens") << " tokens in chunks of "
-        << text(one, "chunk_tokens") << "\n";
+        << text(one, "codec") << ", ladder " << text(one, "ladder") << ", blocks of " << text(one, "block_tokens")
+        << " tokens in chunks of " << text(one, "chunk_tokens") << "\n";
   }
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "service/metrics.h"
 #include "transport/wire.h"
 
 namespace kvern {
@@ -17,6 +18,9 @@ namespace {
 using prometheus::ClientMetric;
 using prometheus::MetricFamily;
 using prometheus::MetricType;
+
+// More forms than ladders and sensible chains have go under one label.
+constexpr std::size_t kMaxForms = 32;
 
 /// Samples of one family come one after the other.
 class Families {
@@ -96,6 +100,26 @@ std::vector<MetricFamily> Collector::Collect() const {
   out.gauge("kvern_prefetches", "Look-ups for which chunks are on their way up", number(lower.prefetches));
   out.gauge("kvern_tier_raw_bytes", "Bytes of the stored chunks before encoding", number(stats.raw_bytes), dram);
   out.gauge("kvern_tier_encoded_bytes", "Bytes of the stored chunks after encoding", number(stats.encoded_bytes), dram);
+  // Chains that clients choose are not labels; forms with one label are one series.
+  std::map<std::string, StoredFormStats> forms;
+  for (const StoredFormStats& form : parts_.store.forms()) {
+    const std::string label = rung_label(form.codec_spec);
+    StoredFormStats& sum = forms.contains(label) || forms.size() < kMaxForms ? forms[label] : forms["other"];
+    sum.chunks += form.chunks;
+    sum.bytes += form.bytes;
+  }
+  for (const auto& [label, form] : forms) {
+    out.gauge("kvern_form_chunks", "Complete chunks by the form in which they are stored", number(form.chunks),
+              {{"codec", label}, {"tier", "dram"}});
+  }
+  for (const auto& [label, form] : forms) {
+    out.gauge("kvern_form_bytes", "Bytes of complete chunks by the form in which they are stored", number(form.bytes),
+              {{"codec", label}, {"tier", "dram"}});
+  }
+  for (std::size_t i = 0; i < stats.of_lossy_generations.size(); ++i) {
+    out.gauge("kvern_lossy_generation_chunks", "Complete chunks by the number of lossy encodings behind them",
+              number(stats.of_lossy_generations[i]), {{"generations", std::to_string(i)}, {"tier", "dram"}});
+  }
   out.gauge("kvern_incomplete_chunks", "Chunks of which some ranks have not stored their part",
             number(stats.incomplete_chunks));
   out.gauge("kvern_pinned_chunks", "Chunks that a lease holds", number(stats.pinned_chunks));

@@ -13,11 +13,13 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <sstream>
 #include <thread>
 
 #include "base/keys.h"
 #include "kernels/chain.h"
+#include "store/ladder.h"
 
 namespace kvern {
 namespace {
@@ -33,6 +35,8 @@ constexpr std::string_view kAdmissionSuffix = ".fds";
 constexpr std::uint64_t kExpectedChunkBytes = 256 * kKiB;
 constexpr std::uint64_t kMinChunkCapacity = 1U << 14;
 constexpr std::uint64_t kMaxChunkCapacity = 1U << 24;
+// Room for some dozen chunks of a large model while they step down; a smaller share costs hits, a larger one memory.
+constexpr std::uint64_t kLadderFreeShare = 32;
 // 16 blocks of 16 tokens in a chunk of 256.
 constexpr std::uint64_t kExpectedBlocksPerChunk = 16;
 
@@ -185,7 +189,16 @@ constexpr ConfigKey kKeys[] = {
      KVERN_SLOT(pipeline.ring_spin_us)},
 
     {"codec.default", KeyType::kText, "", "", 0, kNoLimit,
-     "Codec of namespaces without a [[namespace]] rule of their own.", KVERN_SLOT(codec.fallback)},
+     "Codec of namespaces that no [[namespace]] rule and no ladder gives another.", KVERN_SLOT(codec.fallback)},
+    {"ladder.default", KeyType::kText, "", "off|exact|balanced|compact", 0, kNoLimit,
+     "Forms that chunks step down through before they are dropped. exact loses nothing; the others store int8 first; "
+     "off: chunks stay as codec.default has them.",
+     KVERN_SLOT(ladder.fallback)},
+    {"ladder.threads", KeyType::kNumber, "threads", "", 1, 64, "Threads that make smaller forms, of idle priority.",
+     KVERN_SLOT(ladder.threads)},
+    {"ladder.free_bytes", KeyType::kBytes, "bytes", "", 0, kTiB,
+     "Chunks step down when less of the DRAM tier is free; 0: a thirty-second of it, at most 1 GiB.",
+     KVERN_SLOT(ladder.free_bytes)},
     {"metrics.listen", KeyType::kText, "", "", 0, kNoLimit,
      "host:port of /metrics, /healthz and /readyz; port 0: chosen by the system; empty: off.",
      KVERN_SLOT(metrics.listen)},
@@ -228,6 +241,12 @@ std::string toml_text(std::string_view text) {
   return out.str();
 }
 
+std::string toml_number(double number) {
+  std::ostringstream out;
+  out << toml::toml_formatter(toml::value<double>(number), toml::format_flags::none);
+  return out.str();
+}
+
 /// Collects "file:line: sentence" and gives them out in the order of the lines.
 class FileErrors {
  public:
@@ -266,7 +285,7 @@ std::string section_names() {
     names += (names.empty() ? "[" : ", [") + std::string(section) + "]";
     last = section;
   }
-  return names + " and [[namespace]]";
+  return names + ", [[namespace]] and [[tenant]]";
 }
 
 std::string key_names(std::string_view section) {
@@ -279,29 +298,84 @@ std::string key_names(std::string_view section) {
   return names;
 }
 
-void read_rule(const toml::node& node, ServiceConfig& config, FileErrors& errors) {
+/// The keys of a table in an array such as [[namespace]]: each is read by the function of its name.
+using RuleKeys = std::map<std::string_view, std::function<Status(const toml::node&)>>;
+
+void read_table(const toml::node& node, const char* array, const RuleKeys& keys, FileErrors& errors) {
   const auto* table = node.as_table();
-  if (table == nullptr) return errors.add(node.source(), "[[namespace]] must be a table with match and codec");
-  CodecRule rule;
-  for (const auto& [key, value] : *table) {
-    if (key == "codec" && value.is_string()) {
-      rule.codec = value.as_string()->get();
-      if (const auto codec = parse_chunk_chain(rule.codec); !codec) errors.add(value.source(), codec.error().message());
-    } else if (key == "match" && value.is_table()) {
-      for (const auto& [fact, pattern] : *value.as_table()) {
-        if (!pattern.is_string()) {
-          errors.add(pattern.source(), "match." + std::string(fact.str()) + " must be a text");
-          continue;
-        }
-        rule.match[std::string(fact.str())] = pattern.as_string()->get();
-      }
-    } else {
-      errors.add(key.source(), "a [[namespace]] rule has a table match of texts and a text codec, not " +
-                                   std::string(key.str()) + " as it stands here");
+  if (table == nullptr) return errors.add(node.source(), std::string(array) + " must be a table");
+  for (const auto& [name, value] : *table) {
+    const auto key = keys.find(name.str());
+    if (key == keys.end()) {
+      std::string known;
+      for (const auto& [each, read] : keys) known += (known.empty() ? "" : ", ") + std::string(each);
+      errors.add(name.source(), std::string(array) + " has no key " + std::string(name.str()) + "; it has " + known);
+    } else if (const Status read = key->second(value); !read) {
+      errors.add(value.source(), read.message());
     }
   }
-  if (rule.codec.empty()) return errors.add(node.source(), "the [[namespace]] rule names no codec");
-  config.codec.rules.push_back(std::move(rule));
+}
+
+Status read_text(const toml::node& node, const std::string& key, std::string& into) {
+  if (!node.is_string()) return {Code::kInvalid, key + " must be a text"};
+  into = node.as_string()->get();
+  return Status::ok();
+}
+
+Status read_ladder(const toml::node& node, std::string& into) {
+  if (Status text = read_text(node, "ladder", into); !text || into == kNoLadder) return text;
+  return status_of(find_ladder_profile(into));
+}
+
+Status read_error(const toml::node& node, double& into) {
+  const auto value = node.value<double>();
+  if (!value || !(*value >= 0 && *value <= 1)) {
+    return {Code::kInvalid, "max_relative_error must be a number from 0 to 1"};
+  }
+  into = *value;
+  return Status::ok();
+}
+
+void read_namespace_rule(const toml::node& node, ServiceConfig& config, FileErrors& errors) {
+  NamespaceRule rule;
+  const auto read_match = [&](const toml::node& value) {
+    if (!value.is_table()) return Status(Code::kInvalid, "match must be a table of texts");
+    for (const auto& [fact, pattern] : *value.as_table()) {
+      const std::string name(fact.str());
+      if (Status text = read_text(pattern, "match." + name, rule.match[name]); !text) return text;
+    }
+    return Status::ok();
+  };
+  const auto read_codec = [&](const toml::node& value) {
+    if (Status text = read_text(value, "codec", rule.codec); !text) return text;
+    return status_of(parse_chunk_chain(rule.codec));
+  };
+  read_table(
+      node, "[[namespace]]",
+      {{"match", read_match},
+       {"codec", read_codec},
+       {"ladder", [&](const toml::node& value) { return read_ladder(value, rule.ladder); }},
+       {"max_relative_error", [&](const toml::node& value) { return read_error(value, rule.max_relative_error); }}},
+      errors);
+  if (!rule.codec.empty() && !rule.ladder.empty() && rule.ladder != kNoLadder) {
+    errors.add(node.source(), "a [[namespace]] rule names a codec or a ladder, not both: a ladder has its own codecs");
+  }
+  if (rule.codec.empty() && rule.ladder.empty() && rule.max_relative_error >= 1) {
+    errors.add(node.source(), "the [[namespace]] rule says nothing: give it a codec, a ladder or max_relative_error");
+  }
+  config.namespaces.push_back(std::move(rule));
+}
+
+void read_tenant_rule(const toml::node& node, ServiceConfig& config, FileErrors& errors) {
+  TenantRule rule;
+  read_table(
+      node, "[[tenant]]",
+      {{"name", [&](const toml::node& value) { return read_text(value, "name", rule.name); }},
+       {"ladder", [&](const toml::node& value) { return read_ladder(value, rule.ladder); }},
+       {"max_relative_error", [&](const toml::node& value) { return read_error(value, rule.max_relative_error); }}},
+      errors);
+  if (rule.name.empty()) return errors.add(node.source(), "the [[tenant]] rule names no tenant");
+  config.tenants.push_back(std::move(rule));
 }
 
 void read_section(std::string_view section, const toml::table& table, ServiceConfig& config, FileErrors& errors) {
@@ -325,7 +399,9 @@ void read_section(std::string_view section, const toml::table& table, ServiceCon
 void read_sections(const toml::table& root, ServiceConfig& config, FileErrors& errors) {
   for (const auto& [name, value] : root) {
     if (name == "namespace" && value.is_array()) {
-      for (const auto& rule : *value.as_array()) read_rule(rule, config, errors);
+      for (const auto& rule : *value.as_array()) read_namespace_rule(rule, config, errors);
+    } else if (name == "tenant" && value.is_array()) {
+      for (const auto& rule : *value.as_array()) read_tenant_rule(rule, config, errors);
     } else if (value.is_table() && !key_names(name.str()).empty()) {
       read_section(name.str(), *value.as_table(), config, errors);
     } else {
@@ -470,22 +546,34 @@ Status ServiceConfig::validate() const {
   }
   if (const auto made = parse_chunk_chain(codec.fallback); !made)
     return invalid("codec.default: " + made.error().message());
-  for (const CodecRule& rule : codec.rules) {
-    if (const auto made = parse_chunk_chain(rule.codec); !made)
-      return invalid("[[namespace]] codec: " + made.error().message());
-  }
+  if (demotion_free_bytes() >= store.dram_bytes) return invalid("ladder.free_bytes must be less than store.dram_bytes");
   return Status::ok();
 }
 
-const std::string& ServiceConfig::CodecChoice::codec_for(const std::map<std::string, std::string>& facts) const {
-  for (const CodecRule& rule : rules) {
-    const bool fits = std::ranges::all_of(rule.match, [&](const auto& wanted) {
+const NamespaceRule* ServiceConfig::rule_for(const std::map<std::string, std::string>& facts) const {
+  const auto found = std::ranges::find_if(namespaces, [&](const NamespaceRule& rule) {
+    return std::ranges::all_of(rule.match, [&](const auto& wanted) {
       const auto fact = facts.find(wanted.first);
       return fact != facts.end() && ::fnmatch(wanted.second.c_str(), fact->second.c_str(), 0) == 0;
     });
-    if (fits) return rule.codec;
-  }
-  return fallback;
+  });
+  return found == namespaces.end() ? nullptr : &*found;
+}
+
+const TenantRule* ServiceConfig::tenant_rule(const std::string& tenant) const {
+  const auto found = std::ranges::find_if(
+      tenants, [&](const TenantRule& rule) { return ::fnmatch(rule.name.c_str(), tenant.c_str(), 0) == 0; });
+  return found == tenants.end() ? nullptr : &*found;
+}
+
+bool ServiceConfig::has_ladders() const {
+  const auto steps = [](const auto& rule) { return !rule.ladder.empty() && rule.ladder != kNoLadder; };
+  return ladder.fallback != kNoLadder || std::ranges::any_of(namespaces, steps) || std::ranges::any_of(tenants, steps);
+}
+
+std::uint64_t ServiceConfig::demotion_free_bytes() const {
+  if (!has_ladders()) return 0;
+  return ladder.free_bytes != 0 ? ladder.free_bytes : std::min(store.dram_bytes / kLadderFreeShare, kGiB);
 }
 
 unsigned ServiceConfig::socket_mode() const { return parse_mode(server.socket_mode).value_or(0600); }
@@ -563,12 +651,22 @@ std::string dump_config(const ServiceConfig& config) {
     out += "; default " + show(key.get(defaults)) + "; " + key.environment_name() + "\n";
     out += std::string(key.name.substr(dot + 1)) + " = " + show(key.get(config)) + "\n";
   }
-  for (const CodecRule& rule : config.codec.rules) {
+  const auto show_rule = [&](const auto& rule) {
+    if (!rule.ladder.empty()) out += "ladder = " + toml_text(rule.ladder) + "\n";
+    if (rule.max_relative_error < 1) out += "max_relative_error = " + toml_number(rule.max_relative_error) + "\n";
+  };
+  for (const NamespaceRule& rule : config.namespaces) {
     out += "\n[[namespace]]\nmatch = {";
     for (const auto& [fact, pattern] : rule.match) {
       out += (out.back() == '{' ? " " : ", ") + toml_text(fact) + " = " + toml_text(pattern);
     }
-    out += " }\ncodec = " + toml_text(rule.codec) + "\n";
+    out += " }\n";
+    if (!rule.codec.empty()) out += "codec = " + toml_text(rule.codec) + "\n";
+    show_rule(rule);
+  }
+  for (const TenantRule& rule : config.tenants) {
+    out += "\n[[tenant]]\nname = " + toml_text(rule.name) + "\n";
+    show_rule(rule);
   }
   return out;
 }

@@ -17,11 +17,24 @@ namespace kvern {
 /// default, file, KVERN_<SECTION>_<KEY>, --section.key=value. config_keys() is the one list of keys; parsing, --help,
 /// --dump-config and the reference in docs/ come from it.
 
-/// Stores a namespace with another codec than codec.default. Patterns are those of fnmatch(3) over the facts of the
-/// namespace ("model", "tenant", "lora", …); all of them must hold. The first rule that fits is used.
-struct CodecRule {
+/// The word for "chunks stay as they were stored", where a ladder could stand.
+inline constexpr std::string_view kNoLadder = "off";
+
+/// A [[namespace]] table: how some namespaces are kept. Patterns are those of fnmatch(3) over the facts of the
+/// namespace
+/// ("model", "tenant", "lora", …); all of them must hold. The first rule that fits is used.
+struct NamespaceRule {
   std::map<std::string, std::string> match;
-  std::string codec;
+  std::string codec;              ///< empty: none of its own
+  std::string ladder;             ///< empty: none of its own; not together with a codec
+  double max_relative_error = 1;  ///< no weaker form is stored or served
+};
+
+/// A [[tenant]] table: what the tenants whose names fit the pattern may have. The first one that fits is used.
+struct TenantRule {
+  std::string name;
+  std::string ladder;  ///< empty: none of its own
+  double max_relative_error = 1;
 };
 
 struct ServiceConfig {
@@ -99,9 +112,14 @@ struct ServiceConfig {
   } pipeline;
   struct CodecChoice {
     std::string fallback = "raw";  ///< key codec.default
-    std::vector<CodecRule> rules;  ///< [[namespace]] tables of the file
-    const std::string& codec_for(const std::map<std::string, std::string>& facts) const;
   } codec;
+  struct LadderChoice {
+    std::string fallback = "off";  ///< key ladder.default
+    std::uint64_t threads = 1;
+    std::uint64_t free_bytes = 0;
+  } ladder;
+  std::vector<NamespaceRule> namespaces;
+  std::vector<TenantRule> tenants;
   struct Metrics {
     std::string listen = "127.0.0.1:9464";
   } metrics;
@@ -111,11 +129,15 @@ struct ServiceConfig {
 
   /// What no single key shows: limits that contradict each other, paths that are too long, codecs that do not exist.
   Status validate() const;
-  unsigned socket_mode() const;          ///< the octal text as a number
-  std::string admission_path() const;    ///< where descriptors are handed out: the socket's path and ".fds"
-  std::uint32_t chunk_capacity() const;  ///< derived from dram_bytes unless set
-  std::uint32_t index_slots() const;     ///< derived from chunk_capacity() unless set; a power of two
-  std::uint64_t encode_threads() const;  ///< one per core but one, unless set
+  const NamespaceRule* rule_for(const std::map<std::string, std::string>& facts) const;  ///< null: none fits
+  const TenantRule* tenant_rule(const std::string& tenant) const;                        ///< null: none fits
+  bool has_ladders() const;                                                              ///< some chunks may step down
+  std::uint64_t demotion_free_bytes() const;  ///< 0 without ladders; derived from dram_bytes unless set
+  unsigned socket_mode() const;               ///< the octal text as a number
+  std::string admission_path() const;         ///< where descriptors are handed out: the socket's path and ".fds"
+  std::uint32_t chunk_capacity() const;       ///< derived from dram_bytes unless set
+  std::uint32_t index_slots() const;          ///< derived from chunk_capacity() unless set; a power of two
+  std::uint64_t encode_threads() const;       ///< one per core but one, unless set
 };
 
 /// $XDG_RUNTIME_DIR/kvern/kvernd.sock, or /run/kvern/kvernd.sock without that variable.

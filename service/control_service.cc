@@ -261,6 +261,8 @@ Status ControlService::register_namespace(Session& session, const wire::Register
     spdlog::warn("session {}: {}", session.id(), plain(space.error().message(), 2 * kMaxAttributeBytes));
     return space.error();
   }
+  // Before the session can name it: what is there and too weak must not be found.
+  parts_.store.set_terms((*space)->id, (*space)->storage);
   if (Status added = session.add_namespace(*space); !added) return added;
   answer->set_namespace_id((*space)->id.bytes.data(), (*space)->id.bytes.size());
   answer->set_codec_spec((*space)->codec_spec);

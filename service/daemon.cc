@@ -33,8 +33,10 @@
 #include "service/sessions.h"
 #include "service/slab_file.h"
 #include "service/store_pipeline.h"
+#include "service/terms.h"
 #include "service/tiers.h"
 #include "store/chunk_store.h"
+#include "store/demoter.h"
 #include "store/eviction_policy.h"
 #include "store/tiered_store.h"
 #include "transport/admission.h"
@@ -157,6 +159,7 @@ struct Daemon::State {
   HazardRegistry hazards;
   InFlight in_flight;
   std::unique_ptr<ChunkStore> store;
+  std::unique_ptr<Demoter> demoter;  // without ladders: none; whoever stores wakes it, so that it outlives them
   ThreadPool movers{"kvern-move", kMovers, kMaxMoving};
   std::unique_ptr<TieredStore> tiers;
   NamespaceRegistry namespaces;
@@ -200,12 +203,13 @@ Daemon::State::State(const ServiceConfig& config_in)
               .chunk_capacity = config.chunk_capacity(),
               .index_slots = config.index_slots(),
               .generation = epoch,
-              .incomplete_ttl_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000},
+              .incomplete_ttl_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000,
+              .demotion_free_bytes = config.demotion_free_bytes()},
           slab.bytes(), index.bytes(), or_throw(make_eviction_policy(config.store.eviction)),
           [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock, slab.map_bytes())),
       tiers(std::make_unique<TieredStore>(*store, make_tiers(config, clock, metrics), movers, TieredStoreConfig{},
                                           [this] { return slab.usable_bytes(); })),
-      namespaces([this](const std::map<std::string, std::string>& facts) { return config.codec.codec_for(facts); }),
+      namespaces([this](const std::map<std::string, std::string>& facts) { return namespace_terms(config, facts); }),
       sessions({.max_sessions = config.sessions.max_sessions,
                 .staging_bytes_max = config.sessions.staging_bytes_max,
                 .timeout_ns = static_cast<std::int64_t>(config.sessions.timeout_ms) * 1'000'000},
@@ -245,6 +249,12 @@ Daemon::State::State(const ServiceConfig& config_in)
                 .reason = std::string(reason),
                 .time_ns = clock.now_ns()});
   });
+  if (config.has_ladders()) {
+    demoter = std::make_unique<Demoter>(
+        *store, DemoterConfig{.threads = config.ladder.threads}, clock, metrics,
+        [this] { return encoders.queued() > 0; }, [this] { return slab.usable_bytes(); });
+    store->set_pressure_listener([this] { demoter->wake(); });
+  }
   try {
     start_servers();
   } catch (...) {
@@ -354,6 +364,7 @@ void Daemon::State::watch() {
     lock.unlock();
     sessions.tick();
     tiers->save_victims();
+    if (demoter) demoter->wake();
     if (const std::int64_t now = clock.now_ns(); now >= next_sweep_ns) {
       store->sweep();
       next_sweep_ns = now + std::chrono::nanoseconds(kSweepInterval).count();
@@ -384,6 +395,7 @@ void Daemon::State::shut_down() {
   }
   watch_wake.notify_one();
   if (watcher.joinable()) watcher.join();
+  if (demoter) demoter->stop();
   const std::uint64_t chunks = store->stats().chunks;
   if (chunks == 0) slab.discard();
   if (config.store.warm_restart && chunks > 0) {

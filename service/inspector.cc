@@ -73,8 +73,16 @@ std::string Inspector::status_json(bool stopping) const {
                           {"model", space->fact("model")},
                           {"tenant", space->tenant},
                           {"codec", space->codec_spec},
+                          {"ladder", space->storage.ladder ? space->storage.ladder->name() : std::string(kNoLadder)},
+                          {"max_relative_error", space->storage.max_relative_error},
                           {"block_tokens", space->shape.block_tokens},
                           {"chunk_tokens", space->shape.chunk_tokens}});
+  }
+  auto forms = nlohmann::json::array();
+  for (const auto& form : parts_.store.forms()) {
+    if (forms.size() < kMaxShown) {
+      forms.push_back({{"codec", form.codec_spec}, {"chunks", form.chunks}, {"bytes", form.bytes}});
+    }
   }
   auto tiers = nlohmann::json::array();
   for (const auto& tier : parts_.tiers.stats().tiers) tiers.push_back(tier_json(tier));
@@ -102,6 +110,9 @@ std::string Inspector::status_json(bool stopping) const {
                                    {"evicted_bytes", stats.evicted_bytes},
                                    {"superseded_chunks", stats.superseded_chunks},
                                    {"quarantined_chunks", stats.quarantined_chunks},
+                                   {"demoted_chunks", stats.demoted_chunks},
+                                   {"demoted_bytes", stats.demoted_bytes},
+                                   {"forms", std::move(forms)},
                                    {"index_slots_used", stats.index_slots_used},
                                    {"index_slots", parts_.config.index_slots()},
                                    {"eviction", parts_.config.store.eviction}}},

@@ -1,5 +1,6 @@
 #include "service/metrics.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "service/sessions.h"
@@ -17,6 +18,11 @@ prometheus::Histogram::BucketBoundaries seconds_buckets() {
   }
   buckets.push_back(10);
   return buckets;
+}
+
+// From what int8 loses to what no ladder allows.
+prometheus::Histogram::BucketBoundaries error_buckets() {
+  return {0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1};
 }
 
 prometheus::Family<prometheus::Counter>& counters(Registry& registry, const char* name, const char* help) {
@@ -80,6 +86,14 @@ std::string codec_label(std::string_view spec) {
   return label;
 }
 
+std::string rung_label(const std::string& codec_spec) {
+  std::string label = codec_label(codec_spec);
+  if (const auto at = codec_spec.find("ratio="); at != std::string::npos) {
+    label += " " + codec_spec.substr(at, codec_spec.find_first_of(",)", at) - at);
+  }
+  return label;
+}
+
 Metrics::Metrics()
     : registry_(std::make_unique<Registry>()),
       requested_tokens(counter(*registry_, "kvern_requested_tokens_total", "Prompt tokens that engines asked for")),
@@ -101,6 +115,10 @@ Metrics::Metrics()
             {"malformed", "sequence", "unknown_body", "bad_token", "bad_ring", "version", "forbidden"});
   label_all(missed_, counters(*registry_, "kvern_miss_tokens_total", "Prompt tokens that were not served, by reason"),
             "reason", {"not_stored", "evicted_before_load", "failed_load"});
+  label_all(
+      demotions_refused_,
+      counters(*registry_, "kvern_demotions_refused_total", "Steps down a ladder that came to nothing, by reason"),
+      "reason", {"in_use", "no_room", "codec", "error", "corrupt", "gone"});
   auto& ended = counters(*registry_, "kvern_sessions_ended_total", "Sessions that ended, by reason");
   for (const auto why : {SessionEnd::kGoodbye, SessionEnd::kDisconnected, SessionEnd::kExpired,
                          SessionEnd::kProtocolError, SessionEnd::kStopping}) {
@@ -127,6 +145,33 @@ void Metrics::finished(std::string_view tier, TierOperation which, const Status&
   figures.ended[outcome_of(status)]->Increment();
   figures.bytes.Increment(static_cast<double>(bytes));
   if (status) figures.seconds.Observe(seconds);
+}
+
+void Metrics::demoted(std::string_view codec_spec, std::uint64_t bytes_before, std::uint64_t bytes_after, double error,
+                      double seconds) {
+  OfRung& figures = rung(codec_spec);
+  figures.steps.Increment();
+  figures.freed_bytes.Increment(static_cast<double>(bytes_before - std::min(bytes_before, bytes_after)));
+  figures.error.Observe(error);
+  figures.seconds.Observe(seconds);
+}
+
+Metrics::OfRung& Metrics::rung(std::string_view codec_spec) {
+  // Of ladders alone: their chains are few, and their parameters tell rungs apart.
+  std::lock_guard lock(rungs_mutex_);
+  if (const auto found = rungs_.find(codec_spec); found != rungs_.end()) return *found->second;
+  std::string spec(codec_spec);
+  const prometheus::Labels labels = {{"codec", rung_label(spec)}};
+  auto made = std::make_unique<OfRung>(OfRung{
+      .steps = counters(*registry_, "kvern_demotions_total", "Chunks that stepped down to this form").Add(labels),
+      .freed_bytes =
+          counters(*registry_, "kvern_demotion_freed_bytes_total", "Bytes that steps to this form freed").Add(labels),
+      .error = histograms(*registry_, "kvern_demotion_error",
+                          "Relative error of the attention output over the form that was made, with those before it")
+                   .Add(labels, error_buckets()),
+      .seconds = histograms(*registry_, "kvern_demotion_seconds", "Time of a step to this form")
+                     .Add(labels, seconds_buckets())});
+  return *rungs_.emplace(std::move(spec), std::move(made)).first->second;
 }
 
 Metrics::OfOperation& Metrics::operation(std::string_view tier, TierOperation which) {

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "base/status.h"
+#include "store/demoter.h"
 #include "store/tier.h"
 
 namespace kvern {
@@ -41,13 +42,18 @@ enum class Miss { kNotStored, kEvictedBeforeLoad, kFailedLoad, kCount };
 
 /// Counters and histograms of the daemon, registered once; hot paths only add. Figures that somebody else keeps
 /// (occupancy, sessions, queues) are collected when they are asked for. Thread-safe.
-class Metrics final : public TierObserver {
+class Metrics final : public TierObserver, public DemotionObserver {
  public:
   Metrics();
 
   /// Counts an operation of a lower tier.
   void finished(std::string_view tier, TierOperation operation, const Status& status, std::uint64_t bytes,
                 double seconds) override;
+
+  /// Counts a step down a ladder.
+  void demoted(std::string_view codec_spec, std::uint64_t bytes_before, std::uint64_t bytes_after, double error,
+               double seconds) override;
+  void refused(DemotionRefusal why) override { at(demotions_refused_, why).Increment(); }
 
   void request(RequestType type) { at(requests_, type).Increment(); }
   void refused(Refusal why) { at(refused_, why).Increment(); }
@@ -84,6 +90,7 @@ class Metrics final : public TierObserver {
   Counters<Refusal> refused_{};
   Counters<ProtocolError> protocol_errors_{};
   Counters<Miss> missed_{};
+  Counters<DemotionRefusal> demotions_refused_{};
   std::map<std::string, prometheus::Counter*, std::less<>> sessions_ended_;
   std::map<std::string, prometheus::Counter*, std::less<>> removed_;
 
@@ -107,6 +114,17 @@ class Metrics final : public TierObserver {
   };
   OfOperation& operation(std::string_view tier, TierOperation operation);
 
+  /// Steps to one form.
+  struct OfRung {
+    prometheus::Counter& steps;
+    prometheus::Counter& freed_bytes;
+    prometheus::Histogram& error;
+    prometheus::Histogram& seconds;
+  };
+  OfRung& rung(std::string_view codec_spec);
+
+  std::mutex rungs_mutex_;
+  std::map<std::string, std::unique_ptr<OfRung>, std::less<>> rungs_;  ///< by the chain as it stands on a ladder
   std::mutex tiers_mutex_;
   std::map<std::pair<std::string, TierOperation>, std::unique_ptr<OfOperation>> operations_;
   std::mutex codecs_mutex_;
@@ -115,5 +133,7 @@ class Metrics final : public TierObserver {
 
 /// "int8 | zstd" of "int8(group=64) | zstd(level=3)".
 std::string codec_label(std::string_view spec);
+/// The same, with what tells the rungs of ladders apart: "centroid | int4 ratio=0.25".
+std::string rung_label(const std::string& codec_spec);
 
 }  // namespace kvern

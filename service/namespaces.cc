@@ -207,7 +207,11 @@ Result<std::shared_ptr<const Namespace>> NamespaceRegistry::add(
   space->tenant = tenant;
   space->facts[std::string(kTenant)] = tenant;
   space->id = namespace_id_of(canonical_text(space->facts));
-  space->codec_spec = choose_codec_(space->facts);
+  auto terms = choose_terms_(space->facts);
+  if (!terms) return failure(terms.error());
+  space->codec_spec = std::move(terms->codec_spec);
+  space->storage = std::move(terms->storage);
+  space->storage.rotation = space->fact("rotation");
 
   std::lock_guard lock(mutex_);
   if (const auto found = by_id_.find(space->id); found != by_id_.end()) return found->second;

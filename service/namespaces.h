@@ -15,6 +15,7 @@
 #include "base/keys.h"
 #include "base/status.h"
 #include "kernels/kv_shape.h"
+#include "store/storage_terms.h"
 
 namespace kvern {
 
@@ -54,11 +55,18 @@ struct NamespaceShape {
   Status accepts(const ShardShape& shard, std::uint32_t group_layers, std::uint32_t model_heads) const;
 };
 
+/// What the configuration says of a namespace.
+struct NamespaceTerms {
+  std::string codec_spec;  ///< of fresh chunks
+  StorageTerms storage;
+};
+
 struct Namespace {
   NamespaceId id;
   std::map<std::string, std::string> facts;  ///< with the tenant
   std::string tenant;
   std::string codec_spec;
+  StorageTerms storage;
   NamespaceShape shape;
 
   const std::string& fact(const std::string& name) const;
@@ -76,11 +84,11 @@ Result<NamespaceShape> check_facts(const std::map<std::string, std::string>& fac
 /// explanations as long as there is room.
 class NamespaceRegistry {
  public:
-  /// Chooses the codec of a new namespace from its facts.
-  using CodecChooser = std::function<std::string(const std::map<std::string, std::string>& facts)>;
+  /// Chooses the terms of a new namespace from its facts; kRefused with a sentence when there are none that suit it.
+  using TermsChooser = std::function<Result<NamespaceTerms>(const std::map<std::string, std::string>& facts)>;
   static constexpr std::size_t kMaxNamespaces = 4096;
 
-  explicit NamespaceRegistry(CodecChooser choose_codec) : choose_codec_(std::move(choose_codec)) {}
+  explicit NamespaceRegistry(TermsChooser choose_terms) : choose_terms_(std::move(choose_terms)) {}
 
   Result<std::shared_ptr<const Namespace>> add(const std::vector<std::pair<std::string, std::string>>& fields,
                                                const std::string& tenant);
@@ -88,7 +96,7 @@ class NamespaceRegistry {
   std::vector<std::shared_ptr<const Namespace>> all() const;
 
  private:
-  const CodecChooser choose_codec_;
+  const TermsChooser choose_terms_;
   mutable std::mutex mutex_;
   std::unordered_map<NamespaceId, std::shared_ptr<const Namespace>> by_id_;
 };

@@ -43,6 +43,13 @@ void FamilyTable::release(const ChunkFamily* family) {
   if (--it->second == 0) references_.erase(it);
 }
 
+bool FamilyTable::has_namespace(const NamespaceId& namespace_id) const {
+  ChunkFamily least;
+  least.namespace_id = namespace_id;
+  const auto first = references_.lower_bound(least);
+  return first != references_.end() && first->first.namespace_id == namespace_id;
+}
+
 ChunkKey ChunkRecord::key() const {
   return {family->namespace_id, family->group, BlockHash(hash(blocks - std::size_t{1}))};
 }

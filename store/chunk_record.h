@@ -33,6 +33,7 @@ class FamilyTable {
   /// Stays valid until as many release() calls as acquire() calls.
   const ChunkFamily* acquire(ChunkFamily family);
   void release(const ChunkFamily* family);
+  bool has_namespace(const NamespaceId& namespace_id) const;
 
  private:
   std::map<ChunkFamily, std::uint64_t> references_;
@@ -76,6 +77,8 @@ struct ChunkRecord {
   std::uint8_t hash_bytes = 0;
   ChunkState state = ChunkState::kIncomplete;
   std::uint8_t saved_in = 0;  ///< bit i: lower tier i has it too, as far as is known
+  std::uint8_t lossy_generations = 0;
+  std::uint8_t form = 0;  ///< counts the containers that replaced one another here
 
   std::span<const std::uint8_t> hash(std::size_t block) const {
     return {hashes.get() + block * hash_bytes, hash_bytes};

@@ -1,15 +1,19 @@
 #include "store/chunk_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <stdexcept>
+#include <string_view>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
 
 #include "store/chunk_record.h"
 #include "store/container_map.h"
+#include "store/demotion.h"
 
 namespace kvern {
 namespace {
@@ -21,6 +25,10 @@ constexpr std::size_t kEvictionBatch = 32;
 constexpr std::uint32_t kScanBatch = 256;
 // Victims that unsaved_victims() looks at in one call, with the lock held.
 constexpr std::size_t kVictimScan = 512;
+// Steps that next_demotion() looks at in one call.
+constexpr int kDemotionTries = 8;
+// Namespaces whose terms are known; beyond it those go that have no chunks.
+constexpr std::size_t kMaxTerms = 8192;
 // Keeps chunk numbers, also one past the last, within 32 bits.
 constexpr std::uint32_t kMaxChunkCapacity = 1U << 30;
 
@@ -34,6 +42,7 @@ Status ChunkStoreConfig::validate() const {
   if (index_slots < 4 || (index_slots & (index_slots - 1)) != 0) {
     return {Code::kInvalid, "index_slots must be a power of two, at least 4"};
   }
+  if (demotion_free_bytes >= slab_bytes) return {Code::kInvalid, "demotion_free_bytes must be less than slab_bytes"};
   if (incomplete_ttl_ns <= 0) return {Code::kInvalid, "incomplete_ttl_ns must be above 0"};
   return Status::ok();
 }
@@ -53,6 +62,28 @@ struct ChunkStore::State {
     std::optional<std::uint32_t> chunk;  // the record with the shards that have come
   };
 
+  /// A handle that holds a chunk, and the form in which it does.
+  struct Pin {
+    std::uint32_t chunk = 0;
+    std::uint8_t form = 0;
+  };
+  /// Containers that others took the place of and that somebody still reads.
+  struct FormerContainers {
+    std::uint32_t chunk = 0;
+    std::uint8_t form = 0;
+    std::uint32_t pins = 0;
+    std::vector<ShardRecord> shards;
+  };
+  struct Terms {
+    StorageTerms storage;
+    std::size_t ladder = 0;          ///< its number in demotion
+    std::vector<std::string> specs;  ///< of its rungs, as containers say it
+  };
+
+  struct OfForm {
+    std::uint64_t chunks = 0, bytes = 0;
+  };
+
   struct Removal {
     ChunkKey key;
     std::vector<BlockHash> blocks;
@@ -68,7 +99,9 @@ struct ChunkStore::State {
     ~Session() {
       const auto removals = std::exchange(state_.removals, {});
       const auto listener = state_.listener;
+      const bool pressed = std::exchange(state_.pressed, false);
       lock_.unlock();
+      if (pressed && state_.pressure_listener) state_.pressure_listener();
       if (!listener) return;
       for (const auto& removal : removals) (*listener)(removal.key, removal.blocks, removal.reason);
     }
@@ -94,6 +127,7 @@ struct ChunkStore::State {
   bool is_in_flight(const Pending& entry, const ShardRange& range) const;
   bool is_listed(std::uint32_t chunk, const std::optional<NamespaceId>& namespace_id) const;
   ChunkSummary summarize(const ChunkRecord& record) const;
+  static std::vector<StoredShard> shards_of(const ChunkRecord& record);
 
   // Leaving.
   void unmap(const ChunkRecord& leaving);
@@ -116,7 +150,14 @@ struct ChunkStore::State {
   bool enter_index(std::uint32_t chunk, const ContainerInfo& info);
   Result<bool> add_whole_shard(const Extent& extent, const ContainerInfo& info, std::size_t container_bytes);
   std::vector<LoadedShard> find_containers();
-  void take_over(std::span<const LoadedShard> containers);
+  void take_over(std::vector<LoadedShard> containers);
+  Result<std::vector<Extent>> cut(Extent object, std::span<const LoadedShard> shards);
+  void count_form(const ChunkRecord& chunk, bool enters);
+
+  // The ladder.
+  bool is_too_weak(const NamespaceId& namespace_id, const std::string& codec_spec) const;
+  std::size_t ladder_number(const Ladder& ladder);
+  void enroll(std::uint32_t chunk);
 
   ChunkRecord& record(std::uint32_t chunk) { return *records[chunk]; }
   const ChunkRecord& record(std::uint32_t chunk) const { return *records[chunk]; }
@@ -129,6 +170,7 @@ struct ChunkStore::State {
 
   mutable std::mutex mutex;  // guards all that follows
   ChunkStoreStats counters;  // what is not derived from the rest
+  std::map<std::string, OfForm> by_form;
   std::optional<ContainerMap> map;
   std::vector<LoadedShard> found;  // what an earlier store left, until it is taken over
   Slab slab;
@@ -138,12 +180,18 @@ struct ChunkStore::State {
   std::vector<std::uint32_t> spare_numbers;
   TicketMap tickets;
   std::unordered_map<ChunkKey, Pending> pending;
-  std::unordered_map<std::uint64_t, std::uint32_t> pins;
+  std::unordered_map<std::uint64_t, Pin> pins;
+  std::vector<FormerContainers> former;
   std::vector<std::uint32_t> held;  // superseded and quarantined chunks that wait until nobody holds them
   std::unordered_set<std::uint32_t> claimed;
   std::vector<Removal> removals;
   std::shared_ptr<const RemovalListener> listener;
+  std::function<void()> pressure_listener;
+  bool pressed = false;
   std::unordered_map<std::uint64_t, Extent> loads;
+  std::unordered_map<NamespaceId, Terms> terms;  // those that are not the default
+  std::optional<Demotion> demotion;              // once there is a ladder; knows all live chunks then
+  std::size_t no_ladder = 0;                     // number of the ladder of those that stay as they are
   std::uint64_t next_id = 1;
 };
 
@@ -198,16 +246,29 @@ std::vector<LoadedShard> ChunkStore::State::find_containers() {
   return containers;
 }
 
-// Extents of all of them are in use in the slab.
-void ChunkStore::State::take_over(std::span<const LoadedShard> containers) {
-  for (const LoadedShard& each : containers) {
-    if (add_whole_shard({each.offset, each.bytes}, each.info, each.bytes)) continue;
-    map->clear(each.offset);
-    ++counters.dropped_containers;
+// Extents of all of them are in use in the slab. A process that ended while it replaced the containers of a chunk left
+// some of both forms, but all of one: each form is tried by itself.
+void ChunkStore::State::take_over(std::vector<LoadedShard> containers) {
+  const auto form_of = [](const LoadedShard& each) {
+    const auto hash = each.info.key.last_block.bytes();
+    return std::tuple(each.info.key.namespace_id, each.info.key.group,
+                      std::string_view(reinterpret_cast<const char*>(hash.data()), hash.size()),
+                      std::string_view(each.info.codec_spec));
+  };
+  std::ranges::stable_sort(containers, {}, form_of);
+  for (std::size_t i = 0; i < containers.size(); ++i) {
+    const LoadedShard& each = containers[i];
+    if (is_covered(each.info)) {
+      slab.free({each.offset, each.bytes});
+      map->clear(each.offset);
+    } else if (!add_whole_shard({each.offset, each.bytes}, each.info, each.bytes)) {
+      map->clear(each.offset);
+      ++counters.dropped_containers;
+    }
+    if (i + 1 < containers.size() && form_of(containers[i + 1]) == form_of(each)) continue;
+    counters.dropped_containers += counters.incomplete_chunks;
+    drop_incomplete(std::nullopt, std::numeric_limits<std::int64_t>::max());
   }
-  const std::uint64_t shards = counters.incomplete_chunks;
-  drop_incomplete(std::nullopt, std::numeric_limits<std::int64_t>::max());
-  counters.dropped_containers += shards;
   counters.recovered_chunks = counters.chunks;
   counters.recovered_bytes = counters.encoded_bytes;
 }
@@ -273,6 +334,16 @@ ChunkStore::ChunkSummary ChunkStore::State::summarize(const ChunkRecord& chunk) 
           .shards = static_cast<std::uint32_t>(chunk.shards.size())};
 }
 
+std::vector<StoredShard> ChunkStore::State::shards_of(const ChunkRecord& chunk) {
+  std::vector<StoredShard> shards;
+  shards.reserve(chunk.shards.size());
+  for (const auto& shard : chunk.shards) {
+    shards.push_back(
+        {shard.extent, shard.range.layer_begin, shard.range.layers, shard.range.head_begin, shard.range.heads});
+  }
+  return shards;
+}
+
 // A restart must not find it any more.
 void ChunkStore::State::unmap(const ChunkRecord& leaving) {
   if (!map) return;
@@ -290,7 +361,9 @@ void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view 
   unmap(leaving);
   for (std::size_t block = 0; block < leaving.blocks; ++block) index.erase(leaving.fingerprint(block), chunk);
   policy->erased(chunk);
+  if (demotion) demotion->left(chunk);
   --counters.chunks;
+  count_form(leaving, false);
   if (listener) removals.push_back({leaving.key(), leaving.block_hashes(), reason});
 }
 
@@ -441,6 +514,8 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
       slab_memory.subspan(extent.offset + container_bytes, padded_bytes(container_bytes) - container_bytes),
       std::byte{0});
   whole.shards.push_back({extent, ticket.range, info.shape.raw_bytes()});
+  whole.lossy_generations = std::max(
+      whole.lossy_generations, static_cast<std::uint8_t>(std::min<std::uint32_t>(info.lossy_generations, UINT8_MAX)));
   whole.last_shard_ns = clock.now_ns();
   counters.encoded_bytes += container_bytes;
   counters.raw_bytes += info.shape.raw_bytes();
@@ -463,6 +538,73 @@ Result<bool> ChunkStore::State::add_whole_shard(const Extent& extent, const Cont
   const auto entry = pending.find(info.key);
   if (entry->second.tickets.empty() && !entry->second.chunk) pending.erase(entry);
   return outcome;
+}
+
+// Extents of the containers that lie behind one another in the object; what is left of it is freed. kCorrupt, with all
+// of it freed, when they do not.
+Result<std::vector<Extent>> ChunkStore::State::cut(Extent object, std::span<const LoadedShard> shards) {
+  std::uint64_t end = 0;
+  for (const LoadedShard& shard : shards) {
+    if (shard.offset != end || shard.bytes == 0 || padded_bytes(shard.bytes) > object.bytes - end) {
+      slab.free(object);
+      return failure(Code::kCorrupt, "the containers do not lie behind one another in the object");
+    }
+    end += padded_bytes(shard.bytes);
+  }
+  std::vector<Extent> extents;
+  extents.reserve(shards.size());
+  for (const LoadedShard& shard : shards) {
+    const std::uint64_t room = padded_bytes(shard.bytes);
+    Extent mine = object;
+    object.bytes -= room;
+    if (object.bytes > 0) std::tie(mine, object) = slab.split(mine, room);
+    extents.push_back(mine);
+  }
+  if (object.bytes > 0) slab.free(object);
+  return extents;
+}
+
+// Of a complete chunk that enters or leaves the index, or changes its form there.
+void ChunkStore::State::count_form(const ChunkRecord& chunk, bool enters) {
+  const std::uint64_t sign = enters ? 1 : -1ULL;
+  auto& generations = counters.of_lossy_generations;
+  generations[std::min<std::size_t>(chunk.lossy_generations, generations.size() - 1)] += sign;
+  OfForm& form = by_form[chunk.family->codec_spec];
+  form.chunks += sign;
+  form.bytes += sign * chunk.encoded_bytes();
+  if (form.chunks == 0) by_form.erase(chunk.family->codec_spec);
+}
+
+bool ChunkStore::State::is_too_weak(const NamespaceId& namespace_id, const std::string& codec_spec) const {
+  const auto known = terms.find(namespace_id);
+  if (known == terms.end()) return false;
+  const double floor = known->second.storage.max_relative_error;
+  return floor < 1 && !(known_error(codec_spec).value_or(1) <= floor);
+}
+
+// Namespaces with the same rungs share a ladder.
+std::size_t ChunkStore::State::ladder_number(const Ladder& ladder) {
+  for (const auto& [id, known] : terms) {
+    const auto& other = known.storage.ladder;
+    if (other && other->name() == ladder.name() && other->rungs().size() == ladder.rungs().size()) return known.ladder;
+  }
+  return demotion->add_ladder(ladder);
+}
+
+// The demotion knows the chunk from now on.
+void ChunkStore::State::enroll(std::uint32_t chunk) {
+  if (!demotion) return;
+  const ChunkRecord& each = record(chunk);
+  if (const auto known = terms.find(each.family->namespace_id); known != terms.end()) {
+    const auto& specs = known->second.specs;
+    const auto rung = std::ranges::find(specs, each.family->codec_spec);
+    if (rung != specs.end() && specs.size() > 1) {
+      const auto number = static_cast<std::uint8_t>(rung - specs.begin());
+      return demotion->entered(chunk, known->second.ladder, {number, each.lossy_generations},
+                               static_cast<double>(each.raw_bytes()));
+    }
+  }
+  demotion->entered(chunk, no_ladder, {}, static_cast<double>(each.encoded_bytes()));
 }
 
 std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& info) {
@@ -509,6 +651,9 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
     for (const auto& shard : entering.shards) map->set(shard.extent.offset);
   }
   ++counters.chunks;
+  count_form(entering, true);
+  enroll(chunk);
+  pressed = pressed || (demotion && slab.capacity_bytes() - slab.used_bytes() < config.demotion_free_bytes);
   policy->inserted(chunk, {.bytes = entering.encoded_bytes(), .fingerprint = entering.fingerprint(0)});
   // Blocks of a shorter chunk are pointed to this one before that one goes, so that a reader finds them at any moment.
   for (std::size_t block = 0; block < blocks; ++block) {
@@ -554,6 +699,9 @@ Result<WriteTicket> ChunkStore::begin_write(const ContainerInfo& info, std::size
   if (max_bytes == 0 || max_bytes > s.slab.capacity_bytes()) {
     return failure(Code::kRefused, "a container of " + std::to_string(max_bytes) + " bytes does not fit a slab of " +
                                        std::to_string(s.slab.capacity_bytes()) + " bytes");
+  }
+  if (s.is_too_weak(info.key.namespace_id, info.codec_spec)) {
+    return failure(Code::kRefused, info.codec_spec + " is weaker than its namespace's max_relative_error allows");
   }
   if (s.is_covered(info)) return failure(Code::kBusy, "stored already");
   if (const auto entry = s.pending.find(info.key); entry != s.pending.end()) {
@@ -623,30 +771,27 @@ Status ChunkStore::publish_load(const WriteTicket& ticket, std::span<const Loade
   State::Session session(s);
   const auto open = s.loads.find(ticket.id);
   if (open == s.loads.end()) return Status(Code::kInvalid, "there is no such ticket");
-  Extent rest = open->second;
+  const Extent object = open->second;
   s.loads.erase(open);
-  std::uint64_t at = 0;
+  if (std::ranges::any_of(shards, [&](const LoadedShard& each) {
+        return s.is_too_weak(each.info.key.namespace_id, each.info.codec_spec);
+      })) {
+    s.slab.free(object);
+    return Status(Code::kRefused, "it is weaker than its namespace's max_relative_error allows");
+  }
+  const auto extents = s.cut(object, shards);
+  if (!extents) return extents.error();
   bool complete = false;
   Status outcome;
-  for (std::size_t i = 0; i < shards.size() && outcome && !complete; ++i) {
-    const LoadedShard& shard = shards[i];
-    const std::uint64_t room = padded_bytes(shard.bytes);
-    if (shard.offset != at || shard.bytes == 0 || room > rest.bytes) {
-      outcome = Status(Code::kCorrupt, "the containers do not lie behind one another in the object");
-      break;
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    if (!outcome || complete) {
+      s.slab.free((*extents)[i]);
+      continue;
     }
-    Extent mine = rest;
-    if (room < rest.bytes) {
-      std::tie(mine, rest) = s.slab.split(rest, room);
-    } else {
-      rest.bytes = 0;
-    }
-    at += room;
-    const auto added = s.add_whole_shard(mine, shard.info, shard.bytes);
+    const auto added = s.add_whole_shard((*extents)[i], shards[i].info, shards[i].bytes);
     if (!added) outcome = added.error();
     complete = added.value_or(false);
   }
-  if (rest.bytes > 0) s.slab.free(rest);
   if (!outcome) return outcome;
   if (!complete) return Status(Code::kCorrupt, "the object does not hold all shards of its chunk");
   const ChunkKey& key = shards.front().info.key;
@@ -719,13 +864,8 @@ Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
   if (is_use && pinned.state == ChunkState::kLive) s.policy->touched(*chunk);
-  PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = {}};
-  result.shards.reserve(pinned.shards.size());
-  for (const auto& shard : pinned.shards) {
-    result.shards.push_back(
-        {shard.extent, shard.range.layer_begin, shard.range.layers, shard.range.head_begin, shard.range.heads});
-  }
-  s.pins.emplace(result.pin, *chunk);
+  PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = s.shards_of(pinned)};
+  s.pins.emplace(result.pin, State::Pin{*chunk, pinned.form});
   return result;
 }
 
@@ -734,8 +874,16 @@ void ChunkStore::unpin(std::uint64_t pin) {
   std::lock_guard lock(s.mutex);
   const auto it = s.pins.find(pin);
   if (it == s.pins.end()) return;
-  if (--s.record(it->second).pins == 0) --s.counters.pinned_chunks;
+  const State::Pin pin_of = it->second;
   s.pins.erase(it);
+  ChunkRecord& held = s.record(pin_of.chunk);
+  if (--held.pins == 0) --s.counters.pinned_chunks;
+  if (pin_of.form == held.form) return;
+  const auto former = std::ranges::find_if(
+      s.former, [&](const auto& each) { return each.chunk == pin_of.chunk && each.form == pin_of.form; });
+  if (--former->pins > 0) return;
+  for (const auto& shard : former->shards) s.slab.free(shard.extent);
+  s.former.erase(former);
 }
 
 std::span<const std::byte> ChunkStore::bytes(const StoredShard& shard) const {
@@ -781,6 +929,156 @@ void ChunkStore::sweep() {
   State::Session session(s);
   s.free_unheld();
   s.drop_incomplete(std::nullopt, s.clock.now_ns() - s.config.incomplete_ttl_ns);
+}
+
+void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage) {
+  State& s = *state_;
+  if (storage.is_default()) return;
+  bool first = false;
+  {
+    std::lock_guard lock(s.mutex);
+    if (s.terms.contains(namespace_id)) return;
+    if (s.terms.size() >= kMaxTerms) {
+      std::erase_if(s.terms, [&](const auto& known) { return !s.families.has_namespace(known.first); });
+    }
+    first = storage.ladder && !s.demotion;
+    if (first) {
+      s.demotion.emplace(DemotionConfig{});
+      s.no_ladder = s.demotion->add_ladder(*Ladder::make({.name = "none", .rungs = {{.codec_spec = "raw"}}}));
+    }
+    State::Terms terms{.storage = std::move(storage), .ladder = s.no_ladder, .specs = {}};
+    if (terms.storage.ladder) {
+      terms.ladder = s.ladder_number(*terms.storage.ladder);
+      for (const Rung& rung : terms.storage.ladder->rungs()) {
+        // One that the model's keys do not allow is never reached.
+        const auto codec = make_codec(rung.codec_spec, terms.storage.rotation);
+        terms.specs.emplace_back(codec ? (*codec)->spec() : std::string_view());
+      }
+    }
+    s.terms.emplace(namespace_id, std::move(terms));
+  }
+  // What is there already.
+  for (std::uint32_t begin = 0; begin < s.config.chunk_capacity; begin += kScanBatch) {
+    State::Session session(s);
+    const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
+    for (std::uint32_t chunk = begin; chunk < end; ++chunk) {
+      if (!s.is_listed(chunk, std::nullopt)) continue;
+      if (s.is_listed(chunk, namespace_id) && s.is_too_weak(namespace_id, s.record(chunk).family->codec_spec)) {
+        s.drop_when_unheld(chunk, ChunkState::kQuarantined, "flushed");
+      } else if (first || s.is_listed(chunk, namespace_id)) {
+        s.enroll(chunk);
+      }
+    }
+  }
+}
+
+void ChunkStore::set_pressure_listener(std::function<void()> listener) {
+  std::lock_guard lock(state_->mutex);
+  state_->pressure_listener = std::move(listener);
+}
+
+Result<DemotionOrder> ChunkStore::next_demotion() {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  if (!s.demotion || s.slab.capacity_bytes() - s.slab.used_bytes() >= s.config.demotion_free_bytes) {
+    return failure(Code::kNotFound, "there is room enough");
+  }
+  bool in_use = false;
+  for (int i = 0; i < kDemotionTries; ++i) {
+    const auto step = s.demotion->next(*s.policy);
+    if (!step || !step->to) break;
+    ChunkRecord& chunk = s.record(step->chunk);
+    in_use = chunk.pins > 0;
+    if (in_use) continue;
+    const State::Terms& terms = s.terms.at(chunk.family->namespace_id);
+    const Ladder& ladder = *terms.storage.ladder;
+    ++chunk.pins;
+    ++s.counters.pinned_chunks;
+    DemotionOrder order{
+        .key = chunk.key(),
+        .chunk = {.pin = s.next_id++, .chunk = step->chunk, .tokens = chunk.tokens(), .shards = s.shards_of(chunk)},
+        .to = *step->to,
+        .codec_spec = terms.specs[step->to->rung],
+        .rotation = terms.storage.rotation,
+        .error = ladder.rung(s.demotion->form(step->chunk)).error,
+        .expected_error = ladder.rung(*step->to).error,
+        .error_max = terms.storage.max_relative_error};
+    s.pins.emplace(order.chunk.pin, State::Pin{step->chunk, chunk.form});
+    return order;
+  }
+  if (in_use) return failure(Code::kBusy, "what should step down is in use");
+  return failure(Code::kRefused, "nothing should step down");
+}
+
+Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order, std::span<const LoadedShard> shards) {
+  State& s = *state_;
+  State::Session session(s);
+  const auto open = s.loads.find(ticket.id);
+  if (open == s.loads.end()) return Status(Code::kInvalid, "there is no such ticket");
+  const Extent object = open->second;
+  s.loads.erase(open);
+  const auto pin = s.pins.find(order.chunk.pin);
+  if (pin == s.pins.end() || s.record(pin->second.chunk).state != ChunkState::kLive) {
+    s.slab.free(object);
+    return Status(Code::kNotFound, "the chunk has gone meanwhile");
+  }
+  const std::uint32_t number = pin->second.chunk;
+  ChunkRecord& chunk = s.record(number);
+  if (shards.size() != chunk.shards.size() || pin->second.form != chunk.form) {
+    s.slab.free(object);
+    return Status(Code::kInvalid, "the containers are not those of the chunk's shards");
+  }
+  const auto extents = s.cut(object, shards);
+  if (!extents) return extents.error();
+  std::vector<ShardRecord> fresh;
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    const std::uint64_t bytes = shards[i].bytes;
+    const Extent extent{(*extents)[i].offset, bytes};
+    std::ranges::fill(s.slab_memory.subspan(extent.offset + bytes, padded_bytes(bytes) - bytes), std::byte{0});
+    fresh.push_back({extent, chunk.shards[i].range, chunk.shards[i].raw_bytes});
+  }
+  // At any instant a restart finds all containers of one form: the new ones are on the map before the old ones go.
+  if (s.map) {
+    for (const auto& shard : fresh) s.map->set(shard.extent.offset);
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    s.unmap(chunk);
+  }
+  const std::uint64_t bytes_before = chunk.encoded_bytes();
+  s.count_form(chunk, false);
+  std::uint32_t pins = chunk.pins;
+  for (const auto& each : s.former) pins -= each.chunk == number ? each.pins : 0;
+  s.former.push_back({number, chunk.form, pins, std::exchange(chunk.shards, std::move(fresh))});
+  ++chunk.form;
+  ChunkFamily family = *chunk.family;
+  family.codec_spec = order.codec_spec;
+  const ChunkFamily* const left = std::exchange(chunk.family, s.families.acquire(std::move(family)));
+  s.families.release(left);
+  chunk.lossy_generations = order.to.lossy_generations;
+  s.count_form(chunk, true);
+  const std::uint64_t bytes_after = chunk.encoded_bytes();
+  s.counters.encoded_bytes += bytes_after - bytes_before;
+  ++s.counters.demoted_chunks;
+  s.counters.demoted_bytes += bytes_before - bytes_after;
+  if (s.demotion) s.demotion->stepped(number, order.to);
+  return Status::ok();
+}
+
+void ChunkStore::exempt_from_demotion(const DemotionOrder& order) {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  const auto pin = s.pins.find(order.chunk.pin);
+  if (pin == s.pins.end() || !s.demotion) return;
+  const ChunkRecord& chunk = s.record(pin->second.chunk);
+  if (chunk.state != ChunkState::kLive) return;
+  s.demotion->entered(pin->second.chunk, s.no_ladder, {}, static_cast<double>(chunk.encoded_bytes()));
+}
+
+std::vector<StoredFormStats> ChunkStore::forms() const {
+  const State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  std::vector<StoredFormStats> forms;
+  for (const auto& [spec, form] : s.by_form) forms.push_back({spec, form.chunks, form.bytes});
+  return forms;
 }
 
 void ChunkStore::set_removal_listener(RemovalListener listener) {

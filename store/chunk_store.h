@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -18,6 +19,7 @@
 #include "kernels/container.h"
 #include "store/eviction_policy.h"
 #include "store/slab.h"
+#include "store/storage_terms.h"
 
 namespace kvern {
 
@@ -36,6 +38,8 @@ struct ChunkStoreConfig {
   std::uint64_t generation = 1;
   /// Chunks of which some shards never came are dropped after this long without a new shard.
   std::int64_t incomplete_ttl_ns = 60'000'000'000;
+  /// Demotion begins when less than this is free: enough that stores find room while chunks step down.
+  std::uint64_t demotion_free_bytes = 0;
   Status validate() const;
 };
 
@@ -67,6 +71,8 @@ struct ChunkStoreStats {
   /// What a warm restart found: chunks taken over, and containers that were dropped since they were damaged, of an
   /// unknown format or without the other shards of their chunk.
   std::uint64_t recovered_chunks = 0, recovered_bytes = 0, dropped_containers = 0;
+  std::uint64_t demoted_chunks = 0, demoted_bytes = 0;     ///< steps down ladders, and bytes that they freed
+  std::array<std::uint64_t, 3> of_lossy_generations = {};  ///< complete chunks by lossy encodings; the last: 2 or more
 };
 
 /// One container of a chunk object that was read from a lower tier and verified.
@@ -74,6 +80,24 @@ struct LoadedShard {
   ContainerInfo info;
   std::uint64_t offset = 0;  ///< within the object, a multiple of Slab::kAlignment
   std::uint64_t bytes = 0;   ///< of the container, without what pads it
+};
+
+/// A step down a ladder that is to be carried out; see ChunkStore::next_demotion().
+struct DemotionOrder {
+  ChunkKey key;
+  PinnedChunk chunk;
+  StoredForm to;
+  std::string codec_spec;  ///< of the form to make
+  std::string rotation;
+  double error = 0;           ///< of the form that there is
+  double expected_error = 0;  ///< of the form to make, as the ladder knows it
+  double error_max = 1;       ///< what the form to make may have
+};
+
+/// What is stored in one form.
+struct StoredFormStats {
+  std::string codec_spec;
+  std::uint64_t chunks = 0, bytes = 0;
 };
 
 enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
@@ -146,6 +170,24 @@ class ChunkStore {
   std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id);
   /// Frees incomplete chunks past their TTL and chunks whose drop had to wait. Called now and then by the service.
   void sweep();
+
+  /// How chunks of this namespace are kept from now on; the first terms of a namespace hold. Those that are there and
+  /// weaker than allowed are dropped. Chunks of a namespace that has no terms never step down.
+  void set_terms(const NamespaceId& namespace_id, StorageTerms terms);
+  /// Called, without the lock, when a chunk was stored and less than demotion_free_bytes is free. Set before any thread
+  /// stores.
+  void set_pressure_listener(std::function<void()> listener);
+  /// The chunk that should step down its ladder next, pinned; the caller unpins it. kNotFound: there is room enough;
+  /// kRefused: nothing may step down, or it is better that something leaves; kBusy: the chunk is in use.
+  Result<DemotionOrder> next_demotion();
+  /// The containers in the ticket (begin_load()) take the place of those of the order's chunk, in one step: whoever
+  /// looks it up from now on gets the new ones, whoever holds it keeps the old ones until unpin(). kNotFound when the
+  /// chunk has gone meanwhile. What lower tiers have is better, and stays.
+  Status replace(const WriteTicket& ticket, const DemotionOrder& order, std::span<const LoadedShard> shards);
+  /// The chunk cannot take this step and is not asked to take one again.
+  void exempt_from_demotion(const DemotionOrder& order);
+  /// Complete chunks by form.
+  std::vector<StoredFormStats> forms() const;
 
   void set_removal_listener(RemovalListener listener);
   ChunkStoreStats stats() const;

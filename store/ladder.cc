@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <map>
 #include <utility>
 
 #include "kernels/codec.h"
@@ -47,6 +49,25 @@ Result<LadderProfile> find_ladder_profile(std::string_view name) {
     known += (known.empty() ? "" : ", ") + profile.name;
   }
   return failure(Code::kInvalid, "no ladder is called \"" + std::string(name) + "\": use one of " + known);
+}
+
+std::optional<double> known_error(const std::string& codec_spec) {
+  // Asked for each chunk: containers name their codec in its canonical form.
+  static const std::map<std::string, double, std::less<>> of_rungs = [] {
+    std::map<std::string, double, std::less<>> errors;
+    for (const LadderProfile& profile : ladder_profiles()) {
+      for (const Rung& rung : profile.rungs) {
+        if (const auto codec = make_codec(rung.codec_spec)) errors.emplace((*codec)->spec(), rung.error);
+      }
+    }
+    return errors;
+  }();
+  if (const auto found = of_rungs.find(codec_spec); found != of_rungs.end()) return found->second;
+  const auto codec = make_codec(codec_spec);
+  if (!codec) return std::nullopt;
+  if ((*codec)->lossless()) return 0;
+  const auto found = of_rungs.find((*codec)->spec());
+  return found == of_rungs.end() ? std::nullopt : std::optional(found->second);
 }
 
 Result<Ladder> Ladder::make(LadderProfile profile, double max_relative_error) {

@@ -38,6 +38,10 @@ std::span<const LadderProfile> ladder_profiles();
 /// kInvalid, with the names that there are, for any other.
 Result<LadderProfile> find_ladder_profile(std::string_view name);
 
+/// The relative error of what this chain stores, where it is known: 0 for lossless ones, and that of the rung for those
+/// that stand on a profile.
+std::optional<double> known_error(const std::string& codec_spec);
+
 /// How a chunk is stored.
 struct StoredForm {
   std::uint8_t rung = 0;

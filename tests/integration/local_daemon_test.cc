@@ -4,11 +4,14 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include <bit>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <thread>
+#include <tuple>
 
 #include "tests/integration/child_process.h"
 #include "tests/integration/local_client.h"
@@ -297,6 +300,51 @@ TEST_F(LocalDaemonTest, AFullTierEvictsAndGoesOn) {
   EXPECT_LE(store.at("used_bytes"), store.at("capacity_bytes"));
   EXPECT_TRUE(client->load_and_compare(kPrompts - 1, 0));
   EXPECT_EQ(client->load(0, 0).error().code(), Code::kNotFound);
+}
+
+// 40 MiB of int8 in 24 MiB: half of it is left as int4, and everything that is left decodes.
+TEST_F(LocalDaemonTest, UnderPressureChunksStepDownAndComeBackRight) {
+  const std::vector<std::string> settings = {"--ladder.default=balanced", "--store.dram_bytes=24MiB",
+                                             "--ladder.free_bytes=8MiB"};
+  start(settings);
+  const auto client = connect();
+  std::uint64_t stored = 0;
+  for (std::uint64_t prompt = 0; prompt < 300; ++prompt) stored += client->store(prompt, 1) ? 1U : 0U;
+  EXPECT_EQ(stored, 300U);
+  ASSERT_TRUE(eventually([&] { return status(*client).at("store").at("demoted_chunks") > 20; })) << daemon_->text();
+  const auto check = [&](LocalClient& reader) {
+    std::uint64_t found = 0;
+    for (std::uint64_t prompt = 0; prompt < 300; ++prompt) {
+      const auto loaded = reader.load(prompt, 0);
+      if (!loaded) {
+        EXPECT_EQ(loaded.error().code(), Code::kNotFound) << loaded.error().to_string();
+        continue;
+      }
+      ++found;
+      std::vector<std::byte> exact(loaded->size());
+      testing::fill_chunk(exact, prompt, 0);
+      // Values from 0.125 to 2: int4 in groups keeps the largest difference below a tenth of the range.
+      for (std::size_t i = 0; i < exact.size(); i += 2) {
+        const auto value = [&](const std::vector<std::byte>& bytes) {
+          const auto bits = static_cast<std::uint32_t>(bytes[i]) << 16 | static_cast<std::uint32_t>(bytes[i + 1]) << 24;
+          return std::bit_cast<float>(bits);
+        };
+        if (std::abs(value(*loaded) - value(exact)) <= 0.2F) continue;
+        ADD_FAILURE() << "prompt " << prompt << ", byte " << i;
+        break;
+      }
+    }
+    return found;
+  };
+  EXPECT_GT(check(*client), 60U);
+  const auto forms = status(*client).at("store").at("forms");
+  EXPECT_THAT(forms.dump(), HasSubstr("int4"));
+  // And after kill -9 in the middle of it.
+  for (std::uint64_t prompt = 300; prompt < 340; ++prompt) std::ignore = client->store(prompt, 1);
+  daemon_->kill();
+  start(settings);
+  const auto after = connect("after");
+  EXPECT_GT(check(*after), 30U);
 }
 
 TEST_F(LocalDaemonTest, AClaimedChunkIsNotEvicted) {

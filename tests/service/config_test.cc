@@ -1,4 +1,5 @@
 #include "service/config.h"
+#include "service/terms.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -153,10 +154,71 @@ TEST(Config, TheFirstRuleThatFitsChoosesTheCodec) {
       "[[namespace]]\nmatch = { model = \"llama*\" }\ncodec = \"int8\"\n",
       "f");
   ASSERT_THAT(loaded.errors, IsEmpty());
-  const auto& codec = loaded.config.codec;
-  EXPECT_EQ(codec.codec_for({{"model", "llama-exact"}}), "raw");
-  EXPECT_EQ(codec.codec_for({{"model", "llama-8b"}}), "int8");
-  EXPECT_EQ(codec.codec_for({{"model", "qwen"}}), "raw");
+  const auto codec_of = [&](const char* model) {
+    return namespace_terms(loaded.config, {{"model", model}, {"tenant", "default"}}).value().codec_spec;
+  };
+  EXPECT_EQ(codec_of("llama-exact"), "raw");
+  EXPECT_EQ(codec_of("llama-8b"), "int8");
+  EXPECT_EQ(codec_of("qwen"), "raw");
+}
+
+TEST(Config, LaddersAndFloorsComeFromTheNamespaceThenTheTenantThenTheDefault) {
+  const auto loaded = parse_config(
+      "[ladder]\ndefault = \"balanced\"\n"
+      "[[namespace]]\nmatch = { model = \"exact\" }\ncodec = \"raw\"\n"
+      "[[namespace]]\nmatch = { model = \"small\" }\nladder = \"compact\"\nmax_relative_error = 0.2\n"
+      "[[tenant]]\nname = \"strict*\"\nmax_relative_error = 0.01\n"
+      "[[tenant]]\nname = \"batch\"\nladder = \"compact\"\n",
+      "f");
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  EXPECT_TRUE(loaded.config.has_ladders());
+  const auto terms = [&](const char* model, const char* tenant) {
+    return namespace_terms(loaded.config, {{"model", model}, {"tenant", tenant}}).value();
+  };
+  const auto rungs = [&](const char* model, const char* tenant) {
+    const auto of = terms(model, tenant);
+    return of.storage.ladder ? of.storage.ladder->rungs().size() : 0;
+  };
+  EXPECT_EQ(terms("any", "default").codec_spec, "int8r");
+  EXPECT_EQ(rungs("any", "default"), 2U);
+  EXPECT_EQ(rungs("any", "batch"), 4U);
+  EXPECT_EQ(rungs("exact", "batch"), 0U) << "a codec that is named stays";
+  EXPECT_EQ(terms("exact", "batch").codec_spec, "raw");
+  EXPECT_EQ(rungs("small", "default"), 3U) << "its floor cuts the last rung off";
+  EXPECT_EQ(rungs("any", "strict-one"), 1U);
+  EXPECT_EQ(rungs("small", "strict-one"), 1U) << "the stricter floor holds";
+  EXPECT_EQ(terms("small", "strict-one").storage.max_relative_error, 0.01);
+  EXPECT_EQ(terms("exact", "strict-one").codec_spec, "raw") << "loses nothing";
+  const std::string dump = dump_config(loaded.config);
+  EXPECT_EQ(dump_config(parse_config(dump, "dump").config), dump);
+  EXPECT_FALSE(ServiceConfig().has_ladders());
+  EXPECT_EQ(ServiceConfig().demotion_free_bytes(), 0U);
+}
+
+TEST(Config, AFloorThatTheCodecIsNotKnownToKeepIsRefused) {
+  const auto loaded = parse_config(
+      "[codec]\ndefault = \"unrotate | int4\"\n[[tenant]]\nname = \"*\"\nmax_relative_error = 0.01\n", "f");
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  const auto terms = namespace_terms(loaded.config, {{"tenant", "default"}});
+  ASSERT_FALSE(terms);
+  EXPECT_EQ(terms.error().code(), Code::kRefused);
+  EXPECT_NE(terms.error().message().find("unrotate | int4"), std::string::npos);
+}
+
+TEST(Config, RulesThatSayTooMuchOrNothingAreToldWithTheirLine) {
+  const auto loaded = parse_config(
+      "[[namespace]]\ncodec = \"raw\"\nladder = \"compact\"\n"
+      "[[namespace]]\nladder = \"steep\"\n"
+      "[[namespace]]\nmatch = { model = \"x\" }\n"
+      "[[tenant]]\nladder = \"exact\"\n"
+      "[[tenant]]\nname = \"a\"\nmax_relative_error = 2\nquota = 3\n",
+      "k.toml");
+  EXPECT_THAT(loaded.errors, ElementsAre(StartsWith("k.toml:1: a [[namespace]] rule names a codec or a ladder"),
+                                         StartsWith("k.toml:5: no ladder is called"),
+                                         StartsWith("k.toml:6: the [[namespace]] rule says nothing"),
+                                         StartsWith("k.toml:8: the [[tenant]] rule names no tenant"),
+                                         StartsWith("k.toml:12: max_relative_error must be"),
+                                         StartsWith("k.toml:13: [[tenant]] has no key quota")));
 }
 
 TEST(Config, SizesAreReadWithTheirUnits) {

@@ -19,7 +19,7 @@ std::string refusal(const std::map<std::string, std::string>& facts) {
 }
 
 NamespaceRegistry make_registry() {
-  return NamespaceRegistry([](const auto&) { return std::string("raw"); });
+  return NamespaceRegistry([](const auto&) { return NamespaceTerms{.codec_spec = "raw", .storage = {}}; });
 }
 
 TEST(Namespaces, GoodFactsGiveTheShape) {

@@ -126,7 +126,9 @@ class ServiceFixture {
             slab_memory.bytes(), index_memory.bytes(), make_lru_policy(),
             [this](std::unordered_set<std::uint32_t>& claimed) { hazards.collect(claimed); }, clock),
         tiers(store, lower_tiers(), movers, TieredStoreConfig{}, [this] { return usable_bytes; }),
-        namespaces([](const std::map<std::string, std::string>&) { return std::string("raw"); }),
+        namespaces([](const std::map<std::string, std::string>&) {
+          return NamespaceTerms{.codec_spec = "raw", .storage = {}};
+        }),
         pipeline(store, tiers, executor, metrics, clock, [this] { return usable_bytes; }),
         sessions({.max_sessions = max_sessions,
                   .staging_bytes_max = kStagingBytes,
