@@ -284,6 +284,9 @@ Status GroupPages::validate() const {
     return {Code::kInvalid, name + ": its layers are not among the group's " + std::to_string(group_layers)};
   }
   if (dtype_bytes(dtype) == 0) return {Code::kInvalid, name + ": unknown dtype"};
+  if (device != nullptr && packing != PagePacking::kRows) {
+    return {Code::kRefused, name + ": pages on a device must hold token rows of keys and values"};
+  }
   const std::size_t max_row_bytes = packing == PagePacking::kOpaque ? kMaxOpaqueRowBytes : kMaxRowBytes;
   if (key_dim == 0 || row_bytes(Part::kKey) > max_row_bytes || row_bytes(Part::kValue) > max_row_bytes) {
     return {Code::kInvalid,

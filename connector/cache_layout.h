@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -12,6 +13,8 @@
 #include "kernels/kv_shape.h"
 
 namespace kvern {
+
+struct EngineDevice;
 
 /// How K and V lie inside one (page, head), told by the shim; decoded semantically (token, dim).
 enum class PagePacking : std::uint8_t {
@@ -25,7 +28,7 @@ enum class PagePacking : std::uint8_t {
             ///< bytes: its first page_tokens * key_dim bytes travel as keys, the rest as values.
 };
 
-/// One layer of the engine's cache. Addresses are of this process; nothing is owned.
+/// One layer of the engine's cache. Addresses are of this process, or of its device; nothing is owned.
 struct LayerPages {
   std::byte* base = nullptr;        ///< first byte of page 0, head 0
   std::size_t reachable_bytes = 0;  ///< from base: every access is checked against it once, at registration
@@ -51,6 +54,9 @@ struct GroupPages {
   std::uint32_t key_dim = 0;
   std::uint32_t value_dim = 0;
   std::vector<LayerPages> layers;
+  /// Where the pages are; nullptr: in host memory. On a device they must be kRows, and neither gather() nor PageSink
+  /// reaches them: see DeviceGroup.
+  std::shared_ptr<const EngineDevice> device = nullptr;
   std::uint32_t page_tokens() const { return block_tokens / pages_per_block; }
   std::size_t row_bytes(Part part) const { return (part == Part::kKey ? key_dim : value_dim) * dtype_bytes(dtype); }
   /// True when every layer has the pages of this block.

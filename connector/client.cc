@@ -137,6 +137,12 @@ bool Session::alive() const {
   return !connection || !connection_ended(connection->get());
 }
 
+void Session::wait_for_daemons_end(std::chrono::milliseconds at_most) const {
+  if (!daemon || !*daemon) return;
+  pollfd item{.fd = daemon->get(), .events = POLLIN, .revents = 0};
+  ::poll(&item, 1, static_cast<int>(at_most.count()));
+}
+
 std::optional<NamespaceId> Session::namespace_id(int handle) const {
   const auto at = static_cast<std::size_t>(handle);
   return handle >= 0 && at < namespace_ids.size() ? namespace_ids[at] : std::nullopt;
@@ -251,7 +257,9 @@ Status Client::State::admit(const wire::Welcome& welcome, Session& session) cons
             "both sides"};
   }
   session.local = true;
+  session.admission_path = welcome.admission_path();
   session.connection = std::make_shared<UniqueFd>(std::move(admitted->connection));
+  session.daemon = std::make_shared<UniqueFd>(std::move(admitted->daemon));
   session.index = *reader;
   session.segment = *view;
   session.hazards = std::make_shared<HazardSlots>(*view);

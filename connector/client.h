@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -54,9 +55,11 @@ struct Session {
   std::shared_ptr<DataPlane> data_plane;
   std::shared_ptr<ControlClient> control;
   std::string token;
+  std::string admission_path;                ///< local sessions: where descriptors are offered
   std::shared_ptr<std::atomic<bool>> ended;  ///< set by the client when it gives the session up
   // Local sessions only:
   std::shared_ptr<UniqueFd> connection;  ///< its end tells that the daemon is gone
+  std::shared_ptr<UniqueFd> daemon;      ///< its pidfd; empty where the kernel gives none
   std::optional<BlockIndexReader> index;
   std::optional<SegmentView> segment;
   std::shared_ptr<HazardSlots> hazards;
@@ -67,6 +70,8 @@ struct Session {
 
   /// True while leases and claims of this session mean something: read it after decoding, before reporting success.
   bool alive() const;
+  /// Waits until the daemon's process is gone, or as long as that: one that lives on has ended the session in order.
+  void wait_for_daemons_end(std::chrono::milliseconds at_most) const;
   /// nullopt when the daemon refused it or does not know it yet.
   std::optional<NamespaceId> namespace_id(int handle) const;
   /// Why a namespace has no id, in a sentence; empty when it has one.

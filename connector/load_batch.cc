@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "base/clock.h"
 #include "kernels/container.h"
 #include "transport/wire.h"
 
@@ -16,6 +17,9 @@ using SteadyClock = std::chrono::steady_clock;
 
 /// A piece usually lies in one chunk; each round finds the chunk that holds the last block which is still missing.
 constexpr int kMaxRounds = 16;
+
+/// How long after its deadline the daemon's answer is awaited: until it comes the pages belong to the daemon.
+constexpr std::chrono::milliseconds kAnswerGrace{5000};
 
 /// Bytes that are pulled ahead of the chunk that is being decoded: enough to keep a network busy while one chunk of
 /// 8 MiB is decoded; more only makes pulls wait for each other, and takes memory.
@@ -172,6 +176,16 @@ Status decode_chunk(const LoadContext& context, std::span<PulledShard> pulled, R
     const auto ids = std::span(rest.piece->block_ids).subspan(rest.end - overlap->count, overlap->count);
     const auto first_token = static_cast<std::uint32_t>(overlap->first) * pages.block_tokens;
     const auto tokens = static_cast<std::uint32_t>(overlap->count) * pages.block_tokens;
+    if (DeviceGroup* device = context.device(pages.group)) {
+      const PageTarget target{ids, static_cast<std::uint32_t>(overlap->first)};
+      const Status decoded = device->with_coder([&](PageCoder& coder) {
+        return decode_pages(coder, device->cache(), target, *reader, bytes->bytes(), nullptr);
+      });
+      if (!decoded) return decoded;
+      coverage.add(shard);
+      loaded->encoded_bytes += shard.bytes();
+      continue;
+    }
     PageSink sink(pages, ids, first_token, info.shape.layer_begin, info.shape.head_begin);
     if (Status status = reader->decode(pages.layer_begin, layer_end, pages.head_begin, head_end,
                                        {first_token, first_token + tokens}, sink);
@@ -237,6 +251,63 @@ Status fetch_and_decode(const LoadContext& context, std::uint16_t group, std::sp
   return status;
 }
 
+/// Has the daemon load the pieces of a group into pages that it knows by the number. On failure all of them are zeroed
+/// when an answer came, and in any state when none did.
+Status load_pages(const LoadContext& context, std::uint64_t pages_id, std::span<const Remaining> wanted,
+                  LoadedBytes* loaded) {
+  if (Status status = may_go_on(context); !status) return status;
+  const GroupPages& pages = *wanted.front().pages;
+  wire::HotRequest request;
+  wire::LoadPages* body = request.mutable_load_pages();
+  body->set_pages_id(pages_id);
+  body->set_namespace_id(context.namespace_id.bytes.data(), context.namespace_id.bytes.size());
+  body->set_group(pages.group);
+  body->set_hash_bytes(static_cast<std::uint32_t>(wanted.front().piece->hashes[wanted.front().begin].size()));
+  const auto left = time_left(context);
+  body->set_deadline_ns(Clock::system().now_ns() + std::chrono::nanoseconds(left).count());
+  for (const Remaining& rest : wanted) {
+    wire::LoadPagesItem* item = body->add_items();
+    for (std::size_t i = rest.begin; i < rest.end; ++i) {
+      const auto hash = rest.piece->hashes[i].bytes();
+      item->mutable_block_hashes()->append(reinterpret_cast<const char*>(hash.data()), hash.size());
+      item->add_block_ids(rest.piece->block_ids[i]);
+    }
+  }
+  wire::HotReply reply;
+  loaded->by_daemon = true;
+  Status status = context.session.channel->call(request, &reply, left + kAnswerGrace);
+  if (status) status = to_status(reply.status());
+  if (!status) return status;
+  const auto& items = reply.pages_loaded().items();
+  if (static_cast<std::size_t>(items.size()) != wanted.size()) {
+    return {Code::kInvalid, "the daemon answered for another number of pieces than were asked for"};
+  }
+  for (const wire::LoadedPagesItem& item : items) {
+    if (Status each = to_status(item.status()); !each) return each;
+    loaded->tokens += item.tokens();
+    loaded->raw_bytes += item.raw_bytes();
+    loaded->encoded_bytes += item.encoded_bytes();
+  }
+  return Status::ok();
+}
+
+/// Takes the pieces out that the daemon can load into pages itself, and has it load them.
+Status load_by_daemon(const LoadContext& context, std::vector<Remaining>& all, LoadedBytes* loaded) {
+  std::map<std::uint16_t, std::vector<Remaining>> by_group;
+  for (const Remaining& rest : all) {
+    if (rest.begin < rest.end && context.device(rest.piece->group) != nullptr) {
+      by_group[rest.piece->group].push_back(rest);
+    }
+  }
+  for (const auto& [group, wanted] : by_group) {
+    const auto pages_id = context.device(group)->pages_id(context.session, time_left(context));
+    if (!pages_id) continue;
+    if (Status status = load_pages(context, *pages_id, wanted, loaded); !status) return status;
+    std::erase_if(all, [&](const Remaining& rest) { return rest.piece->group == group; });
+  }
+  return Status::ok();
+}
+
 }  // namespace
 
 Status check_piece(const LoadPiece& piece, const GroupPages* pages) {
@@ -261,6 +332,7 @@ Status load_batch(const LoadContext& context, std::span<const LoadPiece> pieces,
     all.push_back({&piece, context.pages(piece.group), 0, piece.hashes.size()});
     trim_null_blocks(all.back());
   }
+  if (Status status = load_by_daemon(context, all, loaded); !status) return status;
   for (int round = 0; round < kMaxRounds; ++round) {
     std::map<std::uint16_t, std::vector<Remaining*>> by_group;
     for (Remaining& rest : all) {

@@ -11,6 +11,7 @@
 #include "base/status.h"
 #include "connector/cache_layout.h"
 #include "connector/client.h"
+#include "connector/device_group.h"
 #include "connector/transfer_worker.h"
 
 namespace kvern {
@@ -22,12 +23,14 @@ struct LoadContext {
   std::function<const GroupPages*(std::uint16_t group)> pages;  ///< nullptr for a group that is not registered
   const std::atomic<bool>& cancelled;
   std::chrono::steady_clock::time_point deadline;
+  std::function<DeviceGroup*(std::uint16_t group)> device;  ///< nullptr for a group whose pages are in host memory
 };
 
 struct LoadedBytes {
   std::uint64_t tokens = 0;
   std::uint64_t raw_bytes = 0;
   std::uint64_t encoded_bytes = 0;
+  bool by_daemon = false;  ///< it was asked to write to pages on a device: they may have been written without a lease
 };
 
 /// Leases that loading took: none, and no page was written. Give them back with release(), also after a failure.

@@ -3,11 +3,16 @@
 #include <bit>
 #include <utility>
 
+#include "base/clock.h"
+#include "kernels/checksum.h"
 #include "kernels/container.h"
 #include "transport/wire.h"
 
 namespace kvern {
 namespace {
+
+/// How long after its deadline the daemon's answer is awaited.
+constexpr std::chrono::milliseconds kAnswerGrace{2000};
 
 static_assert(std::endian::native == std::endian::little, "checksums travel as little-endian bytes");
 
@@ -58,6 +63,19 @@ struct PushedChunk {
   std::unique_ptr<Transfer> transfer;
 };
 
+/// Of each plane of the canonical layout, in the order layer, part, head.
+void take_checksums(const ShardShape& shape, std::span<const std::byte> canonical, std::span<std::uint64_t> checksums) {
+  std::size_t plane = 0;
+  for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
+    for (const Part part : {Part::kKey, Part::kValue}) {
+      for (std::uint32_t head = 0; head < shape.heads; ++head) {
+        checksums[plane++] =
+            fast_checksum64(canonical.data() + shape.plane_offset(layer, part, head), shape.plane_bytes(part));
+      }
+    }
+  }
+}
+
 Result<PushedChunk> gather_chunk(const StoreContext& context, std::uint32_t index, const wire::ReservedItem& item) {
   const StoreChunk& chunk = context.job.chunks[index];
   const ShardShape shape = context.pages.shape(static_cast<std::uint32_t>(chunk.block_ids.size()));
@@ -66,7 +84,15 @@ Result<PushedChunk> gather_chunk(const StoreContext& context, std::uint32_t inde
   auto staging = context.session.data_plane->staging(item.extent().offset(), bytes);
   if (!staging) return failure(staging.error());
   GatheredChunk gathered{index, item.reservation_id(), std::vector<std::uint64_t>(plane_count(shape))};
-  gather(context.pages, chunk.block_ids, *staging, gathered.plane_checksums);
+  if (context.device == nullptr) {
+    gather(context.pages, chunk.block_ids, *staging, gathered.plane_checksums);
+  } else {
+    const Status copied = context.device->with_coder([&](PageCoder& coder) {
+      return coder.gather(context.device->cache(), chunk.block_ids, staging->first(bytes));
+    });
+    if (!copied) return failure(copied);
+    take_checksums(shape, *staging, gathered.plane_checksums);
+  }
   auto transfer = context.session.data_plane->start_push(item.reservation_id(), item.extent().offset(), bytes);
   return PushedChunk{std::move(gathered), bytes, std::move(transfer)};
 }
@@ -141,6 +167,40 @@ Status gather_batch(const StoreContext& context, std::span<const std::uint32_t> 
   }
   abandon(context.session, unused, timeout);
   return status;
+}
+
+Status store_pages(const StoreContext& context, std::uint64_t pages_id, std::span<const std::uint32_t> chunks,
+                   std::chrono::milliseconds timeout, GatheredBatch* batch) {
+  wire::HotRequest request;
+  wire::StorePages* body = request.mutable_store_pages();
+  body->set_pages_id(pages_id);
+  *body->mutable_reserve() = std::move(*reserve_request(context, chunks).mutable_reserve());
+  for (const std::uint32_t index : chunks) {
+    const auto& ids = context.job.chunks[index].block_ids;
+    body->add_blocks()->mutable_ids()->Add(ids.begin(), ids.end());
+  }
+  // No answer comes: then the daemon must not publish what it reads of pages that have been given to others.
+  body->set_deadline_ns(Clock::system().now_ns() + std::chrono::nanoseconds(timeout).count());
+  wire::HotReply reply;
+  Status status = context.session.channel->call(request, &reply, timeout + kAnswerGrace);
+  if (status) status = to_status(reply.status());
+  if (!status) return status;
+  const auto& items = reply.pages_stored().items();
+  if (static_cast<std::size_t>(items.size()) != chunks.size()) {
+    return {Code::kInvalid, "the daemon answered for another number of chunks than were asked for"};
+  }
+  for (int i = 0; i < items.size(); ++i) {
+    const std::uint32_t index = chunks[static_cast<std::size_t>(i)];
+    const Status item = to_status(items[i]);
+    if (!item) {
+      batch->reason = item.message();
+      continue;
+    }
+    batch->stored_before.push_back(index);
+    batch->raw_bytes +=
+        context.pages.shape(static_cast<std::uint32_t>(context.job.chunks[index].block_ids.size())).raw_bytes();
+  }
+  return Status::ok();
 }
 
 std::vector<std::uint32_t> commit_batch(const Session& session, std::span<const GatheredChunk> gathered,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
 #include <deque>
 #include <functional>
 #include <limits>
@@ -15,6 +16,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "connector/device_group.h"
 #include "connector/load_batch.h"
 #include "connector/store_batch.h"
 #include "transport/service_thread.h"
@@ -34,6 +36,8 @@ constexpr std::size_t kStoreBatchBytes = 64U << 20;
 constexpr std::size_t kStoreBatchChunks = 32;
 /// The next batch is gathered while the previous one is committed, so no batch takes more than this share of staging.
 constexpr std::size_t kStagingShare = 2;
+/// A process that was killed is gone in milliseconds.
+constexpr milliseconds kDaemonsEnd{2000};
 /// How soon a store asks again after "no room", unless a commit ends earlier.
 constexpr milliseconds kRoomRetry{5};
 /// Commits that are under way at the same time: while one is answered the daemon has the next at hand.
@@ -100,6 +104,7 @@ struct TransferWorker::State {
   std::condition_variable errands_wait;
   std::condition_variable settled;  ///< a store was gathered or a job ended
   std::map<std::uint16_t, GroupPages> groups;
+  std::map<std::uint16_t, std::unique_ptr<DeviceGroup>> device_groups;
   std::deque<std::shared_ptr<Load>> loads;  ///< with batches that nobody has taken
   std::deque<std::shared_ptr<Store>> stores;
   std::deque<std::function<void()>> errands;  ///< commits and releases
@@ -120,6 +125,10 @@ struct TransferWorker::State {
     const auto found = groups.find(group);
     return found == groups.end() ? nullptr : &found->second;
   }
+  DeviceGroup* device(std::uint16_t group) const {
+    const auto found = device_groups.find(group);
+    return found == device_groups.end() ? nullptr : found->second.get();
+  }
   void push_event_locked(JobResult event) {
     events.push_back(std::move(event));
     event_count.store(events.size(), std::memory_order_release);
@@ -137,9 +146,10 @@ struct TransferWorker::State {
   std::shared_ptr<Store> take_store_locked(std::optional<SteadyClock::time_point>* next);
   void run_load_batch(const std::shared_ptr<Load>& load, std::span<const LoadPiece> pieces);
   void end_load(const std::shared_ptr<Load>& load);
+  void zero_pages(const Load& load);
   void fail_load_locked(const LoadJob& job, std::string reason);
   bool run_store_batch(const std::shared_ptr<Store>& store);
-  std::vector<std::uint32_t> next_batch(const Store& store) const;
+  std::vector<std::uint32_t> next_batch(const Store& store, bool staged) const;
   void end_gathering(const std::shared_ptr<Store>& store);
   void commit(const std::shared_ptr<Store>& store, const std::vector<GatheredChunk>& gathered);
   void end_store_locked(Store& store);
@@ -214,9 +224,12 @@ void TransferWorker::State::run_load_batch(const std::shared_ptr<Load>& load, st
   TakenLeases leases;
   Status status;
   try {
-    const LoadContext context{*load->session, load->namespace_id, [&](std::uint16_t group) { return pages(group); },
-                              load->cancelled, load->deadline};
-    status = load_batch(context, pieces, &loaded, &leases);
+    const LoadContext context{*load->session,  load->namespace_id, [&](std::uint16_t group) { return pages(group); },
+                              load->cancelled, load->deadline,     [&](std::uint16_t group) { return device(group); }};
+    for (const LoadPiece& piece : pieces) {
+      if (status && device(piece.group) != nullptr) status = device(piece.group)->wait(load->job.ready_event);
+    }
+    if (status) status = load_batch(context, pieces, &loaded, &leases);
   } catch (const std::exception& error) {
     status = {Code::kInternal, error.what()};
   }
@@ -226,6 +239,7 @@ void TransferWorker::State::run_load_batch(const std::shared_ptr<Load>& load, st
     load->loaded.tokens += loaded.tokens;
     load->loaded.raw_bytes += loaded.raw_bytes;
     load->loaded.encoded_bytes += loaded.encoded_bytes;
+    load->loaded.by_daemon = load->loaded.by_daemon || loaded.by_daemon;
     load->leases.good.insert(load->leases.good.end(), leases.good.begin(), leases.good.end());
     load->leases.corrupt.insert(load->leases.corrupt.end(), leases.corrupt.begin(), leases.corrupt.end());
     if (!status && load->status) {
@@ -237,6 +251,23 @@ void TransferWorker::State::run_load_batch(const std::shared_ptr<Load>& load, st
   if (last) end_load(load);
 }
 
+void TransferWorker::State::zero_pages(const Load& load) {
+  // A daemon that dies may have closed its end before its device has stopped.
+  if (load.loaded.by_daemon && !load.session->alive()) load.session->wait_for_daemons_end(kDaemonsEnd);
+  for (const LoadPiece& piece : load.job.pieces) {
+    DeviceGroup* group = device(piece.group);
+    if (group == nullptr) {
+      zero_blocks(*pages(piece.group), piece.block_ids);
+      continue;
+    }
+    const Status zeroed =
+        group->with_coder([&](PageCoder& coder) { return coder.zero(group->cache(), piece.block_ids); });
+    if (!zeroed) {
+      std::fprintf(stderr, "kvern: pages of a failed load could not be zeroed: %s\n", zeroed.message().c_str());
+    }
+  }
+}
+
 /// All batches have ended: nobody else touches the load or its pages.
 void TransferWorker::State::end_load(const std::shared_ptr<Load>& load) {
   if (load->status && load->cancelled) load->status = {Code::kUnavailable, "cancelled"};
@@ -245,10 +276,8 @@ void TransferWorker::State::end_load(const std::shared_ptr<Load>& load) {
     load->status = {Code::kExpired, "the session ended during the load"};
   }
   // Without a lease nothing was decoded.
-  const bool touched = !load->leases.good.empty() || !load->leases.corrupt.empty();
-  if (!load->status && touched) {
-    for (const LoadPiece& piece : load->job.pieces) zero_blocks(*pages(piece.group), piece.block_ids);
-  }
+  const bool touched = !load->leases.good.empty() || !load->leases.corrupt.empty() || load->loaded.by_daemon;
+  if (!load->status && touched) zero_pages(*load);
   JobResult event;
   event.id = load->job.id;
   event.event = load->status ? JobEvent::kLoaded : JobEvent::kLoadFailed;
@@ -335,7 +364,7 @@ void TransferWorker::cancel_load(std::uint64_t id) {
 
 // ---------------------------------------------------------------- stores
 
-std::vector<std::uint32_t> TransferWorker::State::next_batch(const Store& store) const {
+std::vector<std::uint32_t> TransferWorker::State::next_batch(const Store& store, bool staged) const {
   const std::size_t staging_bytes = client->config().staging_bytes;
   const std::size_t most = std::min(kStoreBatchBytes, staging_bytes / kStagingShare);
   std::vector<std::uint32_t> batch;
@@ -344,7 +373,7 @@ std::vector<std::uint32_t> TransferWorker::State::next_batch(const Store& store)
     const StoreChunk& chunk = store.job.chunks[index];
     bytes += store.pages->shape(static_cast<std::uint32_t>(chunk.hashes.size())).raw_bytes();
     const bool same_hashes = chunk.hashes[0].size() == store.job.chunks[store.todo.front()].hashes[0].size();
-    if (!batch.empty() && (bytes > most || batch.size() >= kStoreBatchChunks || !same_hashes)) break;
+    if (!batch.empty() && ((staged && bytes > most) || batch.size() >= kStoreBatchChunks || !same_hashes)) break;
     batch.push_back(index);
   }
   return batch;
@@ -361,10 +390,19 @@ bool TransferWorker::State::run_store_batch(const std::shared_ptr<Store>& store)
     status = {Code::kExpired, "the session ended during the store"};
   } else {
     try {
-      const StoreContext context{*store->session, store->namespace_id, *store->pages, store->job};
-      const auto chunks = next_batch(*store);
+      DeviceGroup* const device_group = device(store->job.group);
+      const StoreContext context{*store->session, store->namespace_id, *store->pages, store->job, device_group};
+      std::optional<std::uint64_t> pages_id;  // where the daemon reads the pages itself
+      if (device_group != nullptr) {
+        status = device_group->wait(store->job.ready_event);
+        if (const auto known = device_group->pages_id(*store->session, call_timeout())) pages_id = *known;
+      }
+      const auto chunks = next_batch(*store, !pages_id);
       store->todo.erase(store->todo.begin(), store->todo.begin() + static_cast<std::ptrdiff_t>(chunks.size()));
-      status = gather_batch(context, chunks, call_timeout(), &batch);
+      if (status) {
+        status = pages_id ? store_pages(context, *pages_id, chunks, call_timeout(), &batch)
+                          : gather_batch(context, chunks, call_timeout(), &batch);
+      }
       store->todo.insert(store->todo.begin(), batch.no_room.begin(), batch.no_room.end());
     } catch (const std::exception& error) {
       status = {Code::kInternal, error.what()};
@@ -514,6 +552,11 @@ Status TransferWorker::register_group(GroupPages pages) {
   const std::lock_guard lock(state_->mutex);
   if (state_->jobs > 0) return {Code::kInvalid, "KV-cache groups must be registered before the first job"};
   const std::uint16_t group = pages.group;
+  if (pages.device != nullptr) {
+    state_->device_groups[group] = std::make_unique<DeviceGroup>(pages);
+  } else {
+    state_->device_groups.erase(group);
+  }
   state_->groups[group] = std::move(pages);
   return Status::ok();
 }

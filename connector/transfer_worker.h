@@ -34,6 +34,9 @@ struct StoreJob {
   std::uint16_t group = 0;
   std::string codec_spec;  ///< empty: the namespace's
   std::vector<StoreChunk> chunks;
+  /// Pages on a device: an event (CUevent) after which they hold what is to be stored; it lives until kGathered. 0:
+  /// now.
+  std::uintptr_t ready_event = 0;
 };
 
 /// Blocks of one grid cell to load: hashes[i] goes to block_ids[i] (0: skip). blocks_before: blocks of the cell that
@@ -48,6 +51,8 @@ struct LoadJob {
   std::uint64_t id = 0;
   int namespace_handle = 0;
   std::vector<LoadPiece> pieces;
+  /// Pages on a device: an event after which nobody else reads or writes them; it lives until the load's end. 0: now.
+  std::uintptr_t ready_event = 0;
 };
 
 enum class JobEvent : std::uint8_t {

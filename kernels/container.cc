@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <new>
 
+#include "base/parallel.h"
 #include "kernels/chain.h"
 #include "kernels/checksum.h"
 #include "kernels/copy.h"
@@ -334,6 +336,17 @@ void write_header(const ContainerInfo& info, std::string_view spec, const std::v
   fields.put(fast_checksum64(out.data(), out.size() - kChecksumBytes));
 }
 
+/// Runs body(i) for each i, pieces of neighbours on the executor's threads: sections are small beside a task.
+void in_pieces(Executor* executor, std::size_t count, const std::function<void(std::size_t)>& body) {
+  constexpr std::size_t kPieces = 8;
+  const std::size_t piece = (count + kPieces - 1) / kPieces;
+  parallel_for(executor, executor == nullptr ? 1 : kPieces, [&](std::size_t at) {
+    const std::size_t begin = executor == nullptr ? 0 : at * piece;
+    const std::size_t end = executor == nullptr ? count : std::min(count, begin + piece);
+    for (std::size_t i = begin; i < end; ++i) body(i);
+  });
+}
+
 }  // namespace
 
 std::size_t plane_count(const ShardShape& shape) { return std::size_t{2} * shape.layers * shape.heads; }
@@ -378,6 +391,31 @@ Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& in
   if (!status) return failure(status);
   write_header(info, codec.spec(), sections, writer.offset(), out.first(header_bytes));
   return writer.offset();
+}
+
+std::size_t container_header_bytes(const Codec& codec, const ContainerInfo& info) {
+  return header_size(info, codec.spec(), codec.plan(info.shape).size());
+}
+
+Result<std::size_t> seal_container(const Codec& codec, const ContainerInfo& info, std::span<std::byte> out,
+                                   Executor* executor) {
+  if (Status status = check_info(info); !status) return failure(status);
+  if (Status status = codec.accepts(info.shape); !status) return failure(status);
+  const auto plan = codec.plan(info.shape);
+  const std::size_t header_bytes = header_size(info, codec.spec(), plan.size());
+  std::vector<SectionInfo> sections;
+  sections.reserve(plan.size());
+  std::size_t offset = header_bytes;
+  for (const SectionPlan& section : plan) {
+    sections.push_back({section.extent, offset, section.max_bytes, 0});
+    offset += align_up(section.max_bytes, kAlignment);
+  }
+  if (out.size() < offset) return failure(Code::kInvalid, "the container is larger than its room");
+  in_pieces(executor, sections.size(), [&](std::size_t i) {
+    sections[i].checksum = fast_checksum64(out.data() + sections[i].offset, sections[i].bytes);
+  });
+  write_header(info, codec.spec(), sections, offset, out.first(header_bytes));
+  return offset;
 }
 
 Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes) {
@@ -540,11 +578,14 @@ class ReadingAhead final : public RowSink {
 
 }  // namespace
 
-Status ContainerReader::verify() const {
-  for (std::size_t i = 0; i < sections_.size(); ++i) {
+Status ContainerReader::verify(Executor* executor) const {
+  std::vector<std::uint64_t> checksums(sections_.size());
+  in_pieces(executor, sections_.size(), [&](std::size_t i) {
     const auto payload = bytes_.subspan(sections_[i].offset, sections_[i].bytes);
-    const std::uint64_t checksum = fast_checksum64(payload.data(), payload.size());
-    if (Status status = check_section(checksum, sections_[i], i); !status) return status;
+    checksums[i] = fast_checksum64(payload.data(), payload.size());
+  });
+  for (std::size_t i = 0; i < sections_.size(); ++i) {
+    if (Status status = check_section(checksums[i], sections_[i], i); !status) return status;
   }
   return Status::ok();
 }

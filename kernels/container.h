@@ -15,6 +15,8 @@
 
 namespace kvern {
 
+class Executor;
+
 /// The container format (docs/format.md): header, codec chain, block hashes, section table, sections aligned to 64
 /// bytes; little-endian, versioned, every section under XXH3-64, the header (with all tables) under one more.
 
@@ -57,6 +59,16 @@ Result<std::size_t> encode_container(const Codec& codec, const ContainerInfo& in
                                      std::span<const std::byte> canonical,
                                      std::span<const std::uint64_t> plane_checksums, std::span<std::byte> out);
 
+/// Where the first section of a container begins.
+std::size_t container_header_bytes(const Codec& codec, const ContainerInfo& info);
+
+/// Makes a container of sections that somebody else has encoded in place: those of codec.plan(info.shape), each of
+/// max_bytes, one behind the other from container_header_bytes() on, aligned to 64 bytes, gaps zeroed. Takes their
+/// checksums (which are the first that anybody takes) and writes the header; returns the container's size.
+/// executor, where given, shares the work.
+Result<std::size_t> seal_container(const Codec& codec, const ContainerInfo& info, std::span<std::byte> out,
+                                   Executor* executor);
+
 /// A parsed container over memory that it does not own. Parsing checks the header checksum and all sizes and offsets;
 /// sections are verified when they are decoded. Bad bytes give kCorrupt, a newer version kRefused ("… written by a
 /// newer Kvern …"). Safe on any input.
@@ -74,8 +86,8 @@ class ContainerReader {
   /// kCorrupt names the section. The sink gets rows of verified sections only, unless it accepts_unverified().
   Status decode(std::uint32_t layer_begin, std::uint32_t layer_end, std::uint32_t head_begin, std::uint32_t head_end,
                 TokenRange tokens, RowSink& sink) const;
-  /// Verifies every section without decoding.
-  Status verify() const;
+  /// Verifies every section without decoding. executor, where given, shares the work.
+  Status verify(Executor* executor = nullptr) const;
   /// Demotion that encodes nothing: writes the container of the base that the codec's sections begin with (see
   /// kernels/demote.h) and returns its size. Verifies what it reads. kRefused when the codec has no base; kInvalid when
   /// out is smaller than container_max_bytes() of the base.

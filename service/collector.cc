@@ -159,6 +159,18 @@ std::vector<MetricFamily> Collector::Collect() const {
   out.gauge("kvern_in_flight_shards", "Shards that are reserved or being encoded", number(parts_.in_flight.size()));
   out.gauge("kvern_staging_bytes", "Staging memory of all sessions", number(total.staging_bytes));
   out.gauge("kvern_staging_used_bytes", "Staging memory in use", number(total.staging_used_bytes));
+  std::uint64_t to_host = 0;
+  std::uint64_t to_device = 0;
+  std::uint64_t pinned = 0;
+  for (const auto& device : parts_.devices.figures()) {
+    to_host += device.moved.to_host;
+    to_device += device.moved.to_device;
+    pinned += device.pinned_bytes;
+  }
+  const char* bus = "Bytes between devices and host memory, as they crossed the bus";
+  out.counter("kvern_device_bus_bytes_total", bus, to_host, {{"direction", "to_host"}});
+  out.counter("kvern_device_bus_bytes_total", bus, to_device, {{"direction", "to_device"}});
+  out.gauge("kvern_device_pinned_bytes", "Host memory that devices reach without copies in between", number(pinned));
   out.gauge("kvern_encode_queue_length", "Chunks that wait for an encode thread", number(parts_.encoders.queued()));
   out.counter("kvern_dropped_replies_total", "Control replies that nobody took", parts_.dropped_replies());
   out.gauge("kvern_uptime_seconds", "Time since the start",

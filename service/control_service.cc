@@ -68,7 +68,7 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
   const auto session = authenticate(peer, request);
   if (!session) return finish(session.error());
 
-  // What reads much of the store is done elsewhere: this thread serves everybody's messages.
+  // What takes long is done elsewhere: this thread serves everybody's messages.
   const auto later = [&](auto work) {
     const bool queued = parts_.administration.submit(
         [work = std::move(work), answer, reply, session = *session, request = std::move(request)]() mutable {
@@ -82,6 +82,10 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
   switch (request.body_case()) {
     case wire::ControlRequest::kRegisterNamespace:
       return finish(register_namespace(**session, request.register_namespace(), answer.mutable_namespace_registered()));
+    case wire::ControlRequest::kRegisterDevicePages:
+      return later([this](Session& of, const wire::ControlRequest& asked, wire::ControlReply* to) {
+        return register_device_pages(of, asked.register_device_pages(), to->mutable_device_pages_registered());
+      });
     case wire::ControlRequest::kHeartbeat:
       return finish(Status::ok());
     case wire::ControlRequest::kGoodbye:
@@ -268,6 +272,31 @@ Status ControlService::register_namespace(Session& session, const wire::Register
   answer->set_codec_spec((*space)->codec_spec);
   answer->set_tenant((*space)->tenant);
   return Status::ok();
+}
+
+Status ControlService::register_device_pages(Session& session, const wire::RegisterDevicePages& request,
+                                             wire::DevicePagesRegistered* answer) {
+  if (session.identity().plane != SessionPlane::kShm || parts_.devices == nullptr) {
+    return refused("pages on a device are reached from the same host by sessions with shared memory only");
+  }
+  const auto id = parts_.devices->register_pages(session, request);
+  if (!id) {
+    spdlog::warn("session {}: its pages on a device are not used: {}", session.id(),
+                 plain(id.error().message(), 2 * kMaxAttributeBytes));
+    return id.error();
+  }
+  answer->set_pages_id(*id);
+  return Status::ok();
+}
+
+Status ControlService::offer(const wire::Admit& request, std::vector<UniqueFd> descriptors) {
+  const auto session = parts_.sessions.authenticate(request.session_token());
+  if (!session) {
+    parts_.metrics.protocol_error(ProtocolError::kBadToken);
+    return session.error();
+  }
+  if ((*session)->local() == nullptr) return refused("only an admitted session can offer descriptors");
+  return (*session)->offer(std::move(descriptors));
 }
 
 Status ControlService::poll_events(const Session& session, const wire::PollEvents& request,

@@ -8,6 +8,7 @@
 
 #include "base/executor.h"
 #include "service/config.h"
+#include "service/device_service.h"
 #include "service/event_log.h"
 #include "service/inspector.h"
 #include "service/metrics.h"
@@ -48,6 +49,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
     HotHandler& hot;
     Executor& administration;  ///< for what takes long
     Metrics& metrics;
+    DeviceService* devices = nullptr;  ///< nullptr: pages on devices are refused
   };
   explicit ControlService(Parts parts) : parts_(std::move(parts)) {}
 
@@ -55,6 +57,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   void malformed(const ControlPeer& peer, const Status& why) override;
   void admit(std::uint64_t connection, const wire::Admit& request, PeerProcess peer, wire::Admitted* answer,
              std::vector<int>* descriptors) override;
+  Status offer(const wire::Admit& request, std::vector<UniqueFd> descriptors) override;
   void closed(std::uint64_t connection) override;
 
   void begin_stop() { stopping_.store(true); }
@@ -63,6 +66,8 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   Status hello(const ControlPeer& peer, const wire::ControlRequest& request, wire::ControlReply* reply);
   Result<SessionIdentity> identify(const ControlPeer& peer, const wire::Hello& hello) const;
   Result<std::shared_ptr<Session>> authenticate(const ControlPeer& peer, const wire::ControlRequest& request);
+  Status register_device_pages(Session& session, const wire::RegisterDevicePages& request,
+                               wire::DevicePagesRegistered* answer);
   Status register_namespace(Session& session, const wire::RegisterNamespace& request,
                             wire::NamespaceRegistered* answer);
   Status poll_events(const Session& session, const wire::PollEvents& request, wire::Events* answer) const;

@@ -20,6 +20,7 @@
 #include "base/executor.h"
 #include "service/collector.h"
 #include "service/control_service.h"
+#include "service/device_service.h"
 #include "service/event_log.h"
 #include "service/hazards.h"
 #include "service/hot_service.h"
@@ -133,7 +134,7 @@ bool is_any_address(const std::string& address) { return address == "*" || addre
 }  // namespace
 
 struct Daemon::State {
-  explicit State(const ServiceConfig& config_in);
+  State(const ServiceConfig& config_in, OpenDevice open_device);
   ~State() { shut_down(); }
 
   void start_servers();
@@ -167,6 +168,7 @@ struct Daemon::State {
   ThreadPool encoders;
   ThreadPool administration{"kvern-admin", 1, kAdministrationQueue};
   StorePipeline pipeline;
+  DeviceService devices;
   HotService hot;
   RemoteData remote;
   Inspector inspector;
@@ -189,7 +191,7 @@ struct Daemon::State {
   std::thread watcher;
 };
 
-Daemon::State::State(const ServiceConfig& config_in)
+Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
     : config(config_in),
       slab(config.server.run_dir + "/slab", config.store.dram_bytes, config.store.warm_restart),
       index(or_throw(SharedMemory::create_named(
@@ -216,6 +218,14 @@ Daemon::State::State(const ServiceConfig& config_in)
                epoch, hazards, clock),
       encoders("kvern-encode", config.encode_threads(), config.pipeline.max_queued),
       pipeline(*store, *tiers, encoders, metrics, clock, [this] { return slab.usable_bytes(); }),
+      devices({.store = *store,
+               .pipeline = pipeline,
+               .encoders = encoders,
+               .metrics = metrics,
+               .clock = clock,
+               .slab = slab.bytes(),
+               .usable_bytes = [this] { return slab.usable_bytes(); },
+               .open = std::move(open_device)}),
       hot({.sessions = sessions,
            .store = *store,
            .tiers = *tiers,
@@ -223,7 +233,8 @@ Daemon::State::State(const ServiceConfig& config_in)
            .in_flight = in_flight,
            .metrics = metrics,
            .clock = clock,
-           .slab_bytes = config.store.dram_bytes}),
+           .slab_bytes = config.store.dram_bytes,
+           .devices = &devices}),
       remote(sessions, *store),
       inspector({.config = config,
                  .sessions = sessions,
@@ -236,7 +247,8 @@ Daemon::State::State(const ServiceConfig& config_in)
                  .events = events,
                  .clock = clock,
                  .epoch = epoch,
-                 .started_ns = started_ns}) {
+                 .started_ns = started_ns,
+                 .devices = &devices}) {
   if (const ChunkStoreStats found = store->stats(); found.recovered_chunks + found.dropped_containers > 0) {
     spdlog::info("took {} chunks, {:.1f} MiB, over from the run before; {} containers were damaged or not complete",
                  found.recovered_chunks, static_cast<double>(found.recovered_bytes) / (1 << 20),
@@ -316,7 +328,8 @@ void Daemon::State::start_servers() {
                                                                    .inspector = inspector,
                                                                    .hot = hot,
                                                                    .administration = administration,
-                                                                   .metrics = metrics});
+                                                                   .metrics = metrics,
+                                                                   .devices = &devices});
   rings = std::make_unique<RingServer>(
       RingServer::Config{.spin_us = static_cast<std::uint32_t>(config.pipeline.ring_spin_us)}, hot);
   admission = std::make_unique<AdmissionServer>(config.admission_path(), config.socket_mode(), *control,
@@ -331,7 +344,8 @@ void Daemon::State::start_servers() {
                        .clock = clock,
                        .started_ns = started_ns,
                        .index_slots = config.index_slots(),
-                       .dropped_replies = [this] { return control_server->dropped_replies(); }});
+                       .dropped_replies = [this] { return control_server->dropped_replies(); },
+                       .devices = devices});
   watcher = std::thread([this] { watch(); });
   if (!config.metrics.listen.empty()) http = std::make_unique<HttpServer>(config.metrics.listen, pages());
   ready.store(true);
@@ -387,6 +401,7 @@ void Daemon::State::shut_down() {
   control_server.reset();
   administration.drain();
   pipeline.cancel();
+  devices.drain();
   encoders.drain();  // before leases end: nothing is overwritten that a client still reads
   sessions.end_all();
   {
@@ -404,7 +419,8 @@ void Daemon::State::shut_down() {
   }
 }
 
-Daemon::Daemon(const ServiceConfig& config) : state_(std::make_unique<State>(config)) {}
+Daemon::Daemon(const ServiceConfig& config, OpenDevice open_device)
+    : state_(std::make_unique<State>(config, std::move(open_device))) {}
 Daemon::~Daemon() = default;
 
 void Daemon::drain() {

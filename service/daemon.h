@@ -5,6 +5,7 @@
 #include <string>
 
 #include "service/config.h"
+#include "service/device.h"
 
 namespace kvern {
 
@@ -13,7 +14,8 @@ class Daemon {
  public:
   /// Throws std::runtime_error with a sentence when something that it needs cannot be had: another daemon serves that
   /// socket, tmpfs is too small, an address is taken.
-  explicit Daemon(const ServiceConfig& config);
+  /// open_device: how devices are reached on which sessions register pages.
+  explicit Daemon(const ServiceConfig& config, OpenDevice open_device = open_cuda_device);
   /// Without drain() before: ends at once. Removes the files that it made.
   ~Daemon();
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -79,10 +80,11 @@ std::vector<std::uint64_t> parse_checksums(const std::string& bytes) {
   return checksums;
 }
 
-/// One Commit whose items end on different threads: the last one answers.
+/// One request whose items end on different threads: the last one answers.
 class PendingCommit {
  public:
-  PendingCommit(std::size_t items, HotReplyFunction reply, ChunkStore& store, Metrics& metrics, const Clock& clock,
+  using Reply = std::function<void(std::span<const Status> items)>;
+  PendingCommit(std::size_t items, Reply reply, ChunkStore& store, Metrics& metrics, const Clock& clock,
                 StorePipeline& pipeline)
       : work_(pipeline),
         store_(store),
@@ -103,9 +105,7 @@ class PendingCommit {
       store_.link(chunk.namespace_id, chunk.group, previous, chunk.last_block);
     }
     metrics_.commit_seconds.Observe(seconds_since(clock_, started_));
-    wire::HotReply reply;
-    for (const Status& each : statuses_) set_status(each, reply.mutable_committed()->add_items());
-    reply_(std::move(reply));
+    reply_(statuses_);
   }
 
  private:
@@ -114,10 +114,64 @@ class PendingCommit {
   std::vector<std::pair<BlockHash, ChunkKey>> order_;  // each chunk with the block before it; known when all are stored
   std::vector<Status> statuses_;
   std::atomic<std::size_t> left_;
-  const HotReplyFunction reply_;
+  const Reply reply_;
   Metrics& metrics_;
   const Clock& clock_;
   const std::int64_t started_;
+};
+
+/// Whether the pages hold what chunks of this shape hold.
+Status check_pages(const PagedCache& cache, const ContainerInfo& info) {
+  ShardShape shape = cache.shape(1);
+  shape.tokens = info.shape.tokens;
+  if (shape == info.shape && cache.block_tokens == info.block_tokens && cache.group_layers == info.group_layers &&
+      cache.model_heads == info.model_heads) {
+    return Status::ok();
+  }
+  return invalid("the shard is not that of the registered pages");
+}
+
+Result<std::vector<std::uint32_t>> block_ids_of(const google::protobuf::RepeatedField<std::uint32_t>& ids,
+                                                std::size_t blocks, const PagedCache& cache) {
+  if (static_cast<std::size_t>(ids.size()) != blocks) {
+    return failure(Code::kInvalid, "as many block ids as block hashes are needed");
+  }
+  for (const std::uint32_t id : ids) {
+    if (!cache.has_block(id)) {
+      return failure(Code::kInvalid, "block " + std::to_string(id) + " lies outside of the registered pages");
+    }
+  }
+  return std::vector<std::uint32_t>(ids.begin(), ids.end());
+}
+
+/// The answers of one LoadPages; the last item to end sends them.
+class PendingLoad {
+ public:
+  PendingLoad(std::uint64_t id, std::size_t items, HotReplyFunction reply, StorePipeline& pipeline)
+      : work_(pipeline), left_(items), reply_(std::move(reply)) {
+    answer_.set_id(id);
+    for (std::size_t i = 0; i < items; ++i) answer_.mutable_pages_loaded()->add_items();
+  }
+
+  void finish(std::size_t item, const Status& status, const DeviceService::Loaded& loaded) {
+    {
+      std::lock_guard lock(mutex_);
+      auto* answer = answer_.mutable_pages_loaded()->mutable_items(static_cast<int>(item));
+      set_status(status, answer->mutable_status());
+      answer->set_tokens(loaded.tokens);
+      answer->set_raw_bytes(loaded.raw_bytes);
+      answer->set_encoded_bytes(loaded.encoded_bytes);
+      if (--left_ > 0) return;
+    }
+    reply_(std::move(answer_));
+  }
+
+ private:
+  const StorePipeline::Work work_;
+  std::mutex mutex_;
+  std::size_t left_;
+  wire::HotReply answer_;
+  const HotReplyFunction reply_;
 };
 
 }  // namespace
@@ -166,6 +220,12 @@ void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotR
       parts_.metrics.request(RequestType::kReport);
       report(request.report());
       return finish(Status::ok());
+    case wire::HotRequest::kStorePages:
+      parts_.metrics.request(RequestType::kStorePages);
+      return store_pages(session, request, std::move(reply));
+    case wire::HotRequest::kLoadPages:
+      parts_.metrics.request(RequestType::kLoadPages);
+      return load_pages(session, request, std::move(reply));
     case wire::HotRequest::BODY_NOT_SET:
       break;
   }
@@ -228,7 +288,6 @@ Status HotService::match(Session& session, const wire::Match& request, wire::Mat
 struct HotService::ReserveTerms {
   std::shared_ptr<const Namespace> space;
   std::shared_ptr<const Codec> codec;
-  std::shared_ptr<Staging> staging;
   ContainerInfo info;  ///< without key, hashes, position and tokens
   std::uint32_t hash_bytes = 0;
 };
@@ -243,8 +302,6 @@ Result<HotService::ReserveTerms> HotService::reserve_terms(Session& session, con
   if (!space) return failure(space.error());
   ReserveTerms terms;
   terms.space = *space;
-  terms.staging = session.staging();
-  if (!terms.staging) return failure(Code::kRefused, "the session asked for no staging memory");
   terms.hash_bytes = request.hash_bytes();
   const wire::ShardMessage& shard = request.shard();
   if (shard.dtype() > static_cast<std::uint32_t>(DType::kOpaqueBytes))
@@ -289,21 +346,28 @@ Status HotService::reserve(Session& session, const wire::Reserve& request, wire:
     if (terms.error().code() == Code::kRefused) parts_.metrics.refused(Refusal::kCodec);
     return terms.error();
   }
+  if (!session.staging()) return Status(Code::kRefused, "the session asked for no staging memory");
   for (const auto& item : request.items()) reserve_item(session, *terms, item, answer->add_items());
   return Status::ok();
 }
 
-void HotService::reserve_item(Session& session, const ReserveTerms& terms, const wire::ReserveItem& item,
-                              wire::ReservedItem* answer) {
-  const auto refuse = [&](wire::Reservation outcome, Refusal why, std::string reason) {
+/// Why an item is not reserved.
+struct HotService::Refused {
+  wire::Reservation outcome;
+  Status why;
+};
+
+/// The item as a reservation with the claim on its key, without memory.
+tl::expected<std::shared_ptr<Reservation>, HotService::Refused> HotService::claim_item(const ReserveTerms& terms,
+                                                                                       const wire::ReserveItem& item) {
+  const auto refuse = [&](wire::Reservation outcome, Refusal why, Status status) {
     parts_.metrics.refused(why);
-    answer->set_outcome(outcome);
-    answer->set_reason(std::move(reason));
+    return tl::unexpected(Refused{outcome, std::move(status)});
   };
   auto hashes = split_hashes(item.block_hashes(), terms.hash_bytes, terms.space->shape.chunk_tokens);
-  if (!hashes) return refuse(wire::REFUSED, Refusal::kInvalid, hashes.error().message());
+  if (!hashes) return refuse(wire::REFUSED, Refusal::kInvalid, hashes.error());
   if (item.position() > kMaxPosition || item.position() % terms.info.block_tokens != 0) {
-    return refuse(wire::REFUSED, Refusal::kInvalid, "the position is not the start of a block");
+    return refuse(wire::REFUSED, Refusal::kInvalid, invalid("the position is not the start of a block"));
   }
   auto reservation = std::make_shared<Reservation>();
   reservation->codec = terms.codec;
@@ -315,27 +379,46 @@ void HotService::reserve_item(Session& session, const ReserveTerms& terms, const
   info.key.last_block = hashes->back();
   info.block_hashes = std::move(*hashes);
   if (const Status fits = terms.space->shape.accepts(info.shape, info.group_layers, info.model_heads); !fits) {
-    return refuse(wire::REFUSED, Refusal::kInvalid, fits.message());
+    return refuse(wire::REFUSED, Refusal::kInvalid, fits);
   }
   if (const Status accepts = terms.codec->accepts(info.shape); !accepts) {
-    return refuse(wire::REFUSED, Refusal::kCodec, accepts.message());
-  }
-  const std::size_t raw_bytes = info.shape.raw_bytes();
-  if (raw_bytes > terms.staging->capacity_bytes()) {
-    return refuse(wire::REFUSED, Refusal::kTooLarge,
-                  "a chunk of " + std::to_string(raw_bytes) + " bytes does not fit into the session's staging of " +
-                      std::to_string(terms.staging->capacity_bytes()) + " ([sessions] staging_bytes_max)");
+    return refuse(wire::REFUSED, Refusal::kCodec, accepts);
   }
   if (container_max_bytes(*terms.codec, info) > parts_.slab_bytes) {
-    return refuse(wire::REFUSED, Refusal::kTooLarge, "the chunk is larger than the DRAM tier ([store] dram_bytes)");
+    return refuse(wire::REFUSED, Refusal::kTooLarge,
+                  Status(Code::kRefused, "the chunk is larger than the DRAM tier ([store] dram_bytes)"));
   }
   // Claimed before the store is asked: whoever held the claim before has published by now, and is seen there.
   reservation->claim = parts_.in_flight.claim(info.key, info.shape);
   const Presence presence = reservation->claim ? parts_.store.presence(info.key, info.shape) : Presence::kInFlight;
-  if (presence == Presence::kStored) return answer->set_outcome(wire::ALREADY_STORED);
-  if (presence == Presence::kInFlight)
-    return refuse(wire::IN_FLIGHT, Refusal::kInFlight, "somebody else is storing it");
-  auto block = terms.staging->allocate(raw_bytes);
+  if (presence == Presence::kStored) return tl::unexpected(Refused{wire::ALREADY_STORED, Status::ok()});
+  if (presence == Presence::kInFlight) {
+    return refuse(wire::IN_FLIGHT, Refusal::kInFlight, Status(Code::kBusy, "somebody else is storing it"));
+  }
+  return reservation;
+}
+
+void HotService::reserve_item(Session& session, const ReserveTerms& terms, const wire::ReserveItem& item,
+                              wire::ReservedItem* answer) {
+  const auto refuse = [&](wire::Reservation outcome, Refusal why, std::string reason) {
+    parts_.metrics.refused(why);
+    answer->set_outcome(outcome);
+    answer->set_reason(std::move(reason));
+  };
+  auto claimed = claim_item(terms, item);
+  if (!claimed) {
+    answer->set_outcome(claimed.error().outcome);
+    return answer->set_reason(claimed.error().why.message());
+  }
+  const auto reservation = std::move(*claimed);
+  const auto staging = session.staging();
+  const std::size_t raw_bytes = reservation->info.shape.raw_bytes();
+  if (raw_bytes > staging->capacity_bytes()) {
+    return refuse(wire::REFUSED, Refusal::kTooLarge,
+                  "a chunk of " + std::to_string(raw_bytes) + " bytes does not fit into the session's staging of " +
+                      std::to_string(staging->capacity_bytes()) + " ([sessions] staging_bytes_max)");
+  }
+  auto block = staging->allocate(raw_bytes);
   if (!block) return refuse(wire::NO_ROOM, Refusal::kStagingFull, "the session's staging is full at the moment");
   reservation->block = std::move(*block);
   if (const Status added = session.add_reservation(reservation); !added) {
@@ -356,11 +439,13 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
     set_status(count, answer.mutable_status());
     return reply(std::move(answer));
   }
-  const auto with_id = [id = request.id(), reply = std::move(reply)](wire::HotReply answer) {
+  const auto answer_all = [id = request.id(), reply = std::move(reply)](std::span<const Status> statuses) {
+    wire::HotReply answer;
     answer.set_id(id);
+    for (const Status& each : statuses) set_status(each, answer.mutable_committed()->add_items());
     reply(std::move(answer));
   };
-  const auto pending = std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), with_id, parts_.store,
+  const auto pending = std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), answer_all, parts_.store,
                                                        parts_.metrics, parts_.clock, parts_.pipeline);
   std::size_t index = 0;
   for (const auto& item : items) {
@@ -387,6 +472,100 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
       parts_.metrics.refused(Refusal::kQueueFull);
       pending->finish(mine, queued);
     }
+  }
+}
+
+void HotService::store_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request,
+                             HotReplyFunction reply) {
+  const wire::StorePages& body = request.store_pages();
+  const auto refuse = [&](const Status& status) {
+    wire::HotReply answer;
+    answer.set_id(request.id());
+    set_status(status, answer.mutable_status());
+    reply(std::move(answer));
+  };
+  const auto pages = session->find_pages(body.pages_id());
+  if (!pages || parts_.devices == nullptr)
+    return refuse(invalid("there are no pages " + std::to_string(body.pages_id())));
+  const auto terms = reserve_terms(*session, body.reserve());
+  if (!terms) return refuse(terms.error());
+  if (Status fits = check_pages(pages->cache(), terms->info); !fits) return refuse(fits);
+  const auto& items = body.reserve().items();
+  if (body.blocks_size() != items.size()) return refuse(invalid("as many lists of block ids as items are needed"));
+
+  const auto answer_all = [id = request.id(), reply](std::span<const Status> statuses) {
+    wire::HotReply answer;
+    answer.set_id(id);
+    for (const Status& each : statuses) set_status(each, answer.mutable_pages_stored()->add_items());
+    reply(std::move(answer));
+  };
+  const auto pending = std::make_shared<PendingCommit>(static_cast<std::size_t>(items.size()), answer_all, parts_.store,
+                                                       parts_.metrics, parts_.clock, parts_.pipeline);
+  std::vector<std::pair<std::size_t, Status>> ended;
+  for (int i = 0; i < items.size(); ++i) {
+    const auto mine = static_cast<std::size_t>(i);
+    auto claimed = claim_item(*terms, items[i]);
+    if (!claimed) {
+      ended.emplace_back(mine, claimed.error().why);
+      continue;
+    }
+    const auto& reservation = *claimed;
+    auto ids = block_ids_of(body.blocks(i).ids(), reservation->info.block_hashes.size(), pages->cache());
+    if (ids && std::ranges::find(*ids, 0U) != ids->end()) {
+      ids = failure(Code::kInvalid, "block 0 is the null block: leave it out");
+    }
+    if (!ids) {
+      ended.emplace_back(mine, ids.error());
+      continue;
+    }
+    if (reservation->previous) pending->follows(*reservation->previous, reservation->info.key);
+    const Status queued =
+        parts_.devices->store(pages, reservation, std::move(*ids), body.deadline_ns(),
+                              [pending, mine](Status status) { pending->finish(mine, std::move(status)); });
+    if (!queued) {
+      parts_.metrics.refused(Refusal::kQueueFull);
+      ended.emplace_back(mine, queued);
+    }
+  }
+  for (auto& [item, status] : ended) pending->finish(item, std::move(status));
+}
+
+void HotService::load_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request,
+                            HotReplyFunction reply) {
+  const wire::LoadPages& body = request.load_pages();
+  const auto refuse = [&](const Status& status) {
+    wire::HotReply answer;
+    answer.set_id(request.id());
+    set_status(status, answer.mutable_status());
+    reply(std::move(answer));
+  };
+  if (stopping_.load(std::memory_order_relaxed)) return refuse(Status(Code::kUnavailable, "the daemon is stopping"));
+  const auto pages = session->find_pages(body.pages_id());
+  if (!pages || parts_.devices == nullptr)
+    return refuse(invalid("there are no pages " + std::to_string(body.pages_id())));
+  if (Status count = check_item_count(body.items_size()); !count) return refuse(count);
+  const auto space = named_namespace(*session, body.namespace_id(), body.group());
+  if (!space) return refuse(space.error());
+  std::vector<DeviceService::LoadRequest> loads;
+  for (const auto& item : body.items()) {
+    auto hashes = split_hashes(item.block_hashes(), body.hash_bytes(), kMaxMatchBlocks);
+    if (!hashes) return refuse(hashes.error());
+    auto ids = block_ids_of(item.block_ids(), hashes->size(), pages->cache());
+    if (!ids) return refuse(ids.error());
+    loads.push_back({.pages = pages,
+                     .space = *space,
+                     .group = static_cast<std::uint16_t>(body.group()),
+                     .hashes = std::move(*hashes),
+                     .block_ids = std::move(*ids),
+                     .deadline_ns = body.deadline_ns()});
+  }
+
+  const auto pending = std::make_shared<PendingLoad>(request.id(), loads.size(), std::move(reply), parts_.pipeline);
+  for (std::size_t i = 0; i < loads.size(); ++i) {
+    const auto finish = [pending, i](const Status& status, const DeviceService::Loaded& loaded) {
+      pending->finish(i, status, loaded);
+    };
+    if (Status queued = parts_.devices->load(std::move(loads[i]), finish); !queued) finish(queued, {});
   }
 }
 

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "base/clock.h"
+#include "service/device_service.h"
 #include "service/in_flight.h"
 #include "service/metrics.h"
 #include "service/sessions.h"
@@ -33,6 +34,7 @@ class HotService final : public HotHandler {
     Metrics& metrics;
     const Clock& clock;
     std::uint64_t slab_bytes;
+    DeviceService* devices = nullptr;  ///< nullptr: pages on devices are refused
   };
   explicit HotService(const Parts& parts) : parts_(parts) {}
 
@@ -53,8 +55,14 @@ class HotService final : public HotHandler {
   Status release(Session& session, const wire::Release& request);
   void report(const wire::Report& request);
 
+  void store_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);
+  void load_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);
+
   struct ReserveTerms;
+  struct Refused;
   Result<ReserveTerms> reserve_terms(Session& session, const wire::Reserve& request);
+  tl::expected<std::shared_ptr<Reservation>, Refused> claim_item(const ReserveTerms& terms,
+                                                                 const wire::ReserveItem& item);
   void reserve_item(Session& session, const ReserveTerms& terms, const wire::ReserveItem& item,
                     wire::ReservedItem* answer);
   void fetch_item(Session& session, const Namespace& space, std::uint16_t group, const wire::FetchItem& item,

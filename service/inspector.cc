@@ -26,6 +26,7 @@ nlohmann::json session_json(Session& session, std::int64_t now_ns) {
           {"client_name", identity.client_name},
           {"role", role_name(identity.role)},
           {"data_plane", plane_name(identity.plane)},
+          {"devices", holdings.devices},
           {"tenant", identity.tenant},
           {"local", identity.local},
           {"pid", local == nullptr ? 0 : local->pid},
@@ -86,6 +87,15 @@ std::string Inspector::status_json(bool stopping) const {
   }
   auto tiers = nlohmann::json::array();
   for (const auto& tier : parts_.tiers.stats().tiers) tiers.push_back(tier_json(tier));
+  auto devices = nlohmann::json::array();
+  if (parts_.devices != nullptr) {
+    for (const auto& device : parts_.devices->figures()) {
+      devices.push_back({{"uuid", device.uuid},
+                         {"pinned_bytes", device.pinned_bytes},
+                         {"bytes_to_host", device.moved.to_host},
+                         {"bytes_to_device", device.moved.to_device}});
+    }
+  }
   const nlohmann::json report = {{"version", KVERN_VERSION},
                                  {"protocol", kProtocolVersion},
                                  {"container", kContainerVersion},
@@ -117,6 +127,7 @@ std::string Inspector::status_json(bool stopping) const {
                                    {"index_slots", parts_.config.index_slots()},
                                    {"eviction", parts_.config.store.eviction}}},
                                  {"lower_tiers", std::move(tiers)},
+                                 {"devices", std::move(devices)},
                                  {"pipeline",
                                   {{"threads", parts_.config.encode_threads()},
                                    {"queued", parts_.encoders == nullptr ? 0 : parts_.encoders->queued()},

@@ -8,6 +8,7 @@
 #include "base/clock.h"
 #include "base/executor.h"
 #include "service/config.h"
+#include "service/device_service.h"
 #include "service/event_log.h"
 #include "service/in_flight.h"
 #include "service/namespaces.h"
@@ -35,6 +36,7 @@ class Inspector {
     const Clock& clock;
     std::uint64_t epoch;
     std::int64_t started_ns;
+    const DeviceService* devices = nullptr;
   };
   explicit Inspector(const Parts& parts) : parts_(parts) {}
 

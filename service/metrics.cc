@@ -101,12 +101,19 @@ Metrics::Metrics()
       loaded_tokens(counter(*registry_, "kvern_loaded_tokens_total", "Tokens whose blocks reached an engine's pages")),
       failed_loads(counter(*registry_, "kvern_failed_loads_total", "Loads that ended without the blocks")),
       control_requests(counter(*registry_, "kvern_control_requests_total", "Messages on the control plane")),
+      device_stored_bytes(counter(*registry_, "kvern_device_page_bytes_total",
+                                  "Bytes of pages on devices that were stored or loaded, before encoding",
+                                  {{"operation", "store"}})),
+      device_loaded_bytes(counters(*registry_, "kvern_device_page_bytes_total",
+                                   "Bytes of pages on devices that were stored or loaded, before encoding")
+                              .Add({{"operation", "load"}})),
       match_seconds(histogram(*registry_, "kvern_match_seconds", "Time of a prefix look-up, as the asker sees it")),
       reserve_seconds(histogram(*registry_, "kvern_reserve_seconds", "Time of a Reserve in the daemon")),
       commit_seconds(histogram(*registry_, "kvern_commit_seconds", "Time from Commit to its answer")),
       fetch_seconds(histogram(*registry_, "kvern_fetch_seconds", "Time of a Fetch in the daemon")) {
   label_all(requests_, counters(*registry_, "kvern_requests_total", "Hot requests by type"), "type",
-            {"match", "reserve", "commit", "abandon", "fetch", "release", "release_match", "report"});
+            {"match", "reserve", "commit", "abandon", "fetch", "release", "release_match", "report", "store_pages",
+             "load_pages"});
   label_all(refused_, counters(*registry_, "kvern_refused_total", "Chunks that were not taken, by reason"), "reason",
             {"invalid", "codec", "too_large", "staging_full", "store_full", "queue_full", "in_flight", "corrupt",
              "stopping", "session"});

@@ -20,7 +20,19 @@
 namespace kvern {
 
 /// Kinds of hot requests; labels of kvern_requests_total.
-enum class RequestType { kMatch, kReserve, kCommit, kAbandon, kFetch, kRelease, kReleaseMatch, kReport, kCount };
+enum class RequestType {
+  kMatch,
+  kReserve,
+  kCommit,
+  kAbandon,
+  kFetch,
+  kRelease,
+  kReleaseMatch,
+  kReport,
+  kStorePages,
+  kLoadPages,
+  kCount
+};
 /// Why a reservation or commit came to nothing; labels of kvern_refused_total.
 enum class Refusal {
   kInvalid,
@@ -100,6 +112,8 @@ class Metrics final : public TierObserver, public DemotionObserver {
   prometheus::Counter& loaded_tokens;
   prometheus::Counter& failed_loads;
   prometheus::Counter& control_requests;
+  prometheus::Counter& device_stored_bytes;
+  prometheus::Counter& device_loaded_bytes;
   prometheus::Histogram& match_seconds;
   prometheus::Histogram& reserve_seconds;
   prometheus::Histogram& commit_seconds;

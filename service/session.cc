@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "service/device.h"
+
 namespace kvern {
 namespace {
 
@@ -147,6 +149,45 @@ void Session::drop_match(std::uint64_t match_id) {
   }
 }
 
+Status Session::offer(std::vector<UniqueFd> descriptors) {
+  std::lock_guard lock(mutex_);
+  if (closed_) return session_closed();
+  offered_ = std::move(descriptors);
+  return Status::ok();
+}
+
+std::vector<UniqueFd> Session::take_offered() {
+  std::lock_guard lock(mutex_);
+  return std::exchange(offered_, {});
+}
+
+Result<std::uint64_t> Session::add_pages(std::shared_ptr<DevicePages> pages) {
+  std::lock_guard lock(mutex_);
+  if (closed_) return failure(session_closed());
+  if (pages_.size() >= kMaxDevicePages) {
+    return failure(Code::kBusy,
+                   "a session can register at most " + std::to_string(kMaxDevicePages) + " groups of pages");
+  }
+  const std::uint64_t id = next_id_++;
+  pages_.emplace(id, std::move(pages));
+  return id;
+}
+
+std::shared_ptr<DevicePages> Session::find_pages(std::uint64_t id) const {
+  std::lock_guard lock(mutex_);
+  return look_up(pages_, id);
+}
+
+void Session::revoke_pages() {
+  decltype(pages_) pages;
+  {
+    std::lock_guard lock(mutex_);
+    closed_ = true;  // or more could be registered
+    pages = pages_;
+  }
+  for (const auto& [id, each] : pages) each->revoke();
+}
+
 Status Session::admit(LocalResources resources) {
   std::lock_guard lock(mutex_);
   if (closed_) return session_closed();
@@ -176,8 +217,12 @@ void Session::close() {
   decltype(leases_) leases;
   decltype(matches_) matches;
   decltype(prefetches_) prefetches;
+  decltype(pages_) pages;
+  decltype(offered_) offered;
   std::lock_guard lock(mutex_);
   closed_ = true;
+  pages.swap(pages_);
+  offered.swap(offered_);
   reservations.swap(reservations_);
   leases.swap(leases_);
   matches.swap(matches_);
@@ -193,11 +238,14 @@ bool Session::closed() const {
 
 Session::Holdings Session::holdings() const {
   std::lock_guard lock(mutex_);
+  std::vector<std::string> devices;
+  for (const auto& [id, pages] : pages_) devices.emplace_back(pages->device().memory().uuid());
   return {.namespaces = namespaces_.size(),
           .reservations = reservations_.size(),
           .leases = leases_.size() + matched_,
           .staging_bytes = staging_ ? staging_->capacity_bytes() : 0,
-          .staging_used_bytes = staging_ ? staging_->used_bytes() : 0};
+          .staging_used_bytes = staging_ ? staging_->used_bytes() : 0,
+          .devices = std::move(devices)};
 }
 
 }  // namespace kvern

@@ -14,6 +14,7 @@
 #include "base/keys.h"
 #include "base/status.h"
 #include "kernels/container.h"
+#include "service/device_pages.h"
 #include "service/in_flight.h"
 #include "service/namespaces.h"
 #include "service/staging.h"
@@ -67,6 +68,7 @@ class Session {
   static constexpr std::size_t kMaxReservations = 1U << 16;
   static constexpr std::size_t kMaxLeases = 1U << 16;  ///< those under matches included
   static constexpr std::size_t kMaxPrefetches = 1024;
+  static constexpr std::size_t kMaxDevicePages = 64;
 
   Session(std::uint64_t id, std::string token, SessionIdentity identity, std::int64_t now_ns);
 
@@ -106,6 +108,15 @@ class Session {
   /// Gives the leases of a look-up back and ends its prefetches.
   void drop_match(std::uint64_t match_id);
 
+  /// Descriptors of device memory that the next registration takes; those of an earlier offer are closed.
+  Status offer(std::vector<UniqueFd> descriptors);
+  std::vector<UniqueFd> take_offered();
+  /// kExpired when closed, kBusy at the limit. Numbers the pages.
+  Result<std::uint64_t> add_pages(std::shared_ptr<DevicePages> pages);
+  std::shared_ptr<DevicePages> find_pages(std::uint64_t id) const;
+  /// After it no device touches pages of the session; waits for what is under way. Idempotent.
+  void revoke_pages();
+
   /// Set once when the session is admitted.
   struct LocalResources {
     std::uint64_t connection = 0;  ///< on the admission socket
@@ -129,6 +140,7 @@ class Session {
   struct Holdings {
     std::size_t namespaces = 0, reservations = 0, leases = 0;
     std::uint64_t staging_bytes = 0, staging_used_bytes = 0;
+    std::vector<std::string> devices;  ///< on which it has registered pages
   };
   Holdings holdings() const;
 
@@ -150,6 +162,8 @@ class Session {
   std::unordered_map<std::uint64_t, std::vector<std::shared_ptr<Lease>>> matches_;
   std::size_t matched_ = 0;                                                                  ///< leases in matches_
   std::map<std::pair<std::uint64_t, std::uint16_t>, std::shared_ptr<Prefetch>> prefetches_;  ///< by look-up and group
+  std::vector<UniqueFd> offered_;
+  std::unordered_map<std::uint64_t, std::shared_ptr<DevicePages>> pages_;
   std::shared_ptr<Staging> staging_;
   std::optional<LocalResources> local_;
 };

@@ -28,8 +28,10 @@ Status StorePipeline::submit(std::shared_ptr<Reservation> reservation, std::vect
                              Done done) {
   const bool queued = executor_.submit([this, reservation = std::move(reservation),
                                         checksums = std::move(plane_checksums), done = std::move(done)]() mutable {
-    const Status status = store(*reservation, checksums);
-    (status ? stored_ : failed_).fetch_add(1, std::memory_order_relaxed);
+    const Status status = store(*reservation, [&](std::span<std::byte> out) {
+      const auto canonical = reservation->block.bytes().first(reservation->info.shape.raw_bytes());
+      return encode_container(*reservation->codec, reservation->info, canonical, checksums, out);
+    });
     reservation.reset();
     done(status);
   });
@@ -52,7 +54,13 @@ bool StorePipeline::wait_idle(std::chrono::milliseconds timeout) {
   return idle_.wait_for(lock, timeout, [this] { return unfinished_ == 0; });
 }
 
-Status StorePipeline::store(const Reservation& reservation, const std::vector<std::uint64_t>& plane_checksums) {
+Status StorePipeline::store(const Reservation& reservation, const Encode& encode) {
+  const Status status = encode_and_publish(reservation, encode);
+  (status ? stored_ : failed_).fetch_add(1, std::memory_order_relaxed);
+  return status;
+}
+
+Status StorePipeline::encode_and_publish(const Reservation& reservation, const Encode& encode) {
   if (cancelled_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
   const Codec& codec = *reservation.codec;
   const ContainerInfo& info = reservation.info;
@@ -67,15 +75,13 @@ Status StorePipeline::store(const Reservation& reservation, const std::vector<st
     return Status(Code::kBusy, "the DRAM tier is still being reserved");
   }
   const std::int64_t started = clock_.now_ns();
-  const auto canonical = reservation.block.bytes().first(info.shape.raw_bytes());
-  const auto encoded = encode_container(codec, info, canonical, plane_checksums, store_.bytes(*ticket));
+  const auto encoded = encode(store_.bytes(*ticket));
   if (!encoded) {
     store_.abort(*ticket);
     metrics_.refused(encoded.error().code() == Code::kCorrupt ? Refusal::kCorrupt : Refusal::kCodec);
     return encoded.error();
   }
   const double seconds = static_cast<double>(clock_.now_ns() - started) * 1e-9;
-  // The raw bytes are read before publication: afterwards the chunk may be gone at once.
   const auto published = store_.publish(*ticket, info, *encoded);
   if (!published) {
     metrics_.refused(Refusal::kStoreFull);
@@ -84,7 +90,7 @@ Status StorePipeline::store(const Reservation& reservation, const std::vector<st
   if (*published) tiers_.stored(info.key);
   Metrics::OfCodec& figures = metrics_.codec(info.codec_spec);
   figures.stored_chunks.Increment();
-  figures.stored_raw_bytes.Increment(static_cast<double>(canonical.size()));
+  figures.stored_raw_bytes.Increment(static_cast<double>(info.shape.raw_bytes()));
   figures.stored_encoded_bytes.Increment(static_cast<double>(*encoded));
   figures.encode_seconds.Observe(seconds);
   return Status::ok();

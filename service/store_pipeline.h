@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -39,6 +40,10 @@ class StorePipeline {
   /// Takes the reservation; its staging is free again before done is called, on the executor's thread. plane_checksums:
   /// one per plane. kBusy, and nothing is called, when the queue is full.
   Status submit(std::shared_ptr<Reservation> reservation, std::vector<std::uint64_t> plane_checksums, Done done);
+  /// Puts what encode makes of the reservation into the store, on this thread. encode gets room for the largest
+  /// container there can be and returns how long it is.
+  using Encode = std::function<Result<std::size_t>(std::span<std::byte> out)>;
+  Status store(const Reservation& reservation, const Encode& encode);
   /// A reader says that this chunk is corrupt: look, and quarantine it if it is. Dropped when the queue is full.
   void verify(std::shared_ptr<Lease> lease);
 
@@ -66,7 +71,7 @@ class StorePipeline {
  private:
   void begin_work();
   void end_work();
-  Status store(const Reservation& reservation, const std::vector<std::uint64_t>& plane_checksums);
+  Status encode_and_publish(const Reservation& reservation, const Encode& encode);
 
   ChunkStore& store_;
   TieredStore& tiers_;

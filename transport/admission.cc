@@ -72,7 +72,7 @@ auto uninterrupted(Call call) {
 /// One packet with descriptors. 0 or errno.
 int send_packet(int fd, const std::string& packet, const std::vector<int>& descriptors) {
   iovec part{.iov_base = const_cast<char*>(packet.data()), .iov_len = packet.size()};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(kDescriptors * sizeof(int))> control{};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(kMaxOfferedDescriptors * sizeof(int))> control{};
   msghdr message{};
   message.msg_iov = &part;
   message.msg_iovlen = 1;
@@ -86,6 +86,72 @@ int send_packet(int fd, const std::string& packet, const std::vector<int>& descr
     std::memcpy(CMSG_DATA(header), descriptors.data(), descriptors.size() * sizeof(int));
   }
   return uninterrupted([&] { return ::sendmsg(fd, &message, MSG_NOSIGNAL); }) < 0 ? errno : 0;
+}
+
+/// A packet and the descriptors that came with it. Bytes as recvmsg() returns them, of a packet that may be longer than
+/// its buffer.
+struct Packet {
+  std::array<char, kMaxPacketBytes> bytes{};
+  ssize_t length = 0;
+  std::vector<UniqueFd> descriptors;
+};
+void receive_packet(int fd, Packet* packet) {
+  iovec part{.iov_base = packet->bytes.data(), .iov_len = packet->bytes.size()};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(kMaxOfferedDescriptors * sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  packet->length = uninterrupted([&] { return ::recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_TRUNC); });
+  if (packet->length < 0) return;
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    const std::size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (std::size_t i = 0; i < count; ++i) {
+      int descriptor = -1;
+      std::memcpy(&descriptor, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+      packet->descriptors.emplace_back(descriptor);
+    }
+  }
+}
+
+/// A connected socket whose calls end after the timeout.
+Result<UniqueFd> connect_to(const std::string& path, std::chrono::milliseconds timeout) {
+  const auto address = unix_address(path);
+  if (!address) return failure(Code::kInvalid, path + ": the path of a Unix socket must be 1 to 107 bytes long");
+  UniqueFd connection = open_socket(0);
+  if (!connection) return failure(Code::kInternal, "cannot create a socket: " + error_text(errno));
+  const int fd = connection.get();
+  // Both also bound connect(), which waits while the daemon's queue is full. Zero would mean for ever.
+  const auto limit = std::max(timeout, std::chrono::milliseconds(1));
+  const timeval each{.tv_sec = limit.count() / 1000, .tv_usec = limit.count() % 1000 * 1000};
+  ::setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &each, sizeof each);
+  ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &each, sizeof each);
+  if (uninterrupted([&] { return ::connect(fd, generic(*address), sizeof *address); }) != 0) {
+    return failure(Code::kUnavailable, "no daemon answers on " + path + ": " + error_text(errno));
+  }
+  return connection;
+}
+
+/// Sends the request and waits for the answer to it, whose refusal comes back as the failure.
+Status exchange(int fd, const std::string& path, const wire::Admit& request, const std::vector<int>& descriptors,
+                wire::Admitted* answer, std::vector<UniqueFd>* received) {
+  if (const int error = send_packet(fd, request.SerializeAsString(), descriptors); error != 0) {
+    return {Code::kUnavailable, "the daemon on " + path + " takes no request: " + error_text(error)};
+  }
+  Packet packet;
+  receive_packet(fd, &packet);
+  if (packet.length <= 0) {
+    const bool late = packet.length < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    return {Code::kUnavailable, "the daemon on " + path + (late ? " does not answer" : " closed the connection")};
+  }
+  if (static_cast<std::size_t>(packet.length) > packet.bytes.size() ||
+      !answer->ParseFromArray(packet.bytes.data(), static_cast<int>(packet.length))) {
+    return {Code::kCorrupt, "the answer of the daemon on " + path + " is no Admitted message"};
+  }
+  *received = std::move(packet.descriptors);
+  return to_status(answer->status());
 }
 
 PeerProcess peer_of(int fd) {
@@ -246,7 +312,7 @@ struct AdmissionServer::State {
     wire::Admitted answer;
     std::vector<int> descriptors;
     admit(id, connection, &answer, &descriptors);
-    const bool accepted = to_status(answer.status()).is_ok();
+    const bool accepted = to_status(answer.status()).is_ok() && !descriptors.empty();
     const int error = send_packet(connection.fd.get(), answer.SerializeAsString(), descriptors);
     if (accepted && error != 0) handler.closed(id);
     if (!accepted || error != 0) {
@@ -260,13 +326,19 @@ struct AdmissionServer::State {
   }
 
   void admit(std::uint64_t id, Connection& connection, wire::Admitted* answer, std::vector<int>* descriptors) {
-    std::array<char, kMaxPacketBytes> packet{};
-    // Without room for control data: descriptors that a peer sends are closed by the kernel.
-    const ssize_t bytes = ::recv(connection.fd.get(), packet.data(), packet.size(), MSG_TRUNC);
+    Packet packet;
+    receive_packet(connection.fd.get(), &packet);
     wire::Admit request;
-    if (bytes <= 0 || static_cast<std::size_t>(bytes) > packet.size() ||
-        !request.ParseFromArray(packet.data(), static_cast<int>(bytes))) {
+    if (packet.length <= 0 || static_cast<std::size_t>(packet.length) > packet.bytes.size() ||
+        !request.ParseFromArray(packet.bytes.data(), static_cast<int>(packet.length))) {
       set_status(Status(Code::kInvalid, "the packet is no Admit message"), answer->mutable_status());
+      return;
+    }
+    if (request.offered() > 0) {
+      const bool complete = request.offered() == packet.descriptors.size();
+      set_status(complete ? handler.offer(request, std::move(packet.descriptors))
+                          : Status(Code::kInvalid, "the packet does not bring the descriptors that it names"),
+                 answer->mutable_status());
       return;
     }
     if (admitted_count >= limits.max_connections) {
@@ -359,54 +431,16 @@ void AdmissionServer::disconnect(std::uint64_t connection) {
 
 Result<AdmittedSession> request_admission(const std::string& path, const std::string& session_token,
                                           std::chrono::milliseconds timeout) {
-  const auto address = unix_address(path);
-  if (!address) return failure(Code::kInvalid, path + ": the path of a Unix socket must be 1 to 107 bytes long");
+  auto connection = connect_to(path, timeout);
+  if (!connection) return failure(connection.error());
   AdmittedSession session;
-  session.connection = open_socket(0);
-  if (!session.connection) return failure(Code::kInternal, "cannot create a socket: " + error_text(errno));
-  const int fd = session.connection.get();
-  // Both also bound connect(), which waits while the daemon's queue is full. Zero would mean for ever.
-  const auto limit = std::max(timeout, std::chrono::milliseconds(1));
-  const timeval each{.tv_sec = limit.count() / 1000, .tv_usec = limit.count() % 1000 * 1000};
-  ::setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &each, sizeof each);
-  ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &each, sizeof each);
-  if (uninterrupted([&] { return ::connect(fd, generic(*address), sizeof *address); }) != 0) {
-    return failure(Code::kUnavailable, "no daemon answers on " + path + ": " + error_text(errno));
-  }
+  session.connection = std::move(*connection);
   wire::Admit request;
   request.set_session_token(session_token);
-  if (const int error = send_packet(fd, request.SerializeAsString(), {}); error != 0) {
-    return failure(Code::kUnavailable, "the daemon on " + path + " takes no request: " + error_text(error));
-  }
-
-  std::array<char, kMaxPacketBytes> packet{};
-  iovec part{.iov_base = packet.data(), .iov_len = packet.size()};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(kDescriptors * sizeof(int))> control{};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control.data();
-  message.msg_controllen = control.size();
-  const ssize_t bytes = uninterrupted([&] { return ::recvmsg(fd, &message, MSG_CMSG_CLOEXEC); });
-  if (bytes <= 0) {
-    const bool late = bytes < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
-    return failure(Code::kUnavailable,
-                   "the daemon on " + path + (late ? " does not answer" : " closed the connection"));
-  }
   std::vector<UniqueFd> received;
-  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
-    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-    const std::size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    for (std::size_t i = 0; i < count; ++i) {
-      int descriptor = -1;
-      std::memcpy(&descriptor, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
-      received.emplace_back(descriptor);
-    }
+  if (Status status = exchange(session.connection.get(), path, request, {}, &session.answer, &received); !status) {
+    return failure(status);
   }
-  if (!session.answer.ParseFromArray(packet.data(), static_cast<int>(bytes))) {
-    return failure(Code::kCorrupt, "the answer of the daemon on " + path + " is no Admitted message");
-  }
-  if (const Status status = to_status(session.answer.status()); !status) return failure(status);
   if (received.size() != kDescriptors) {
     return failure(Code::kCorrupt, "the daemon on " + path + " sent " + std::to_string(received.size()) +
                                        " descriptors instead of " + std::to_string(kDescriptors) +
@@ -417,7 +451,24 @@ Result<AdmittedSession> request_admission(const std::string& path, const std::st
   session.segment = std::move(received[2]);
   session.staging = std::move(received[3]);
   session.doorbell = std::move(received[4]);
+  session.daemon = peer_of(session.connection.get()).pidfd;
   return session;
+}
+
+Status offer_descriptors(const std::string& path, const std::string& session_token, const std::vector<int>& descriptors,
+                         std::chrono::milliseconds timeout) {
+  if (descriptors.empty() || descriptors.size() > kMaxOfferedDescriptors) {
+    return {Code::kRefused, "1 to " + std::to_string(kMaxOfferedDescriptors) + " descriptors can be offered, not " +
+                                std::to_string(descriptors.size())};
+  }
+  const auto connection = connect_to(path, timeout);
+  if (!connection) return connection.error();
+  wire::Admit request;
+  request.set_session_token(session_token);
+  request.set_offered(static_cast<std::uint32_t>(descriptors.size()));
+  wire::Admitted answer;
+  std::vector<UniqueFd> received;
+  return exchange(connection->get(), path, request, descriptors, &answer, &received);
 }
 
 }  // namespace kvern

@@ -33,6 +33,8 @@ class AdmissionHandler {
   /// ok.
   virtual void admit(std::uint64_t connection, const wire::Admit& request, PeerProcess peer, wire::Admitted* answer,
                      std::vector<int>* descriptors) = 0;
+  /// The same for a packet that brings descriptors of device memory to a session that was admitted before.
+  virtual Status offer(const wire::Admit& request, std::vector<UniqueFd> descriptors) = 0;
   /// On the server's thread: the peer of an admitted connection closed its end, died, or broke the protocol. Not called
   /// after disconnect() took effect.
   virtual void closed(std::uint64_t connection) = 0;
@@ -67,9 +69,17 @@ struct AdmittedSession {
   UniqueFd connection;
   wire::Admitted answer;
   UniqueFd slab, index, segment, staging, doorbell;
+  UniqueFd daemon;  ///< pidfd of the process that listens; empty where the kernel gives none
 };
 /// The daemon's refusal comes back as the failure; kUnavailable when no daemon listens or it does not answer in time.
 Result<AdmittedSession> request_admission(const std::string& path, const std::string& session_token,
                                           std::chrono::milliseconds timeout);
+
+/// Descriptors that one packet can carry (SCM_MAX_FD of Linux).
+inline constexpr std::size_t kMaxOfferedDescriptors = 253;
+/// Client side: hands descriptors to the daemon for a session that was admitted. The daemon's refusal comes back as the
+/// failure.
+Status offer_descriptors(const std::string& path, const std::string& session_token, const std::vector<int>& descriptors,
+                         std::chrono::milliseconds timeout);
 
 }  // namespace kvern

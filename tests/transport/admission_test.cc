@@ -208,6 +208,38 @@ TEST_F(Admission, DescriptorsSentByAPeerAreNotKept) {
   EXPECT_LE(open_descriptors(), before);
 }
 
+TEST_F(Admission, OfferedDescriptorsArriveAndEndTheirConnectionAlone) {
+  TestDaemon daemon(path_);
+  const auto session = request_admission(path_, "x", kPatience);
+  ASSERT_TRUE(session);
+  const auto memory = SharedMemory::create_anonymous("kvern-test-offer", 4096).value();
+  memory.bytes()[5] = std::byte{55};
+  const Status offered = offer_descriptors(path_, "offer", {memory.fd(), memory.fd(), memory.fd()}, kPatience);
+  ASSERT_TRUE(offered) << offered.message();
+  auto descriptors = daemon.take_offered();
+  ASSERT_EQ(descriptors.size(), 3U);
+  const auto mapped = SharedMemory::map(std::move(descriptors[2]), 4096, true);
+  ASSERT_TRUE(mapped);
+  EXPECT_EQ(mapped->bytes()[5], std::byte{55});
+  EXPECT_EQ(offer_descriptors(path_, "other", {memory.fd()}, kPatience).code(), Code::kRefused);
+  EXPECT_EQ(offer_descriptors(path_, "offer", {}, kPatience).code(), Code::kRefused);
+  EXPECT_TRUE(daemon.take_offered().empty());
+  // The session that was admitted goes on.
+  EXPECT_TRUE(request_admission(path_, "y", kPatience));
+  pollfd alive{.fd = session->connection.get(), .events = POLLIN, .revents = 0};
+  EXPECT_EQ(::poll(&alive, 1, 0), 0);
+}
+
+TEST_F(Admission, AnOfferWithoutItsDescriptorsIsRefused) {
+  TestDaemon daemon(path_);
+  wire::Admit request;
+  request.set_session_token("offer");
+  request.set_offered(2);
+  const UniqueFd connection = raw_connection();
+  EXPECT_EQ(answer_to(connection.get(), request.SerializeAsString()), Code::kInvalid);
+  EXPECT_TRUE(ends(connection.get()));
+}
+
 TEST_F(Admission, SecondPacketEndsTheSession) {
   TestDaemon daemon(path_);
   const UniqueFd fd = raw_connection();

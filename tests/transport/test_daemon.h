@@ -68,6 +68,18 @@ class TestDaemon final : public AdmissionHandler, public HotHandler {
     changed_.notify_all();
   }
 
+  /// Keeps what it is offered with the token "offer", and refuses other tokens.
+  Status offer(const wire::Admit& request, std::vector<UniqueFd> descriptors) override {
+    if (request.session_token() != "offer") return {Code::kRefused, "no such session"};
+    const std::lock_guard lock(mutex_);
+    offered_ = std::move(descriptors);
+    return Status::ok();
+  }
+  std::vector<UniqueFd> take_offered() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(offered_, {});
+  }
+
   void closed(std::uint64_t connection) override {
     rings_->remove(connection);
     const std::lock_guard lock(mutex_);
@@ -184,6 +196,7 @@ class TestDaemon final : public AdmissionHandler, public HotHandler {
   std::map<std::uint64_t, std::shared_ptr<Session>> sessions_;
   std::map<std::uint64_t, std::uint64_t> handled_;
   std::vector<PeerProcess> peers_;
+  std::vector<UniqueFd> offered_;
   std::vector<std::uint64_t> closed_;
   std::vector<std::pair<std::uint64_t, Status>> errors_;
   std::vector<HotReplyFunction> kept_;

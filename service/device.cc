@@ -1,0 +1,87 @@
+#include "service/device.h"
+
+#include <spdlog/spdlog.h>
+
+#include <chrono>
+#include <utility>
+
+#include "kernels/cuda/page_coder.h"
+
+namespace kvern {
+namespace {
+
+// How often the slab is looked at until all of it is reserved.
+constexpr std::chrono::milliseconds kPinCheck{20};
+
+}  // namespace
+
+Result<DeviceAccess> open_cuda_device(std::string_view uuid) {
+  auto memory = cuda_device(uuid);
+  if (!memory) return failure(memory.error());
+  const int number = (*memory)->number();
+  return DeviceAccess{.memory = std::move(*memory), .make_coder = [number] { return make_cuda_page_coder(number); }};
+}
+
+Device::Device(DeviceAccess access, std::span<std::byte> slab, std::function<std::uint64_t()> usable_bytes)
+    : access_(std::move(access)),
+      slab_(slab),
+      usable_bytes_(std::move(usable_bytes)),
+      threads_("kvern-device", kThreads, kMaxQueued) {
+  pinner_ = std::thread([this] { pin_slab(); });
+}
+
+Device::~Device() {
+  stopping_.store(true);
+  pinner_.join();
+}
+
+void Device::pin_slab() {
+  while (usable_bytes_() < slab_.size()) {
+    if (stopping_.load()) return;
+    std::this_thread::sleep_for(kPinCheck);
+  }
+  auto pinned = access_.memory->pin(slab_);
+  if (!pinned) {
+    spdlog::warn("device {}: the slab is not pinned, copies are slower: {}", access_.memory->uuid(),
+                 pinned.error().message());
+    return;
+  }
+  pinned_ = std::move(*pinned);
+  pinned_bytes_.store(slab_.size(), std::memory_order_relaxed);
+  spdlog::info("device {}: {} MiB of the slab are pinned", access_.memory->uuid(), slab_.size() >> 20);
+}
+
+Status Device::submit(std::function<void()> work) {
+  if (threads_.submit(std::move(work))) return Status::ok();
+  return {Code::kBusy, "too many chunks wait for the device"};
+}
+
+Status Device::with_coder(const std::function<Status(PageCoder&)>& function) {
+  std::unique_ptr<PageCoder> coder;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!idle_coders_.empty()) {
+      coder = std::move(idle_coders_.back());
+      idle_coders_.pop_back();
+    }
+  }
+  if (!coder) {
+    auto made = access_.make_coder();
+    if (!made) return made.error();
+    coder = std::move(*made);
+  }
+  const PageCoder::Moved before = coder->moved();
+  Status status = function(*coder);
+  const PageCoder::Moved after = coder->moved();
+  to_host_.fetch_add(after.to_host - before.to_host, std::memory_order_relaxed);
+  to_device_.fetch_add(after.to_device - before.to_device, std::memory_order_relaxed);
+  const std::lock_guard lock(mutex_);
+  idle_coders_.push_back(std::move(coder));
+  return status;
+}
+
+PageCoder::Moved Device::moved() const {
+  return {.to_host = to_host_.load(std::memory_order_relaxed), .to_device = to_device_.load(std::memory_order_relaxed)};
+}
+
+}  // namespace kvern

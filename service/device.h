@@ -1,0 +1,70 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "base/executor.h"
+#include "base/status.h"
+#include "kernels/page_coder.h"
+#include "transport/device_memory.h"
+
+namespace kvern {
+
+/// How the daemon reaches a device: its memory, and what codes chunks on it.
+struct DeviceAccess {
+  std::shared_ptr<DeviceMemory> memory;
+  std::function<Result<std::unique_ptr<PageCoder>>()> make_coder;
+};
+using OpenDevice = std::function<Result<DeviceAccess>(std::string_view uuid)>;
+/// CUDA devices; everything is refused where there are none.
+Result<DeviceAccess> open_cuda_device(std::string_view uuid);
+
+/// A device at work: its threads, coders and the pinned slab. Thread-safe.
+class Device {
+ public:
+  /// Chunks under way on a device at the same time: one gathers and encodes, one crosses the bus, one has its checksums
+  /// taken. Each has scratch on the device for its raw and encoded bytes.
+  static constexpr std::size_t kThreads = 3;
+  static constexpr std::size_t kMaxQueued = 1U << 16;
+
+  /// Pins the slab on a thread of its own once all of it is usable; until then copies are slower, not wrong.
+  Device(DeviceAccess access, std::span<std::byte> slab, std::function<std::uint64_t()> usable_bytes);
+  ~Device();
+
+  DeviceMemory& memory() const { return *access_.memory; }
+  /// Runs work on one of the device's threads. kBusy when too much waits.
+  Status submit(std::function<void()> work);
+  /// Lends a coder to the function.
+  Status with_coder(const std::function<Status(PageCoder&)>& function);
+  void drain() { threads_.drain(); }
+
+  std::uint64_t pinned_bytes() const { return pinned_bytes_.load(std::memory_order_relaxed); }
+  /// Of all coders so far.
+  PageCoder::Moved moved() const;
+
+ private:
+  void pin_slab();
+
+  const DeviceAccess access_;
+  const std::span<std::byte> slab_;
+  const std::function<std::uint64_t()> usable_bytes_;
+  std::atomic<std::uint64_t> pinned_bytes_{0};
+  std::atomic<std::uint64_t> to_host_{0};
+  std::atomic<std::uint64_t> to_device_{0};
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<PageCoder>> idle_coders_;
+  std::atomic<bool> stopping_{false};
+  std::shared_ptr<void> pinned_;  ///< the thread's own
+  std::thread pinner_;
+  ThreadPool threads_;  ///< last: its tasks use the rest
+};
+
+}  // namespace kvern
