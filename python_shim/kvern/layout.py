@@ -15,6 +15,7 @@ class GroupLayout:
     packing: str
     pages_per_block: int
     layers: list[tuple[int, int, int, int, int, int, int]]
+    on_device: bool = False  # CUDA memory, which the daemon reads and writes itself
 
 
 def _packing(layer) -> str:
@@ -38,11 +39,8 @@ def _reachable_bytes(tensor) -> int:
 
 def _layer(name: str, tensor, group: Group, packing: str) -> tuple[int, int, int, int, int, int, int]:
     width = group.key_dim + group.value_dim
-    if tensor.device.type != "cpu":
-        raise Refused(
-            f"the KV cache is on {tensor.device}; this version of Kvern reads and writes host memory only (vLLM's CPU "
-            "backend)"
-        )
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise Refused(f"the KV cache is on {tensor.device}; Kvern reads and writes host and CUDA memory only")
     if tensor.dim() != 4 or tensor.shape[1] != group.heads or tensor.shape[3] != width:
         raise Refused(
             f"the KV cache of layer {name} has the shape {tuple(tensor.shape)}; Kvern knows "
@@ -77,11 +75,17 @@ def describe(geometry: Geometry, kv_caches: dict, attention_layers: dict) -> lis
             raise Refused(f"vLLM registered no KV cache for the layers {', '.join(missing[:3])}")
         packings = {_packing(attention_layers.get(name)) for name in group.layer_names}
         page_tokens = {kv_caches[name].shape[2] for name in group.layer_names if kv_caches[name].dim() == 4}
-        if len(packings) > 1 or len(page_tokens) > 1:
+        devices = {kv_caches[name].device for name in group.layer_names}
+        if len(packings) > 1 or len(page_tokens) > 1 or len(devices) > 1:
             raise Refused(f"the layers of KV-cache group {group.index} do not share one layout")
         packing = packings.pop()
         layers = [_layer(name, kv_caches[name], group, packing) for name in group.layer_names]
         layouts.append(
-            GroupLayout(packing=packing, pages_per_block=group.block_tokens // page_tokens.pop(), layers=layers)
+            GroupLayout(
+                packing=packing,
+                pages_per_block=group.block_tokens // page_tokens.pop(),
+                layers=layers,
+                on_device=devices.pop().type == "cuda",
+            )
         )
     return layouts

@@ -53,6 +53,10 @@ class WorkerSide:
         self._stores_due: list[StoreOrder] = []
         self._loads: dict[int, LoadOrder] = {}
         self._stores: dict[int, StoreOrder] = {}
+        self._on_device = False
+        # CUDA events by job: what was queued on the engine's stream when the job was handed over. The native threads
+        # wait for them before the pages are touched, so they live until the job is done with the pages.
+        self._ready: dict[int, object] = {}
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -92,7 +96,9 @@ class WorkerSide:
                     key_dim=group.key_dim,
                     value_dim=group.value_dim,
                     layers=found.layers,
+                    on_device=found.on_device,
                 )
+            self._on_device = any(found.on_device for found in layouts)
         except (Refused, ValueError) as refusal:
             self._refuse(str(refusal))
             return
@@ -123,6 +129,7 @@ class WorkerSide:
 
     def _drop(self, order: LoadOrder | StoreOrder, until: float | None = None) -> None:
         """Gives the order the end that vLLM waits for."""
+        self._ready.pop(order.job, None)
         if isinstance(order, LoadOrder):
             self._loads.pop(order.job, None)
             self._load_ended(order, failed=True)
@@ -157,12 +164,31 @@ class WorkerSide:
             return
         if isinstance(order, LoadOrder):
             self._loads[order.job] = order
-            self._transfer.submit_load(order.job, handle, order.hash_bytes, order.pieces)
+            self._transfer.submit_load(
+                order.job, handle, order.hash_bytes, order.pieces, self._ready_event(order.job)
+            )
         else:
             self._stores[order.job] = order
             self._transfer.submit_store(
-                order.job, handle, order.group, order.codec, order.hash_bytes, order.chunks
+                order.job,
+                handle,
+                order.group,
+                order.codec,
+                order.hash_bytes,
+                order.chunks,
+                self._ready_event(order.job),
             )
+
+    def _ready_event(self, job: int) -> int:
+        """An event after all that the engine has queued so far; 0 where its pages are in host memory."""
+        if not self._on_device:
+            return 0
+        import torch
+
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self._ready[job] = event
+        return event.cuda_event
 
     @guarded()
     def poll(self) -> None:
@@ -172,6 +198,8 @@ class WorkerSide:
         if self._transfer is None:
             return
         for job, event, chunks, reason, seconds, raw_bytes, encoded_bytes in self._transfer.poll():
+            if event in ("loaded", "load_failed", "gathered"):
+                self._ready.pop(job, None)
             if event in ("loaded", "load_failed"):
                 order = self._loads.pop(job, None)
                 if order is not None:  # each load ends once, whatever the native side says

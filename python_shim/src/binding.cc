@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "connector/client.h"
+#include "connector/device_group.h"
 #include "connector/prefix_matcher.h"
 #include "connector/transfer_worker.h"
 
@@ -282,7 +283,7 @@ void bind_worker(nb::module_& module) {
           [](PyWorker& self, std::uint16_t group, const std::string& packing, const std::string& dtype,
              std::uint32_t block_tokens, std::uint32_t pages_per_block, std::uint32_t heads, std::uint32_t head_begin,
              std::uint32_t model_heads, std::uint32_t layer_begin, std::uint32_t group_layers, std::uint32_t key_dim,
-             std::uint32_t value_dim, const std::vector<LayerTuple>& layers) {
+             std::uint32_t value_dim, const std::vector<LayerTuple>& layers, bool on_device) {
             const auto type = dtype_from_name(dtype);
             if (!type) {
               throw std::invalid_argument("dtype must be float32, float16, bfloat16 or opaque, not '" + dtype + "'");
@@ -304,6 +305,11 @@ void bind_worker(nb::module_& module) {
               pages.layers.push_back(
                   {reinterpret_cast<std::byte*>(address), reachable, count, page, head, token, value});
             }
+            if (on_device && !pages.layers.empty()) {
+              auto device = cuda_engine_device(pages.layers.front().base);
+              if (!device) throw std::invalid_argument(device.error().message());
+              pages.device = std::move(*device);
+            }
             if (const Status status = self->register_group(std::move(pages)); !status) {
               throw std::invalid_argument(status.message());
             }
@@ -311,13 +317,15 @@ void bind_worker(nb::module_& module) {
           nb::kw_only(), nb::arg("group"), nb::arg("packing"), nb::arg("dtype"), nb::arg("block_tokens"),
           nb::arg("pages_per_block"), nb::arg("heads"), nb::arg("head_begin"), nb::arg("model_heads"),
           nb::arg("layer_begin"), nb::arg("group_layers"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("layers"),
-          ReleaseGil())
+          nb::arg("on_device") = false, ReleaseGil())
       .def(
           "submit_store",
           [](PyWorker& self, std::uint64_t id, int handle, std::uint16_t group, std::string codec,
              std::uint32_t hash_bytes,
-             std::vector<std::tuple<nb::bytes, std::vector<std::uint32_t>, std::uint64_t, nb::bytes>> chunks) {
+             std::vector<std::tuple<nb::bytes, std::vector<std::uint32_t>, std::uint64_t, nb::bytes>> chunks,
+             std::uintptr_t ready_event) {
             StoreJob job;
+            job.ready_event = ready_event;
             job.id = id;
             job.namespace_handle = handle;
             job.group = group;
@@ -331,12 +339,14 @@ void bind_worker(nb::module_& module) {
             self->submit_store(std::move(job));
           },
           nb::arg("job"), nb::arg("namespace"), nb::arg("group"), nb::arg("codec"), nb::arg("hash_bytes"),
-          nb::arg("chunks"))
+          nb::arg("chunks"), nb::arg("ready_event") = 0)
       .def(
           "submit_load",
           [](PyWorker& self, std::uint64_t id, int handle, std::uint32_t hash_bytes,
-             std::vector<std::tuple<std::uint16_t, std::uint32_t, nb::bytes, std::vector<std::uint32_t>>> pieces) {
+             std::vector<std::tuple<std::uint16_t, std::uint32_t, nb::bytes, std::vector<std::uint32_t>>> pieces,
+             std::uintptr_t ready_event) {
             LoadJob job;
+            job.ready_event = ready_event;
             job.id = id;
             job.namespace_handle = handle;
             for (auto& [group, blocks_before, hashes, blocks] : pieces) {
@@ -345,7 +355,7 @@ void bind_worker(nb::module_& module) {
             const nb::gil_scoped_release unlocked;
             self->submit_load(std::move(job));
           },
-          nb::arg("job"), nb::arg("namespace"), nb::arg("hash_bytes"), nb::arg("pieces"))
+          nb::arg("job"), nb::arg("namespace"), nb::arg("hash_bytes"), nb::arg("pieces"), nb::arg("ready_event") = 0)
       .def("poll",
            [](PyWorker& self) {
              std::vector<JobResult> results;

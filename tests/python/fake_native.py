@@ -184,10 +184,10 @@ class TransferWorker:
             for head in range(facts["heads"]):
                 yield layer, head, (facts["layer_begin"] + layer, facts["head_begin"] + head)
 
-    def submit_store(self, job, namespace, group, codec, hash_bytes, chunks):
+    def submit_store(self, job, namespace, group, codec, hash_bytes, chunks, ready_event=0):
         self._jobs.append(("store", job, namespace, group, hash_bytes, chunks))
 
-    def submit_load(self, job, namespace, hash_bytes, pieces):
+    def submit_load(self, job, namespace, hash_bytes, pieces, ready_event=0):
         self._jobs.append(("load", job, namespace, hash_bytes, pieces))
 
     def _run_store(self, job, namespace, group, hash_bytes, chunks):

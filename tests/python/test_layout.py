@@ -54,7 +54,7 @@ def test_kernel_blocks_that_are_smaller_than_the_schedulers():
     "tensor, isa, words",
     [
         (torch.zeros(10, 2, 32, 8), "neon", ["neon", "vec"]),
-        (torch.zeros(10, 2, 32, 8, device="meta"), None, ["host memory only"]),
+        (torch.zeros(10, 2, 32, 8, device="meta"), None, ["host and CUDA memory only"]),
         (torch.zeros(2, 10, 32, 2, 4), None, ["shape"]),
         (torch.zeros(10, 3, 32, 8), None, ["2 heads"]),
         (torch.zeros(10, 2, 32, 16)[..., ::2], None, ["gaps"]),
