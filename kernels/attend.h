@@ -3,11 +3,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <variant>
 
 #include "base/dtype.h"
 #include "base/status.h"
 #include "kernels/head_rows.h"
+#include "kernels/int8_arithmetic.h"
 #include "kernels/plane_form.h"
+#include "kernels/quantise_arithmetic.h"
 
 namespace kvern {
 
@@ -34,6 +37,9 @@ class PlaneReader final : public RowReader {
   std::span<const std::byte> payload_;
 };
 
+/// How a section holds rows as codes.
+using SectionForm = std::variant<std::monostate, quantise::Form, int8::Form>;
+
 /// The keys or the values of a segment. Borrows everything.
 struct AttendRows {
   DType dtype = DType::kFloat32;
@@ -45,11 +51,19 @@ struct AttendRows {
   const std::uint32_t* index = nullptr;
   /// Entry i is lengths[i] times its row: a direction that two layers share (MiniCache); null: the row as it is.
   const float* lengths = nullptr;
+  /// For the GPU: data is a section of this form, which it reads without decoding it first. The CPU takes a reader.
+  SectionForm section{};
 
   static AttendRows of(const HeadRows& rows, std::uint32_t head) {
-    return {rows.dtype, rows.row(head, 0), rows.token_stride_bytes, nullptr, nullptr, nullptr};
+    return {rows.dtype, rows.row(head, 0), rows.token_stride_bytes, nullptr, nullptr, nullptr, {}};
   }
-  static AttendRows of(const RowReader& reader, DType dtype) { return {dtype, nullptr, 0, &reader, nullptr, nullptr}; }
+  static AttendRows of(const RowReader& reader, DType dtype) {
+    return {dtype, nullptr, 0, &reader, nullptr, nullptr, {}};
+  }
+  template <class Form>
+  static AttendRows of_section(const std::byte* section, const Form& form) {
+    return {form.dtype, section, 0, nullptr, nullptr, nullptr, form};
+  }
 };
 
 /// Entries of one KV head that are stored alike: tokens, centroids, merged or retained tokens, a recent tail.
@@ -91,7 +105,8 @@ std::size_t attend_workspace_floats(const AttendProblem& problem);
 /// keys or values are not hidden: the outputs that they touch become NaN. Reads every row once per KV head, whatever
 /// the number of queries; accumulates in fp32. The same bits from run to run and for any executor: the entries are cut
 /// into pieces of a fixed size, whose results are combined in order. kInvalid for problems that validate() refuses and
-/// for spans that are too small; what a reader answers when it fails.
+/// for spans that are too small; kRefused for sections (on the CPU a reader decodes them); what a reader answers when
+/// it fails.
 Status attend(const AttendProblem& problem, std::span<float> workspace, std::span<float> output, std::span<float> lse,
               Executor* executor);
 

@@ -300,6 +300,15 @@ std::size_t piece_floats(const AttendProblem& problem) {
   return std::size_t{queries_per_head(problem)} * (kTile + padded(problem.value_dim) + 2);
 }
 
+bool has_sections(const AttendProblem& problem) {
+  for (const auto& segments : problem.heads) {
+    for (const AttendSegment& segment : segments) {
+      if (segment.keys.section.index() != 0 || segment.values.section.index() != 0) return true;
+    }
+  }
+  return false;
+}
+
 bool has_rows(const AttendRows& rows) {
   return rows.dtype != DType::kOpaqueBytes && (rows.reader != nullptr || rows.data != nullptr);
 }
@@ -390,6 +399,9 @@ Status attend(const AttendProblem& problem, std::span<float> workspace, std::spa
   if (workspace.size() < attend_workspace_floats(problem) || output.size() < rows * problem.value_dim ||
       lse.size() < rows) {
     return {Code::kInvalid, "attend: workspace or output is too small"};
+  }
+  if (has_sections(problem)) {
+    return {Code::kRefused, "attend: sections are for the GPU; give the CPU a reader that decodes them"};
   }
   prepare_queries(problem, workspace.data());
   const std::uint32_t count = queries_per_head(problem);

@@ -2,304 +2,129 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/attend.h"
-#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/attend_any.cuh"
+#include "kernels/cuda/attend_sections.cuh"
+#include "kernels/cuda/attend_task.cuh"
+#include "kernels/cuda/attend_tensor.cuh"
 
 namespace kvern {
 namespace {
 
 using namespace cuda;
 
-constexpr unsigned kWarps = 4;
-/// Queries that a block works on, so that a key is read once for all query heads of most models' groups.
-constexpr unsigned kQueries = 4;
-/// Columns of a value that a lane holds, in pairs.
-constexpr unsigned kPairs = kMaxAttendDim / kWarp / 2;
-/// What fits in the 4 KiB of a launch's parameters, so that nothing has to be uploaded before it.
-constexpr unsigned kSegmentsPerLaunch = 32;
-constexpr unsigned kHeadsPerLaunch = 512;
+using Kernel = void (*)(Task);
 
-/// Entries of a piece (one block) by compute capability. Enough blocks to fill the device at 32k tokens of 8 heads,
-/// enough tokens per block that combining stays small. Not measured yet.
-constexpr Policy kPieces[] = {{8, 1024}, {9, 1024}, {10, 1024}};
-constexpr std::uint32_t kSmallestPiece = smallest_value(kPieces);
+/// Pieces are multiples of this many entries: what the warps of a block do in one turn.
+constexpr std::uint32_t kPieceStep = 128;
+/// The parts of a plan in device memory begin at multiples of it.
+constexpr std::size_t kAlignment = 256;
 
-/// Neighbouring elements that move in one instruction.
-template <typename T, unsigned kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-  T values[kCount];
+/// A kernel, and the queries that a block of it works on.
+struct Choice {
+  Kernel kernel = any::attend_pieces;
+  unsigned warps = any::kWarps;
+  unsigned queries = any::kQueries;
+  /// Of dynamic shared memory.
+  std::size_t warp_bytes = 0;
 };
 
-struct Rows {
-  const std::byte* data;
-  std::size_t stride;
-  const std::uint32_t* index;
-  const float* lengths;
-  DType dtype;
-  /// Every row begins at a multiple of 16 bytes and has a multiple of 16.
-  bool aligned;
+template <class E, unsigned kBlocks>
+Choice tensor_kernel(std::uint32_t bits) {
+  if (bits == 0) return {tensor::attend_pieces<E, kBlocks>, tensor::kWarps<kBlocks>, tensor::kQueries, 0};
+  return {tensor::attend_sections<E, kBlocks>, tensor::kWarps<kBlocks>, tensor::kQueries,
+          tensor::warp_bytes<kBlocks>(bits)};
+}
 
-  __device__ const std::byte* row(std::uint32_t entry) const {
-    return data + (index != nullptr ? index[entry] : entry) * stride;
-  }
-};
-
-struct Segment {
-  Rows keys;
-  Rows values;
-  const float* bias;
-  const std::int32_t* positions;
-  std::uint32_t entries;
-  std::uint32_t head;
-  /// Where its pieces' results begin, in pieces.
-  std::uint32_t first_piece;
-};
-struct Segments {
-  Segment of[kSegmentsPerLaunch];
-};
-static_assert(sizeof(Segments) <= 3840);
-
-struct FirstPieces {
-  std::uint32_t of[kHeadsPerLaunch + 1];
-};
-
-/// What all launches share.
-struct Shared {
-  const std::byte* queries;
-  std::size_t query_head_stride;
-  std::size_t query_row_stride;
-  DType query_dtype;
-  float scale;
-  const std::int32_t* query_positions;
-  std::uint32_t rows;   ///< per query head
-  std::uint32_t count;  ///< queries per KV head
-  std::uint32_t dim;
-  std::uint32_t value_dim;
-  std::uint32_t piece;
-  /// Per piece and query: value_dim sums; then per piece and query the largest logit and the total of the weights.
-  float* sums;
-  float* largest;
-  float* totals;
-};
-
-/// Calls run with the element type of a dtype.
-template <class Run>
-__device__ void with_type(DType dtype, Run run) {
-  if (dtype == DType::kFloat32) {
-    run(Float32());
-  } else if (dtype == DType::kFloat16) {
-    run(Float16());
-  } else {
-    run(BFloat16());
+template <class E>
+Choice tensor_kernel(std::uint32_t dim, std::uint32_t bits) {
+  switch ((dim + tensor::kBlock - 1) / tensor::kBlock) {
+    case 1:
+      return tensor_kernel<E, 1>(bits);
+    case 2:
+      return tensor_kernel<E, 2>(bits);
+    case 3:
+      return tensor_kernel<E, 3>(bits);
+    default:
+      return tensor_kernel<E, 4>(bits);
   }
 }
 
-__device__ float element_at(DType dtype, const std::byte* row, std::uint32_t column) {
-  float value = 0;
-  with_type(dtype, [&]<class E>(E) { value = E::to_float(reinterpret_cast<const typename E::Raw*>(row)[column]); });
-  return value;
+bool rows_fit_tensor_cores(const AttendRows& rows, std::uint32_t dim, DType dtype) {
+  return rows.dtype == dtype && dim % 8 == 0 &&
+         (reinterpret_cast<std::uintptr_t>(rows.data) | rows.stride_bytes) % 16 == 0;
 }
 
-/// Dot products of a lane's own key with the block's queries.
-template <class E, unsigned kCount>
-__device__ void dot_products(const std::byte* row, std::uint32_t dim, const float (*queries)[kMaxAttendDim],
-                             float* dots) {
-  using Raw = typename E::Raw;
-  const auto* elements = reinterpret_cast<const Raw*>(row);
-  for (std::uint32_t column = 0; column < dim; column += kCount) {
-    const auto pack = *reinterpret_cast<const Pack<Raw, kCount>*>(elements + column);
-    for (unsigned i = 0; i < kCount; ++i) {
-      const float key = E::to_float(pack.values[i]);
-      for (unsigned query = 0; query < kQueries; ++query) {
-        dots[query] = fmaf(key, queries[query][column + i], dots[query]);
-      }
-    }
+/// Bits of a section's codes, 0 for rows. kRefused, with the reason, for sections that kernels do not take.
+Result<std::uint32_t> bits_of(const AttendRows& rows, bool keys, std::uint32_t entries, std::uint32_t dim,
+                              DType dtype) {
+  const auto refused = [](const char* reason) {
+    return failure(Code::kRefused, std::string("attend: ") + reason + "; decode the section first");
+  };
+  if (rows.section.index() == 0) return 0U;
+  if (rows.index != nullptr) return refused("the rows of a section cannot be picked by an index");
+  if (dtype_bytes(dtype) != 2 || dim % tensor::kBlock != 0) {
+    return refused("sections have to be of fp16 or bf16 and of 64, 128, 192 or 256 dimensions");
   }
+  if (reinterpret_cast<std::uintptr_t>(rows.data) % quantise::Form::kAlignment != 0) {
+    return refused("the section is not aligned to 64 bytes");
+  }
+  const auto fits = [&](const auto& form) {
+    return form.dtype == dtype && form.per_channel == keys && form.dim == dim && form.tokens >= entries &&
+           form.group % (keys ? tensor::kSectionTile : quantise::Form::kDimStep) == 0 && form.group >= 32;
+  };
+  const auto* form = std::get_if<quantise::Form>(&rows.section);
+  if (form != nullptr && form->kind != quantise::Kind::kInt4) return refused("the form is not int4 or int8");
+  if (form != nullptr ? !fits(*form) : !fits(std::get<int8::Form>(rows.section))) {
+    return refused(
+        "the section is not of the problem's dtype, dimension and entries, or its groups are smaller than 32");
+  }
+  return form != nullptr ? 4U : 8U;
 }
 
-/// Adds a weighted value: each lane its own columns.
-template <class E, bool kAligned>
-__device__ void add_row(const std::byte* row, std::uint32_t dim, unsigned lane, const float (*weights)[kWarp],
-                        unsigned entry, float (*sums)[kPairs][2]) {
-  using Raw = typename E::Raw;
-  const auto* elements = reinterpret_cast<const Raw*>(row);
-  for (unsigned pair = 0; pair < kPairs; ++pair) {
-    const std::uint32_t column = (pair * kWarp + lane) * 2;
-    if (column >= dim) return;
-    float values[2];
-    if (kAligned) {
-      const auto pack = *reinterpret_cast<const Pack<Raw, 2>*>(elements + column);
-      values[0] = E::to_float(pack.values[0]);
-      values[1] = E::to_float(pack.values[1]);
-    } else {
-      values[0] = E::to_float(elements[column]);
-      values[1] = column + 1 < dim ? E::to_float(elements[column + 1]) : 0.0F;
-    }
-    for (unsigned query = 0; query < kQueries; ++query) {
-      const float weight = weights[query][entry];
-      sums[query][pair][0] = fmaf(weight, values[0], sums[query][pair][0]);
-      sums[query][pair][1] = fmaf(weight, values[1], sums[query][pair][1]);
-    }
-  }
-}
+/// The bits of the segments' codes in order, and what to run for them.
+struct Survey {
+  std::vector<std::uint32_t> bits;
+  Choice choice;
+};
 
-/// One block per piece of a segment and kQueries queries. Its warps take turns with 32 entries each: first every lane
-/// multiplies a key of its own, then all lanes add up the values. The warps' results are combined in order.
-__global__ void attend_pieces(const __grid_constant__ Segments segments, Shared shared) {
-  __shared__ float queries[kQueries][kMaxAttendDim];
-  __shared__ float weights[kWarps][kQueries][kWarp];
-  __shared__ float warp_sums[kWarps][kQueries][kMaxAttendDim];
-  __shared__ float warp_largest[kWarps][kQueries];
-  __shared__ float warp_totals[kWarps][kQueries];
-  const Segment& segment = segments.of[blockIdx.y];
-  const std::uint32_t begin = blockIdx.x * shared.piece;
-  if (begin >= segment.entries) return;
-  const std::uint32_t end = min(begin + shared.piece, segment.entries);
-  const std::uint32_t first_query = blockIdx.z * kQueries;
-  const std::uint32_t query_count = min(kQueries, shared.count - first_query);
-  const unsigned warp = threadIdx.x / kWarp;
-  const unsigned lane = threadIdx.x % kWarp;
-
-  for (unsigned i = threadIdx.x; i < kQueries * shared.dim; i += blockDim.x) {
-    const std::uint32_t query = i / shared.dim;
-    const std::uint32_t column = i % shared.dim;
-    float value = 0;
-    if (query < query_count) {
-      const std::uint32_t of_head = first_query + query;
-      const std::uint32_t heads_before = segment.head * (shared.count / shared.rows) + of_head / shared.rows;
-      const std::byte* row =
-          shared.queries + heads_before * shared.query_head_stride + of_head % shared.rows * shared.query_row_stride;
-      value = shared.scale * element_at(shared.query_dtype, row, column);
-    }
-    queries[query][column] = value;
-  }
-  __syncthreads();
-
-  float largest[kQueries];
-  float totals[kQueries];
-  float sums[kQueries][kPairs][2] = {};
-  for (unsigned query = 0; query < kQueries; ++query) {
-    largest[query] = -INFINITY;
-    totals[query] = 0;
-  }
-  for (std::uint32_t tile = begin + warp * kWarp; tile < end; tile += kWarps * kWarp) {
-    const std::uint32_t entry = tile + lane;
-    float dots[kQueries] = {};
-    if (entry < end) {
-      const std::byte* row = segment.keys.row(entry);
-      with_type(segment.keys.dtype, [&]<class E>(E) {
-        if (segment.keys.aligned) {
-          dot_products<E, 16 / sizeof(typename E::Raw)>(row, shared.dim, queries, dots);
-        } else {
-          dot_products<E, 1>(row, shared.dim, queries, dots);
-        }
-      });
-    }
-    for (unsigned query = 0; query < kQueries; ++query) {
-      float logit = dots[query];
-      if (entry < end) {
-        if (segment.keys.lengths != nullptr) logit *= segment.keys.lengths[entry];
-        if (segment.bias != nullptr) logit += segment.bias[entry];
-        if (segment.positions != nullptr && shared.query_positions != nullptr && query < query_count &&
-            segment.positions[entry] > shared.query_positions[(first_query + query) % shared.rows]) {
-          logit = -INFINITY;
-        }
-      } else {
-        logit = -INFINITY;
+Result<Survey> survey(const AttendProblem& problem) {
+  const HeadRows& queries = problem.queries;
+  Survey found;
+  bool fits = dtype_bytes(queries.dtype) == 2;
+  std::uint32_t most_bits = 0;
+  for (const auto& segments : problem.heads) {
+    for (const AttendSegment& segment : segments) {
+      if (segment.entries == 0) continue;
+      if (segment.keys.reader != nullptr || segment.values.reader != nullptr) {
+        return failure(Code::kRefused, "attend: the GPU has no readers; give it rows or a section");
       }
-      const float now = fmaxf(largest[query], largest_of_warp(logit));
-      const float reference = now == -INFINITY ? 0.0F : now;
-      const float factor = expf(largest[query] - reference);
-      float weight = expf(logit - reference);
-      totals[query] = totals[query] * factor + sum_of_warp(weight);
-      largest[query] = now;
-      for (unsigned pair = 0; pair < kPairs; ++pair) {
-        sums[query][pair][0] *= factor;
-        sums[query][pair][1] *= factor;
+      const auto keys = bits_of(segment.keys, true, segment.entries, queries.dim, queries.dtype);
+      if (!keys) return failure(keys.error());
+      const auto values = bits_of(segment.values, false, segment.entries, problem.value_dim, queries.dtype);
+      if (!values) return failure(values.error());
+      if (*keys != *values || (*keys != 0 && queries.dim != problem.value_dim)) {
+        return failure(Code::kRefused,
+                       "attend: keys and values of a segment have to be of one form; decode them first");
       }
-      if (entry < end && segment.values.lengths != nullptr) weight *= segment.values.lengths[entry];
-      weights[warp][query][lane] = weight;
-    }
-    __syncwarp();
-    const std::uint32_t tile_entries = min(kWarp, end - tile);
-    with_type(segment.values.dtype, [&]<class E>(E) {
-      for (unsigned i = 0; i < tile_entries; ++i) {
-        const std::byte* row = segment.values.row(tile + i);
-        if (segment.values.aligned) {
-          add_row<E, true>(row, shared.value_dim, lane, weights[warp], i, sums);
-        } else {
-          add_row<E, false>(row, shared.value_dim, lane, weights[warp], i, sums);
-        }
-      }
-    });
-    __syncwarp();
-  }
-
-  for (unsigned query = 0; query < kQueries; ++query) {
-    for (unsigned pair = 0; pair < kPairs; ++pair) {
-      const unsigned column = (pair * kWarp + lane) * 2;
-      warp_sums[warp][query][column] = sums[query][pair][0];
-      warp_sums[warp][query][column + 1] = sums[query][pair][1];
-    }
-    if (lane == 0) {
-      warp_largest[warp][query] = largest[query];
-      warp_totals[warp][query] = totals[query];
+      found.bits.push_back(*keys);
+      most_bits = std::max(most_bits, *keys);
+      fits = fits && (*keys != 0 || (rows_fit_tensor_cores(segment.keys, queries.dim, queries.dtype) &&
+                                     rows_fit_tensor_cores(segment.values, problem.value_dim, queries.dtype)));
     }
   }
-  __syncthreads();
-  const std::size_t piece = std::size_t{segment.first_piece} + blockIdx.x;
-  for (unsigned query = 0; query < query_count; ++query) {
-    const std::size_t at = piece * shared.count + first_query + query;
-    float all = -INFINITY;
-    for (unsigned i = 0; i < kWarps; ++i) all = fmaxf(all, warp_largest[i][query]);
-    const float reference = all == -INFINITY ? 0.0F : all;
-    for (unsigned column = threadIdx.x; column < shared.value_dim; column += blockDim.x) {
-      float sum = 0;
-      for (unsigned i = 0; i < kWarps; ++i) {
-        sum = fmaf(expf(warp_largest[i][query] - reference), warp_sums[i][query][column], sum);
-      }
-      shared.sums[at * shared.value_dim + column] = sum;
-    }
-    if (threadIdx.x == 0) {
-      float total = 0;
-      for (unsigned i = 0; i < kWarps; ++i) {
-        total = fmaf(expf(warp_largest[i][query] - reference), warp_totals[i][query], total);
-      }
-      shared.largest[at] = all;
-      shared.totals[at] = total;
-    }
+  if (!fits && most_bits != 0) {
+    return failure(Code::kRefused,
+                   "attend: beside sections, rows have to be of the queries' dtype and aligned to 16 bytes");
   }
-}
-
-/// One block per query and KV head: its pieces in order.
-__global__ void combine_pieces(const __grid_constant__ FirstPieces first, Shared shared, std::uint32_t first_head,
-                               float* output, float* lse) {
-  const std::uint32_t query = blockIdx.x;
-  const std::uint32_t begin = first.of[blockIdx.y];
-  const std::uint32_t end = first.of[blockIdx.y + 1];
-  float all = -INFINITY;
-  for (std::uint32_t piece = begin; piece < end; ++piece) {
-    all = fmaxf(all, shared.largest[std::size_t{piece} * shared.count + query]);
-  }
-  const float reference = all == -INFINITY ? 0.0F : all;
-  float total = 0;
-  for (std::uint32_t piece = begin; piece < end; ++piece) {
-    const std::size_t at = std::size_t{piece} * shared.count + query;
-    total = fmaf(expf(shared.largest[at] - reference), shared.totals[at], total);
-  }
-  const std::size_t row = std::size_t{first_head + blockIdx.y} * shared.count + query;
-  for (unsigned column = threadIdx.x; column < shared.value_dim; column += blockDim.x) {
-    float sum = 0;
-    for (std::uint32_t piece = begin; piece < end; ++piece) {
-      const std::size_t at = std::size_t{piece} * shared.count + query;
-      sum = fmaf(expf(shared.largest[at] - reference), shared.sums[at * shared.value_dim + column], sum);
-    }
-    output[row * shared.value_dim + column] = total == 0 ? 0.0F : sum / total;
-  }
-  if (threadIdx.x == 0) lse[row] = reference + logf(total);
+  const std::uint32_t dim = std::max(queries.dim, problem.value_dim);
+  if (fits && queries.dtype == DType::kBFloat16) found.choice = tensor_kernel<BFloat16Pairs>(dim, most_bits);
+  if (fits && queries.dtype == DType::kFloat16) found.choice = tensor_kernel<Float16Pairs>(dim, most_bits);
+  return found;
 }
 
 Rows device_rows(const AttendRows& rows, std::uint32_t dim) {
@@ -308,77 +133,188 @@ Rows device_rows(const AttendRows& rows, std::uint32_t dim) {
   return {rows.data, rows.stride_bytes, rows.index, rows.lengths, rows.dtype, aligned};
 }
 
-std::uint32_t pieces_of(std::uint32_t entries, std::uint32_t piece) { return (entries + piece - 1) / piece; }
+Codes device_codes(const AttendRows& rows) {
+  const auto* scales = reinterpret_cast<const std::uint16_t*>(rows.data);
+  if (const auto* form = std::get_if<quantise::Form>(&rows.section)) {
+    return {rows.data + form->first_at(), scales, form->has_offsets() ? rows.data + form->offsets_at() : nullptr,
+            form->group};
+  }
+  const auto& form = std::get<int8::Form>(rows.section);
+  return {rows.data + form.codes_offset(), scales, nullptr, form.group};
+}
+
+Segment device_segment(const AttendSegment& segment, std::uint32_t dim, std::uint32_t value_dim, std::uint32_t bits) {
+  Segment device{device_rows(segment.keys, dim),
+                 device_rows(segment.values, value_dim),
+                 segment.bias,
+                 segment.positions,
+                 bits,
+                 0,
+                 {},
+                 {}};
+  if (bits == 0) return device;
+  device.key_codes = device_codes(segment.keys);
+  device.value_codes = device_codes(segment.values);
+  device.centre = tensor::kCodeBase;
+  if (device.key_codes.offsets == nullptr) device.centre += quantise::half_span(quantise::Kind::kInt4);
+  return device;
+}
+
+constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr std::uint64_t parts_of(std::uint64_t whole, std::uint64_t part) { return (whole + part - 1) / part; }
+
+/// Blocks of the kernel that the current device runs at a time.
+Result<std::uint32_t> resident_blocks(const Choice& choice) {
+  int device = 0;
+  int processors = 0;
+  int blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(choice.warps * choice.warp_bytes));
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, choice.kernel, static_cast<int>(choice.warps * kWarp), choice.warps * choice.warp_bytes);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return failure(Code::kInternal, std::string("attend: ") + cudaGetErrorString(error));
+  }
+  return static_cast<std::uint32_t>(std::max(processors * blocks, 1));
+}
 
 }  // namespace
 
-std::size_t cuda_attend_workspace_floats(const AttendProblem& problem) {
-  std::size_t pieces = 0;
-  for (const auto& segments : problem.heads) {
-    for (const AttendSegment& segment : segments) pieces += pieces_of(segment.entries, kSmallestPiece);
-  }
-  const std::size_t count = std::size_t{problem.queries.heads} / problem.heads.size() * problem.queries.tokens;
-  return pieces * count * (problem.value_dim + 2);
-}
+Status CudaAttendOptions::validate() const { return Status::ok(); }
 
-Status cuda_attend(const AttendProblem& problem, float* workspace, std::size_t workspace_floats, float* output,
-                   float* lse, CUstream_st* stream) {
-  if (Status status = problem.validate(); !status) return status;
-  if (workspace_floats < cuda_attend_workspace_floats(problem)) {
-    return {Code::kInvalid, "attend: workspace is too small"};
-  }
+struct CudaAttendPlan::Plan {
+  Task task{};
+  Choice choice{};
+  std::uint32_t blocks = 0;
+  /// Segments, pieces, first pieces and counters as they go to the device, and the bytes with the results behind them.
+  std::vector<std::byte> uploaded;
+  std::size_t device_bytes = 0;
+  /// Where the parts begin.
+  std::size_t pieces_at = 0, first_pieces_at = 0, done_at = 0, sums_at = 0, references_at = 0, totals_at = 0;
+  bool put = false;
+};
+
+CudaAttendPlan::CudaAttendPlan(std::unique_ptr<Plan> plan) : plan_(std::move(plan)) {}
+CudaAttendPlan::CudaAttendPlan(CudaAttendPlan&&) noexcept = default;
+CudaAttendPlan& CudaAttendPlan::operator=(CudaAttendPlan&&) noexcept = default;
+CudaAttendPlan::~CudaAttendPlan() = default;
+
+Result<CudaAttendPlan> CudaAttendPlan::make(const AttendProblem& problem, const CudaAttendOptions& options) {
+  if (Status status = problem.validate(); !status) return failure(status);
+  const auto found = survey(problem);
+  if (!found) return failure(found.error());
+  auto plan = std::make_unique<Plan>();
+  plan->choice = found->choice;
+  const auto resident = resident_blocks(plan->choice);
+  if (!resident) return failure(resident.error());
+
   const HeadRows& queries = problem.queries;
-  const std::uint32_t piece = value_for_device(kPieces);
   const auto heads = static_cast<std::uint32_t>(problem.heads.size());
-  std::vector<Segment> segments;
+  Task& task = plan->task;
+  task.query_head_stride = queries.head_stride_bytes;
+  task.query_row_stride = queries.token_stride_bytes;
+  task.query_dtype = queries.dtype;
+  task.scale = kLog2E * (problem.scale != 0 ? problem.scale
+                                            : static_cast<float>(1.0 / std::sqrt(static_cast<double>(queries.dim))));
+  task.rows = queries.tokens;
+  task.count = queries.heads / heads * queries.tokens;
+  task.query_blocks = static_cast<std::uint32_t>(parts_of(task.count, plan->choice.queries));
+  task.dim = queries.dim;
+  task.value_dim = problem.value_dim;
+  task.warp_bytes = static_cast<std::uint32_t>(plan->choice.warp_bytes);
+
+  std::uint64_t entries = 0;
+  for (const auto& segments : problem.heads) {
+    for (const AttendSegment& segment : segments) entries += segment.entries;
+  }
+  const std::uint64_t even = parts_of(entries * task.query_blocks, *resident);
+  const std::uint64_t piece =
+      std::max<std::uint64_t>(parts_of(options.piece_entries != 0 ? options.piece_entries : even, kPieceStep), 1) *
+      kPieceStep;
+
+  std::vector<Segment> device_segments;
+  std::vector<Piece> pieces;
   std::vector<std::uint32_t> first_pieces;
-  std::uint32_t pieces = 0;
-  std::uint32_t longest = 0;
+  auto bits = found->bits.begin();
   for (std::uint32_t head = 0; head < heads; ++head) {
-    first_pieces.push_back(pieces);
+    first_pieces.push_back(static_cast<std::uint32_t>(pieces.size()));
     for (const AttendSegment& segment : problem.heads[head]) {
       if (segment.entries == 0) continue;
-      if (segment.keys.reader != nullptr || segment.values.reader != nullptr) {
-        return {Code::kRefused, "attend: encoded rows have to be decoded before the GPU attends to them"};
+      // As even as whole steps allow.
+      const std::uint64_t count = parts_of(segment.entries, piece);
+      const auto length =
+          static_cast<std::uint32_t>(parts_of(parts_of(segment.entries, count), kPieceStep) * kPieceStep);
+      for (std::uint32_t begin = 0; begin < segment.entries; begin += std::min(length, segment.entries - begin)) {
+        pieces.push_back({static_cast<std::uint32_t>(device_segments.size()), head, begin,
+                          begin + std::min(length, segment.entries - begin)});
       }
-      segments.push_back({device_rows(segment.keys, queries.dim), device_rows(segment.values, problem.value_dim),
-                          segment.bias, segment.positions, segment.entries, head, pieces});
-      pieces += pieces_of(segment.entries, piece);
-      longest = std::max(longest, segment.entries);
+      device_segments.push_back(device_segment(segment, queries.dim, problem.value_dim, *bits++));
+    }
+    // A head without entries has an output too.
+    if (first_pieces.back() == pieces.size()) {
+      pieces.push_back({static_cast<std::uint32_t>(device_segments.size()), head, 0, 0});
+      device_segments.push_back({});
     }
   }
-  first_pieces.push_back(pieces);
+  first_pieces.push_back(static_cast<std::uint32_t>(pieces.size()));
+  const std::uint64_t blocks = std::uint64_t{pieces.size()} * task.query_blocks;
+  if (blocks > INT32_MAX) return failure(Code::kInvalid, "attend: too many pieces for one launch");
+  plan->blocks = static_cast<std::uint32_t>(blocks);
 
-  Shared shared{};
-  shared.queries = queries.data;
-  shared.query_head_stride = queries.head_stride_bytes;
-  shared.query_row_stride = queries.token_stride_bytes;
-  shared.query_dtype = queries.dtype;
-  shared.scale =
-      problem.scale != 0 ? problem.scale : static_cast<float>(1.0 / std::sqrt(static_cast<double>(queries.dim)));
-  shared.query_positions = problem.query_positions;
-  shared.rows = queries.tokens;
-  shared.count = queries.heads / heads * queries.tokens;
-  shared.dim = queries.dim;
-  shared.value_dim = problem.value_dim;
-  shared.piece = piece;
-  shared.sums = workspace;
-  shared.largest = workspace + std::size_t{pieces} * shared.count * problem.value_dim;
-  shared.totals = shared.largest + std::size_t{pieces} * shared.count;
+  plan->pieces_at = aligned(device_segments.size() * sizeof(Segment));
+  plan->first_pieces_at = plan->pieces_at + aligned(pieces.size() * sizeof(Piece));
+  plan->done_at = plan->first_pieces_at + aligned(first_pieces.size() * sizeof(std::uint32_t));
+  plan->sums_at = plan->done_at + aligned(std::size_t{heads} * task.query_blocks * sizeof(std::uint32_t));
+  const std::size_t results = pieces.size() * task.count;
+  plan->references_at = plan->sums_at + aligned(results * task.value_dim * sizeof(float));
+  plan->totals_at = plan->references_at + aligned(results * sizeof(float));
+  plan->device_bytes = plan->totals_at + aligned(results * sizeof(float));
+  plan->uploaded.resize(plan->sums_at);
+  std::memcpy(plan->uploaded.data(), device_segments.data(), device_segments.size() * sizeof(Segment));
+  std::memcpy(plan->uploaded.data() + plan->pieces_at, pieces.data(), pieces.size() * sizeof(Piece));
+  std::memcpy(plan->uploaded.data() + plan->first_pieces_at, first_pieces.data(),
+              first_pieces.size() * sizeof(std::uint32_t));
+  return CudaAttendPlan(std::move(plan));
+}
 
-  for (std::size_t first = 0; first < segments.size(); first += kSegmentsPerLaunch) {
-    Segments batch{};
-    const std::size_t count = std::min<std::size_t>(kSegmentsPerLaunch, segments.size() - first);
-    std::copy_n(segments.begin() + static_cast<std::ptrdiff_t>(first), count, batch.of);
-    const dim3 grid(pieces_of(longest, piece), static_cast<unsigned>(count), (shared.count + kQueries - 1) / kQueries);
-    attend_pieces<<<grid, kWarps * kWarp, 0, stream>>>(batch, shared);
+std::size_t CudaAttendPlan::device_bytes() const { return plan_->device_bytes; }
+
+Status CudaAttendPlan::put(std::byte* memory, CUstream_st* stream) {
+  if (memory == nullptr || reinterpret_cast<std::uintptr_t>(memory) % kAlignment != 0) {
+    return {Code::kInvalid, "attend: the plan's memory must be aligned to " + std::to_string(kAlignment) + " bytes"};
   }
-  for (std::uint32_t first = 0; first < heads; first += kHeadsPerLaunch) {
-    FirstPieces batch{};
-    const std::uint32_t count = std::min(kHeadsPerLaunch, heads - first);
-    std::copy_n(first_pieces.begin() + first, count + 1, batch.of);
-    combine_pieces<<<dim3(shared.count, count), kWarps * kWarp, 0, stream>>>(batch, shared, first, output, lse);
-  }
+  const cudaError_t error =
+      cudaMemcpyAsync(memory, plan_->uploaded.data(), plan_->uploaded.size(), cudaMemcpyHostToDevice, stream);
+  if (error != cudaSuccess) return {Code::kInternal, std::string("attend: ") + cudaGetErrorString(error)};
+  Task& task = plan_->task;
+  task.segments = reinterpret_cast<const Segment*>(memory);
+  task.pieces = reinterpret_cast<const Piece*>(memory + plan_->pieces_at);
+  task.first_pieces = reinterpret_cast<const std::uint32_t*>(memory + plan_->first_pieces_at);
+  task.done = reinterpret_cast<std::uint32_t*>(memory + plan_->done_at);
+  task.sums = reinterpret_cast<float*>(memory + plan_->sums_at);
+  task.references = reinterpret_cast<float*>(memory + plan_->references_at);
+  task.totals = reinterpret_cast<float*>(memory + plan_->totals_at);
+  plan_->put = true;
+  return Status::ok();
+}
+
+Status CudaAttendPlan::attend(const std::byte* queries, const std::int32_t* query_positions, float* output, float* lse,
+                              CUstream_st* stream) const {
+  if (!plan_->put) return {Code::kInvalid, "attend: the plan is not in device memory yet"};
+  Task task = plan_->task;
+  task.queries = queries;
+  task.query_positions = query_positions;
+  task.output = output;
+  task.lse = lse;
+  const Choice& choice = plan_->choice;
+  choice.kernel<<<plan_->blocks, choice.warps * kWarp, choice.warps * choice.warp_bytes, stream>>>(task);
   return launched("attend");
 }
 
