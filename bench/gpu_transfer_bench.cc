@@ -60,12 +60,13 @@ struct Options {
   std::uint32_t chunks = 48;
   int rounds = 5;
   std::vector<std::string> codecs = {"raw", "int8", "int4"};
+  std::vector<std::string> daemon_flags;
 };
 
 /// A kvernd of its own, ended with this.
 class Daemon {
  public:
-  Daemon(const std::string& program, std::uint64_t dram_bytes)
+  Daemon(const std::string& program, std::uint64_t dram_bytes, const std::vector<std::string>& flags)
       : folder_(fs::temp_directory_path() / ("kvern-gpu-bench-" + std::to_string(::getpid()))),
         run_("/dev/shm/" + folder_.filename().string()) {
     fs::create_directories(folder_);
@@ -76,6 +77,7 @@ class Daemon {
                                    "--store.eviction=lru",
                                    "--log.level=warn",
                                    "--store.dram_bytes=" + std::to_string(dram_bytes)};
+    words.insert(words.end(), flags.begin(), flags.end());
     std::vector<char*> arguments;
     for (auto& word : words) arguments.push_back(word.data());
     arguments.push_back(nullptr);
@@ -280,7 +282,7 @@ void run(const Options& options) {
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   const std::size_t raw_bytes = options.chunks * kChunkBytes;
   // Two prompts in raw form, so that nothing is evicted before it is loaded.
-  const Daemon daemon(options.kvernd, 2 * raw_bytes + (std::uint64_t{256} << 20));
+  const Daemon daemon(options.kvernd, 2 * raw_bytes + (std::uint64_t{256} << 20), options.daemon_flags);
   for (int i = 0; !fs::exists(daemon.socket()) && i < 500; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   Engine engine("unix://" + daemon.socket(), options.chunks);
@@ -348,6 +350,7 @@ int main(int argc, char** argv) {
   app.add_option("--chunks", options.chunks, "chunks of 32 MiB per store");
   app.add_option("--rounds", options.rounds, "rounds after the one that warms up");
   app.add_option("--codecs", options.codecs, "codecs to measure");
+  app.add_option("--daemon-flag", options.daemon_flags, "flags for the daemon, as --pipeline.device_threads=8");
   CLI11_PARSE(app, argc, argv);
   try {
     run(options);

@@ -182,6 +182,9 @@ constexpr ConfigKey kKeys[] = {
 
     {"pipeline.encode_threads", KeyType::kNumber, "threads", "", 0, 1024,
      "Threads that encode; 0: one per core less one for messages.", KVERN_SLOT(pipeline.encode_threads)},
+    {"pipeline.device_threads", KeyType::kNumber, "chunks", "", 1, 64,
+     "Chunks under way on each GPU at a time; each takes memory there for its raw and encoded bytes.",
+     KVERN_SLOT(pipeline.device_threads)},
     {"pipeline.max_queued", KeyType::kNumber, "chunks", "", 1, 1'000'000,
      "Most chunks that wait for an encode thread; more are refused as busy.", KVERN_SLOT(pipeline.max_queued)},
     {"pipeline.ring_spin_us", KeyType::kNumber, "us", "", 0, 100'000,

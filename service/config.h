@@ -107,6 +107,7 @@ struct ServiceConfig {
   } sessions;
   struct Pipeline {
     std::uint64_t encode_threads = 0;
+    std::uint64_t device_threads = 4;
     std::uint64_t max_queued = 4096;
     std::uint64_t ring_spin_us = 50;
   } pipeline;

@@ -22,11 +22,12 @@ Result<DeviceAccess> open_cuda_device(std::string_view uuid) {
   return DeviceAccess{.memory = std::move(*memory), .make_coder = [number] { return make_cuda_page_coder(number); }};
 }
 
-Device::Device(DeviceAccess access, std::span<std::byte> slab, std::function<std::uint64_t()> usable_bytes)
+Device::Device(DeviceAccess access, std::size_t threads, std::span<std::byte> slab,
+               std::function<std::uint64_t()> usable_bytes)
     : access_(std::move(access)),
       slab_(slab),
       usable_bytes_(std::move(usable_bytes)),
-      threads_("kvern-device", kThreads, kMaxQueued) {
+      threads_("kvern-device", threads, kMaxQueued) {
   pinner_ = std::thread([this] { pin_slab(); });
 }
 

@@ -30,13 +30,13 @@ Result<DeviceAccess> open_cuda_device(std::string_view uuid);
 /// A device at work: its threads, coders and the pinned slab. Thread-safe.
 class Device {
  public:
-  /// Chunks under way on a device at the same time: one gathers and encodes, one crosses the bus, one has its checksums
-  /// taken. Each has scratch on the device for its raw and encoded bytes.
-  static constexpr std::size_t kThreads = 3;
   static constexpr std::size_t kMaxQueued = 1U << 16;
 
+  /// threads: chunks under way at the same time. One gathers and encodes, one crosses the bus, others have their
+  /// checksums taken; each has scratch on the device for its raw and encoded bytes.
   /// Pins the slab on a thread of its own once all of it is usable; until then copies are slower, not wrong.
-  Device(DeviceAccess access, std::span<std::byte> slab, std::function<std::uint64_t()> usable_bytes);
+  Device(DeviceAccess access, std::size_t threads, std::span<std::byte> slab,
+         std::function<std::uint64_t()> usable_bytes);
   ~Device();
 
   DeviceMemory& memory() const { return *access_.memory; }

@@ -92,7 +92,7 @@ Result<std::shared_ptr<Device>> DeviceService::device(const std::string& uuid) {
     devices_.erase(uuid);
     return failure(access.error());
   }
-  device = std::make_shared<Device>(std::move(*access), parts_.slab, parts_.usable_bytes);
+  device = std::make_shared<Device>(std::move(*access), parts_.threads, parts_.slab, parts_.usable_bytes);
   return device;
 }
 

@@ -37,6 +37,7 @@ class DeviceService {
     std::span<std::byte> slab;
     std::function<std::uint64_t()> usable_bytes;  ///< of the slab
     OpenDevice open;
+    std::size_t threads = 4;  ///< chunks under way on each device
   };
   explicit DeviceService(Parts parts) : parts_(std::move(parts)) {}
 

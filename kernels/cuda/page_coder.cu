@@ -17,6 +17,9 @@ namespace kvern {
 namespace {
 
 constexpr unsigned kThreads = 256;
+/// Of a launch: blocks in y and z, and what 32 bits count with a block to spare.
+constexpr std::uint32_t kMaxGrid = 65535;
+constexpr std::uint64_t kMaxUnits = UINT32_MAX - kThreads;
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t align_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -42,6 +45,7 @@ struct Planes {
 
 /// Rows of pages beside rows of planes. Layers [layer, …) of the cache are layers [0, …) of the launch.
 struct Move {
+  const std::uint32_t* bad;  ///< not 0: the rows are worthless, and pages stay as they are
   const PagedLayer* layers;
   const std::uint32_t* block_ids;
   std::uint32_t block_tokens;
@@ -67,6 +71,7 @@ __global__ void move_rows(Move move) {
   const std::uint32_t units = planes.row_bytes / sizeof(Unit);
   const std::uint32_t at = blockIdx.x * blockDim.x + threadIdx.x;
   if (units == 0 || at >= move.tokens * units) return;
+  if (kWay == Way::kScatter && *move.bad != 0) return;
   const std::uint32_t token = at / units;
   const std::uint32_t layer = blockIdx.z / 2;
   const std::uint32_t head = blockIdx.y;
@@ -117,7 +122,7 @@ quantise::Kind kind_of(const std::string& name) {
   return quantise::Kind::kInt8Residual;
 }
 
-/// Codes planes of one part.
+/// Codes planes of one part; of a part without rows it has none.
 class Coding {
  public:
   Coding(const Spec& spec, const ShardShape& shape, Part part)
@@ -125,6 +130,7 @@ class Coding {
     const bool key = part == Part::kKey;
     const std::uint32_t dim = key ? shape.key_dim : shape.value_dim;
     plane_bytes_ = shape.plane_bytes(part);
+    if (dim == 0) return;
     if (int8_) {
       int8_form_ = {shape.dtype, key, shape.tokens, dim, key ? spec.group : int8::Form::channel_group(dim)};
     } else if (!verbatim_) {
@@ -138,6 +144,7 @@ class Coding {
     }
   }
   std::size_t section_bytes() const {
+    if (plane_bytes_ == 0) return 0;
     return verbatim_ ? plane_bytes_ : int8_ ? int8_form_.section_bytes() : form_.section_bytes();
   }
   Status encode(const Planes& planes, std::uint32_t count, std::byte* sections, std::size_t stride, std::uint32_t* bad,
@@ -239,8 +246,7 @@ class CudaPageCoder final : public PageCoder {
         layout(shape, align_up(shape.plane_bytes(Part::kKey)), align_up(shape.plane_bytes(Part::kValue)));
     const Coding keys(*spec, shape, Part::kKey);
     const Coding values(*spec, shape, Part::kValue);
-    const Layout coded =
-        layout(shape, align_up(keys.section_bytes()), shape.value_dim == 0 ? 0 : align_up(values.section_bytes()));
+    const Layout coded = layout(shape, align_up(keys.section_bytes()), align_up(values.section_bytes()));
     if (sections.size() < coded.bytes()) return too_small();
     const bool raw = spec->name == "raw";
     if (Status status = coded_.reserve(raw ? 0 : coded.bytes()); !status) return status;
@@ -278,8 +284,7 @@ class CudaPageCoder final : public PageCoder {
       return {Code::kInvalid, "the blocks lie outside the chunk"};
     const Coding keys(*spec, shape, Part::kKey);
     const Coding values(*spec, shape, Part::kValue);
-    const Layout coded =
-        layout(shape, align_up(keys.section_bytes()), shape.value_dim == 0 ? 0 : align_up(values.section_bytes()));
+    const Layout coded = layout(shape, align_up(keys.section_bytes()), align_up(values.section_bytes()));
     const std::size_t first = container.sections().front().offset;
     if (bytes.size() < first + coded.bytes()) return {Code::kCorrupt, "the sections are smaller than their form"};
     for (const SectionInfo& section : container.sections()) {
@@ -314,11 +319,13 @@ class CudaPageCoder final : public PageCoder {
         });
       }
     }
+    // The kernel itself looks at the flag that decoding may have set, so that nobody waits in between.
     const Status verified = meanwhile();
+    if (verified) then(status, [&] { return launch<Way::kScatter>(cache, shape, count, key_rows, value_rows); });
     if (Status done = finish(status); !done) return done;
     if (!verified) return verified;
     if (found_bad()) return {Code::kCorrupt, "a scale or code is not one that " + spec->name + " writes"};
-    return finish(launch<Way::kScatter>(cache, shape, count, key_rows, value_rows));
+    return Status::ok();
   }
 
   Status gather(const PagedCache& cache, std::span<const std::uint32_t> block_ids,
@@ -420,7 +427,13 @@ class CudaPageCoder final : public PageCoder {
     const std::uint32_t head = std::max(shape.head_begin, cache.head_begin);
     const std::uint32_t last_head = std::min(shape.head_begin + shape.heads, cache.head_begin + cache.heads);
     if (layer >= last_layer || head >= last_head) return Status::ok();
-    const Move move{.layers = layer_table(),
+    const std::uint64_t most_units =
+        std::uint64_t{tokens} * std::max(keys.row_bytes, values.row_bytes) / sizeof(std::uint16_t);
+    if (most_units > kMaxUnits || last_head - head > kMaxGrid || 2 * (last_layer - layer) > kMaxGrid) {
+      return {Code::kRefused, "the chunk has more rows than one launch moves"};
+    }
+    const Move move{.bad = bad_flag(),
+                    .layers = layer_table(),
                     .block_ids = ids(cache),
                     .block_tokens = cache.block_tokens,
                     .page_tokens = cache.page_tokens(),
