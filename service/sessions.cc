@@ -179,10 +179,10 @@ void Sessions::end(std::uint64_t id, SessionEnd why) {
   bool disconnect = false;
   {
     std::lock_guard lifecycle(lifecycle_mutex_);
+    // A client that learns that its session has ended may give its pages to others at once.
+    if (const auto ending = find(id)) ending->revoke_pages();
     session = remove(id, why);
     if (!session) return;
-    // A client that reads that its session has ended may give its pages to others at once.
-    session->revoke_pages();
     // First the word, then the deed: a client that reads "live" after it decoded has read bytes that were held for it.
     // After a graceful stop nobody writes to the slab any more: what the client still reads, and answers that wait in
     // its ring, stay good.
