@@ -52,9 +52,23 @@ void Device::pin_slab() {
   spdlog::info("device {}: {} MiB of the slab are pinned", access_.memory->uuid(), slab_.size() >> 20);
 }
 
-Status Device::submit(std::function<void()> work) {
-  if (threads_.submit(std::move(work))) return Status::ok();
-  return {Code::kBusy, "too many chunks wait for the device"};
+Status Device::submit(Kind kind, std::function<void()> work) {
+  const std::lock_guard lock(mutex_);
+  // Its task finds the work: it takes the lock first.
+  if (!threads_.submit([this] { run_next(); })) return {Code::kBusy, "too many chunks wait for the device"};
+  (kind == Kind::kLoad ? loads_ : stores_).push_back(std::move(work));
+  return Status::ok();
+}
+
+void Device::run_next() {
+  std::function<void()> work;
+  {
+    const std::lock_guard lock(mutex_);
+    auto& queue = loads_.empty() ? stores_ : loads_;
+    work = std::move(queue.front());
+    queue.pop_front();
+  }
+  work();
 }
 
 Status Device::with_coder(const std::function<Status(PageCoder&)>& function) {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -40,8 +41,10 @@ class Device {
   ~Device();
 
   DeviceMemory& memory() const { return *access_.memory; }
-  /// Runs work on one of the device's threads. kBusy when too much waits.
-  Status submit(std::function<void()> work);
+  /// Runs work on one of the device's threads, loads before stores: a request waits for them. kBusy when too much
+  /// waits.
+  enum class Kind { kLoad, kStore };
+  Status submit(Kind kind, std::function<void()> work);
   /// Lends a coder to the function.
   Status with_coder(const std::function<Status(PageCoder&)>& function);
   void drain() { threads_.drain(); }
@@ -52,6 +55,7 @@ class Device {
 
  private:
   void pin_slab();
+  void run_next();
 
   const DeviceAccess access_;
   const std::span<std::byte> slab_;
@@ -60,6 +64,8 @@ class Device {
   std::atomic<std::uint64_t> to_host_{0};
   std::atomic<std::uint64_t> to_device_{0};
   std::mutex mutex_;
+  std::deque<std::function<void()>> loads_;  ///< each has a task of threads_, which takes the next of both
+  std::deque<std::function<void()>> stores_;
   std::vector<std::unique_ptr<PageCoder>> idle_coders_;
   std::atomic<bool> stopping_{false};
   std::shared_ptr<void> pinned_;  ///< the thread's own

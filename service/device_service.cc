@@ -162,8 +162,9 @@ Result<std::uint64_t> DeviceService::register_pages(Session& session, const wire
 Status DeviceService::store(std::shared_ptr<DevicePages> pages, std::shared_ptr<Reservation> reservation,
                             std::vector<std::uint32_t> block_ids, std::int64_t deadline_ns, StorePipeline::Done done) {
   Device& device = pages->device();
-  return device.submit([this, pages = std::move(pages), reservation = std::move(reservation),
-                        block_ids = std::move(block_ids), deadline_ns, done = std::move(done)]() mutable {
+  return device.submit(Device::Kind::kStore, [this, pages = std::move(pages), reservation = std::move(reservation),
+                                              block_ids = std::move(block_ids), deadline_ns,
+                                              done = std::move(done)]() mutable {
     const ContainerInfo& info = reservation->info;
     const Codec& codec = *reservation->codec;
     const Status status = parts_.pipeline.store(*reservation, [&](std::span<std::byte> out) {
@@ -195,7 +196,7 @@ Status DeviceService::store(std::shared_ptr<DevicePages> pages, std::shared_ptr<
 
 Status DeviceService::load(LoadRequest request, std::function<void(const Status& status, const Loaded& loaded)> done) {
   Device& device = request.pages->device();
-  return device.submit([this, request = std::move(request), done = std::move(done)]() mutable {
+  return device.submit(Device::Kind::kLoad, [this, request = std::move(request), done = std::move(done)]() mutable {
     Loaded loaded;
     Status status = load_now(request, &loaded);
     if (status) {

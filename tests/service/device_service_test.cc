@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <future>
+
 #include "tests/integration/host_device.h"
 #include "tests/service/service_fixture.h"
 
@@ -257,6 +259,25 @@ TEST_F(DeviceServiceTest, NobodyTouchesThePagesOfASessionThatHasEnded) {
   devices.drain();
   EXPECT_EQ(ended.code(), Code::kExpired);
   EXPECT_EQ(block(20), before);
+}
+
+TEST(Device, LoadsGoBeforeStoresThatWait) {
+  std::vector<std::byte> slab(64);
+  Device device({.memory = std::make_shared<HostDevice>(), .make_coder = nullptr}, 1, slab, [] { return 64; });
+  std::promise<void> started;
+  std::promise<void> go_on;
+  ASSERT_TRUE(device.submit(Device::Kind::kStore, [&] {
+    started.set_value();
+    go_on.get_future().wait();
+  }));
+  started.get_future().wait();
+  std::string order;
+  ASSERT_TRUE(device.submit(Device::Kind::kStore, [&] { order += "store "; }));
+  ASSERT_TRUE(device.submit(Device::Kind::kLoad, [&] { order += "load "; }));
+  ASSERT_TRUE(device.submit(Device::Kind::kStore, [&] { order += "store "; }));
+  go_on.set_value();
+  device.drain();
+  EXPECT_EQ(order, "load store store ");
 }
 
 }  // namespace
