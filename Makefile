@@ -21,7 +21,7 @@ PYTEST := PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(abspath $(PYTHON)) -m pytest
 
 .PHONY: help
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z -]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install system packages and the Python environment (skips what is there)
@@ -40,13 +40,14 @@ demo: build ## Show it: a real model's KV cache stored, restored in the same and
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py $(DEMO_ARGS)
 
 .PHONY: test
-test: build lint-recent test-cpp fuzz test-python test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
+test: build lint-recent test-cpp fuzz test-python check-deploy test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
 
 .PHONY: test-full
 test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	@KVERN_CRASH_ROUNDS=300 ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS) --output-junit $(abspath $(REPORTS))/ctest.xml
 	@$(PYTEST) tests/python --junitxml $(REPORTS)/python.xml
+	@$(PYTEST) tests/deploy --junitxml $(REPORTS)/deploy.xml
 	@$(PYTEST) tests/e2e --run-full --junitxml $(REPORTS)/e2e.xml
 	@$(PYTHON) tools/test_summary.py $(REPORTS)/*.xml >$(REPORTS)/test-full.md && cp $(REPORTS)/test-full.md docs/
 
@@ -61,6 +62,10 @@ test-python: build
 .PHONY: test-e2e
 test-e2e: build
 	@$(PYTEST) tests/e2e
+
+.PHONY: check-deploy
+check-deploy: build ## Dashboards, rules and alerts against a real kvernd and a real Prometheus
+	@$(PYTEST) tests/deploy
 
 .PHONY: bench
 bench: ## Measure against memcpy and rivals; writes build/bench/results.json

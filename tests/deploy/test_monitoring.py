@@ -1,0 +1,191 @@
+"""Dashboards, rules and alerts against a real kvernd under load and a real Prometheus."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import subprocess
+
+import pytest
+import yaml
+
+import dashboards
+from daemon import Daemon
+from engine import ROOT
+from load import Load
+from prometheus_server import RULES, Prometheus
+
+# Metric names in an expression; recording rules have a colon in them, as vLLM's metrics have.
+NAMES = re.compile(r"\b(?:instance\w*:|engine:|vllm:)?kvern_\w+(?::\w+)?|vllm:\w+")
+SUFFIXES = re.compile(r"_(bucket|sum|count)$")
+
+# What vLLM serves, or is computed from it: these expressions must parse, and their metrics must exist in the code.
+NEEDS_ENGINE = re.compile(r"vllm:|engine:")
+
+
+def rules() -> list[dict]:
+    files = [yaml.safe_load((RULES / name).read_text()) for name in ("rules.yaml", "alerts.yaml")]
+    return [rule for file in files for group in file["groups"] for rule in group["rules"]]
+
+
+def recorded() -> list[str]:
+    return [rule["record"] for rule in rules() if "record" in rule]
+
+
+def panel_queries() -> list[tuple[str, str]]:
+    queries = []
+    for name in dashboards.DASHBOARDS:
+        for panel in json.loads((ROOT / "deploy/grafana" / f"{name}.json").read_text())["panels"]:
+            for target in panel["targets"]:
+                expression = target["expr"].replace("$__rate_interval", "1m").replace("$instance", ".*")
+                queries.append((f"{name}: {panel['title']} {target['refId']}", expression))
+    assert queries
+    return queries
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kvernd")
+    # Room for a few prompts of the load; the others step down, leave, and come back from the file.
+    settings = {
+        "store.dram_bytes": "64MiB",
+        "nvme.files": str(folder / "nvme"),
+        "nvme.bytes": "1GiB",
+        "nvme.sync": False,
+        "ladder.default": "balanced",
+    }
+    daemon = Daemon(folder, settings).start()
+    yield daemon
+    daemon.destroy()
+
+
+@pytest.fixture(scope="module")
+def prometheus(daemon, tmp_path_factory):
+    server = Prometheus(tmp_path_factory.mktemp("prometheus"), daemon.http_port).wait_ready()
+    yield server
+    server.kill()
+
+
+def scraped(prometheus, number: int) -> None:
+    wanted = prometheus.scrapes() + number
+    prometheus.wait(lambda: prometheus.scrapes() >= wanted, f"there are {wanted} scrapes")
+
+
+def test_a_fresh_and_idle_daemon_fires_no_alert(prometheus):
+    scraped(prometheus, 5)
+    assert prometheus.query('up{job="kvernd"}') == [1]
+    assert prometheus.query("count(kvern_uptime_seconds)") == [1]
+    assert prometheus.api("alerts")["alerts"] == []
+
+
+@pytest.fixture(scope="module")
+def loaded(daemon, prometheus):
+    """After load in two rounds with scrapes between them, so that rates see series grow. The sessions stay."""
+    load = Load(daemon.address, chunks=8)
+    prompts = 24
+    for round_ in range(2):
+        for prompt in range(prompts):
+            load.store(round_ * prompts + prompt)
+            assert load.load(round_ * prompts + prompt) > 0
+        load.store(1000 + round_, "raw")
+        assert load.load(round_ * prompts) > 0  # the first has left DRAM
+        daemon.wait_metric("kvern_demotions_total", lambda value: value > 0)
+        daemon.wait_metric("kvern_promoted_chunks_total", lambda value: value > 0)
+        scraped(prometheus, 3)
+    yield load
+    load.close()
+
+
+def finite(values: list[float]) -> bool:
+    return any(math.isfinite(value) for value in values)
+
+
+def test_every_panel_shows_data(prometheus, loaded):
+    empty = []
+    for where, expression in panel_queries():
+        values = prometheus.query(expression)  # fails if it does not parse
+        if not NEEDS_ENGINE.search(expression) and not finite(values):
+            empty.append(f"{where}: {expression} gives {values}")
+    assert not empty, "\n".join(empty)
+
+
+def test_every_recording_rule_gives_data(prometheus, loaded):
+    empty = [name for name in recorded() if not NEEDS_ENGINE.search(name) and not finite(prometheus.query(name))]
+    assert not empty
+
+
+def test_every_alert_compares_series_that_are_there(prometheus, loaded):
+    for rule in rules():
+        if "alert" not in rule:
+            continue
+        prometheus.query(rule["expr"])
+        # Without its comparisons the expression must give something, or the alert could never fire.
+        if not NEEDS_ENGINE.search(rule["expr"]):
+            for part in rule["expr"].split(" and "):
+                bare = re.sub(r" (==|>=|>) [\d.]+$", "", part)
+                assert bare != part and finite(prometheus.query(bare)), f"{rule['alert']}: {bare}"
+
+
+def test_no_rule_fails_when_it_is_evaluated(prometheus, loaded):
+    found = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
+    assert len(found) == len(rules())
+    assert [rule for rule in found if rule["health"] != "ok"] == []
+
+
+def test_load_fires_no_alert(prometheus, loaded):
+    assert [alert for alert in prometheus.api("alerts")["alerts"] if alert["state"] == "firing"] == []
+
+
+def test_every_metric_that_is_asked_for_exists_in_the_code():
+    shim = (ROOT / "python_shim/kvern/stats.py").read_text()
+    service = "".join((ROOT / "service" / name).read_text() for name in ("metrics.cc", "collector.cc"))
+    # Read, not imported: that takes long.
+    package = pathlib.Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+    vllm = (package / "v1/metrics/loggers.py").read_text()
+    expressions = [expression for _, expression in panel_queries()] + [rule["expr"] for rule in rules()]
+    for name in {name for expression in expressions for name in NAMES.findall(expression)} - set(recorded()):
+        plain = SUFFIXES.sub("", name)
+        if plain.startswith("vllm:kvern_"):
+            known = f'"{plain.removeprefix("vllm:kvern_").removesuffix("_total")}":' in shim
+        elif plain.startswith("vllm:"):
+            known = f'"{plain.removesuffix("_total")}"' in vllm
+        else:
+            known = f'"{plain}"' in service
+        assert known, name
+
+
+@pytest.mark.parametrize("name", dashboards.DASHBOARDS)
+def test_the_dashboard_is_what_the_generator_writes(name):
+    assert (ROOT / "deploy/grafana" / f"{name}.json").read_text() == dashboards.text(name)
+
+
+def test_every_alert_has_a_section_in_the_runbook():
+    sections = set(re.findall(r"^## (Kvern\w+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+    assert sections == set(alerts)
+    for name, rule in alerts.items():
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "config", "prometheus.yaml"),
+        ("check", "rules", "rules.yaml", "alerts.yaml"),
+        ("test", "rules", "rules_test.yaml", "alerts_test.yaml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_finds_nothing_wrong(arguments):
+    done = subprocess.run(["promtool", *arguments], cwd=RULES, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Last: it ends the daemon.
+def test_a_daemon_that_was_killed_raises_the_alert(daemon, prometheus, loaded):
+    def pending() -> bool:
+        return [alert["labels"]["alertname"] for alert in prometheus.api("alerts")["alerts"]] == ["KvernDown"]
+
+    daemon.kill()
+    prometheus.wait(pending, "KvernDown alone is on its way")
