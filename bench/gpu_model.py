@@ -4,7 +4,8 @@
 
 The model is SmolLM2-135M: that of FOLDER, or its configuration with random weights, which take as long. First the same
 prompt is continued greedily by transformers with its own attention, and with Kvern's over the full cache given the same
-tokens, and what they find likeliest is compared. Then a decode step is captured in a graph and timed for a cache of
+tokens, and what they find likeliest is compared; and with torch's plain attention in place of its flash, to tell how
+often rounding alone decides. Then a decode step is captured in a graph and timed for a cache of
 --tokens: transformers with torch's attention (flash) and with Kvern's, over the full cache and over 3.2 % of it.
 Medians of replays, timed by events.
 """
@@ -143,9 +144,16 @@ def main(words=None):
         prompt = torch.randint(0, 49152, (1, 4000), device="cuda")
         expected = continued(model, prompt, 48, "sdpa", None)
         got = continued(model, prompt, 48, "kvern", fresh("kvern"), expected)
+        with sdpa_kernel(SDPBackend.MATH):
+            other = continued(model, prompt, 48, "sdpa", None, expected)
         report["same_tokens"] = int((expected == got).sum())
+        report["same_tokens_of_torch_math"] = int((expected == other).sum())
         report["tokens_compared"] = got.numel()
-        print(f"{report['same_tokens']} of {got.numel()} greedy tokens are the same", flush=True)
+        print(
+            f"{report['same_tokens']} of {got.numel()} greedy tokens are the same"
+            f" ({report['same_tokens_of_torch_math']} with torch's plain attention)",
+            flush=True,
+        )
         print("batch  attention            entries  ms/step   tokens/s  speed-up  cache MB", flush=True)
         kept = int(arguments.tokens * KEPT)
         for batch in arguments.batches:

@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend_pieces(const __grid_cons
   __shared__ float weights[kWarps][kQueries][kWarp];
   __shared__ WarpResult<kQueries, kMaxAttendDim> results[kWarps];
   const std::uint32_t query_block = blockIdx.x % task.query_blocks;
-  const Piece piece = task.pieces[blockIdx.x / task.query_blocks];
-  const Segment& segment = task.segments[piece.segment];
+  const Piece& piece = task.pieces[blockIdx.x / task.query_blocks];
+  const Segment& segment = piece.segment;
   const std::uint32_t first_query = query_block * kQueries;
   const std::uint32_t query_count = min(kQueries, task.count - first_query);
   const unsigned warp = threadIdx.x / kWarp;
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend_pieces(const __grid_cons
   }
   __syncthreads();
   hand_in<kWarps, kQueries, kMaxAttendDim>(
-      task, blockIdx.x / task.query_blocks, query_block, [&](unsigned of) -> const auto& { return results[of]; });
+      task, blockIdx.x / task.query_blocks, query_block, [&](unsigned of) -> const auto& { return results[of]; },
+      results);
 }
 
 }  // namespace kvern::cuda::any

@@ -273,28 +273,23 @@ __global__ void __launch_bounds__(kWarps<kBlocks>* kWarp, kResident)
   const Block block(task);
   using Result = WarpResult<kQueries, kDim>;
   std::byte* of_warp = shared + block.warp * task.warp_bytes;
-  const auto attend = [&](auto source) {
-    attend_tiles<E, kBlocks>(source, task, block.segment, block.span, block.warp, kWarps<kBlocks>, block.positions,
-                             *reinterpret_cast<Result*>(of_warp));
+  const auto attend = [&](auto source, auto place_of) {
+    attend_tiles<E, kBlocks>(
+        source, task, block.segment, block.span, block.warp, kWarps<kBlocks>, block.positions,
+        [&] { take_queries(task, block, queries, place_of); }, *reinterpret_cast<Result*>(of_warp));
   };
   if (block.segment.bits == 4) {
-    take_queries(task, block, queries, Word<4>::place_of);
-    __syncthreads();
-    attend(CodedRows<E, kBlocks, 4>(block.segment, block.span, queries, of_warp));
+    attend(CodedRows<E, kBlocks, 4>(block.segment, block.span, queries, of_warp), Word<4>::place_of);
   } else if (block.segment.bits == 8) {
-    take_queries(task, block, queries, Word<8>::place_of);
-    __syncthreads();
-    attend(CodedRows<E, kBlocks, 8>(block.segment, block.span, queries, of_warp));
+    attend(CodedRows<E, kBlocks, 8>(block.segment, block.span, queries, of_warp), Word<8>::place_of);
   } else {
-    take_queries(task, block, queries, [](unsigned column) { return column; });
-    __syncthreads();
-    attend(PlainRows<E, kBlocks>(task, block.segment, block.span, queries));
+    attend(PlainRows<E, kBlocks>(task, block.segment, block.span, queries), [](unsigned column) { return column; });
   }
   __syncthreads();
   hand_in<kWarps<kBlocks>, kQueries, kDim>(
-      task, block.piece, block.query_block, [&](unsigned of) -> const auto& {
-        return *reinterpret_cast<const Result*>(shared + of * task.warp_bytes);
-      });
+      task, block.piece, block.query_block,
+      [&](unsigned of) -> const auto& { return *reinterpret_cast<const Result*>(shared + of * task.warp_bytes); },
+      shared);
 }
 
 }  // namespace kvern::cuda::tensor

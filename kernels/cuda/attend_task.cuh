@@ -49,19 +49,19 @@ struct Segment {
   Codes value_codes;
 };
 
-/// Entries [begin, end) of a segment. The pieces of a head follow each other.
+/// Entries [begin, end) of a segment, with all that a block has to know of them: waiting for one load is long enough.
 struct Piece {
-  std::uint32_t segment;
+  Segment segment;
   std::uint32_t head;
   std::uint32_t begin;
   std::uint32_t end;
+  /// The pieces of its head follow each other: the first, and their number.
+  std::uint32_t first_of_head;
+  std::uint32_t of_head;
 };
 
 struct Task {
-  const Segment* segments;
   const Piece* pieces;
-  /// The first piece of each head, and their number.
-  const std::uint32_t* first_pieces;
   /// Blocks that are done, by head and block of queries. 0 between runs.
   std::uint32_t* done;
   /// Per piece and query: value_dim sums of weighted values; what the weights are relative to; their total.
@@ -108,46 +108,33 @@ struct WarpResult {
   float totals[kQueries];
 };
 
+/// Neighbouring sums of weighted values, relative to a reference, and the total of the weights.
 template <unsigned kCount>
-struct alignas(4 * kCount) Floats {
-  float values[kCount];
+struct PartialSums {
+  float sums[kCount];
+  float reference;
+  float total;
+
+  __device__ void add(const PartialSums& other) {
+    const float now = fmaxf(reference, other.reference);
+    const float base = finite_reference(now);
+    const float mine = power_of_two(reference - base);
+    const float others = power_of_two(other.reference - base);
+    total = fmaf(total, mine, other.total * others);
+    for (unsigned i = 0; i < kCount; ++i) sums[i] = fmaf(sums[i], mine, other.sums[i] * others);
+    reference = now;
+  }
 };
 
-/// The outputs of a block's queries from the results of their head's pieces, in order. All threads of the block.
-template <unsigned kThreads, unsigned kQueries, unsigned kVector>
-__device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32_t first_query,
-                               std::uint32_t query_count) {
-  using Vector = Floats<kVector>;
-  __shared__ Vector parts[kThreads];
-  const std::uint32_t begin = task.first_pieces[head];
-  const std::uint32_t end = task.first_pieces[head + 1];
-  const auto at = [&](std::uint32_t piece, std::uint32_t query) {
-    return std::size_t{piece} * task.count + first_query + query;
-  };
-  __shared__ float largest[kQueries];
-  __shared__ float inverses[kQueries];
-  const unsigned warp = threadIdx.x / kWarp;
-  const unsigned lane = threadIdx.x % kWarp;
-  for (std::uint32_t query = warp; query < query_count; query += kThreads / kWarp) {
-    float all = -INFINITY;
-    for (std::uint32_t piece = begin + lane; piece < end; piece += kWarp) {
-      all = fmaxf(all, __ldcg(task.references + at(piece, query)));
-    }
-    all = largest_of_warp(all);
-    const float reference = finite_reference(all);
-    float total = 0;
-    for (std::uint32_t piece = begin + lane; piece < end; piece += kWarp) {
-      total = fmaf(power_of_two(__ldcg(task.references + at(piece, query)) - reference),
-                   __ldcg(task.totals + at(piece, query)), total);
-    }
-    total = sum_of_warp(total);
-    if (lane == 0) {
-      largest[query] = reference;
-      inverses[query] = total == 0 ? 0.0F : 1.0F / total;
-      task.lse[std::size_t{head} * task.count + first_query + query] = (reference + log2f(total)) * kLn2;
-    }
-  }
-  __syncthreads();
+/// The outputs of a block's queries from the results of their head's pieces [begin, end), in order. All threads of the
+/// block; scratch: shared memory for a PartialSums of each.
+template <unsigned kThreads, unsigned kVector>
+__device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32_t begin, std::uint32_t end,
+                               std::uint32_t first_query, std::uint32_t query_count, void* scratch) {
+  /// Results that a thread waits for together.
+  constexpr unsigned kTogether = 8;
+  using Partial = PartialSums<kVector>;
+  auto* parts = static_cast<Partial*>(scratch);
   const std::uint32_t columns = task.value_dim / kVector;
   const std::uint32_t width = columns * query_count;
   for (std::uint32_t first = 0; first < width; first += kThreads) {
@@ -156,30 +143,36 @@ __device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32
     const std::uint32_t slice = threadIdx.x / here;
     const std::uint32_t query = (first + threadIdx.x % here) / columns;
     const std::uint32_t column = (first + threadIdx.x % here) % columns * kVector;
-    Vector sum{};
-    if (slice < slices) {
-#pragma unroll 8
-      for (std::uint32_t piece = begin + slice; piece < end; piece += slices) {
-        const float factor = power_of_two(__ldcg(task.references + at(piece, query)) - largest[query]);
-        Vector part;
+    Partial result{{}, -INFINITY, 0};
+    for (std::uint32_t piece = begin + slice; slice < slices && piece < end; piece += kTogether * slices) {
+      Partial loaded[kTogether];
+      for (unsigned i = 0; i < kTogether; ++i) {
+        const std::uint32_t of = piece + i * slices;
+        const std::size_t at = std::size_t{min(of, end - 1)} * task.count + first_query + query;
+        const float reference = __ldcg(task.references + at);
+        loaded[i].reference = of < end ? reference : -INFINITY;
+        loaded[i].total = __ldcg(task.totals + at);
+        const float* sums = task.sums + at * task.value_dim + column;
         if constexpr (kVector == 4) {
-          const float4 four =
-              __ldcg(reinterpret_cast<const float4*>(task.sums + at(piece, query) * task.value_dim + column));
-          part = {four.x, four.y, four.z, four.w};
+          const float4 four = __ldcg(reinterpret_cast<const float4*>(sums));
+          loaded[i].sums[0] = four.x, loaded[i].sums[1] = four.y, loaded[i].sums[2] = four.z,
+          loaded[i].sums[3] = four.w;
         } else {
-          part = {__ldcg(task.sums + at(piece, query) * task.value_dim + column)};
+          loaded[i].sums[0] = __ldcg(sums);
         }
-        for (unsigned i = 0; i < kVector; ++i) sum.values[i] = fmaf(factor, part.values[i], sum.values[i]);
+      }
+      for (unsigned i = 0; i < kTogether; ++i) {
+        if (piece + i * slices < end) result.add(loaded[i]);
       }
     }
-    parts[threadIdx.x] = sum;
+    parts[threadIdx.x] = result;
     __syncthreads();
     if (slice == 0) {
-      for (std::uint32_t other = 1; other < slices; ++other) {
-        for (unsigned i = 0; i < kVector; ++i) sum.values[i] += parts[threadIdx.x + other * here].values[i];
-      }
-      float* output = task.output + (std::size_t{head} * task.count + first_query + query) * task.value_dim + column;
-      for (unsigned i = 0; i < kVector; ++i) output[i] = sum.values[i] * inverses[query];
+      for (std::uint32_t other = 1; other < slices; ++other) result.add(parts[threadIdx.x + other * here]);
+      const std::size_t row = std::size_t{head} * task.count + first_query + query;
+      const float inverse = result.total == 0 ? 0.0F : 1.0F / result.total;
+      for (unsigned i = 0; i < kVector; ++i) task.output[row * task.value_dim + column + i] = result.sums[i] * inverse;
+      if (column == 0) task.lse[row] = (finite_reference(result.reference) + log2f(result.total)) * kLn2;
     }
     __syncthreads();
   }
@@ -189,7 +182,8 @@ __device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32
 /// queries makes the output: which one that is does not matter to the result. All threads of the block, after a
 /// barrier.
 template <unsigned kWarps, unsigned kQueries, unsigned kDim, class ResultOf>
-__device__ void hand_in(const Task& task, std::uint32_t piece, std::uint32_t query_block, ResultOf result_of) {
+__device__ void hand_in(const Task& task, std::uint32_t piece, std::uint32_t query_block, ResultOf result_of,
+                        void* scratch) {
   constexpr unsigned kThreads = kWarps * kWarp;
   const std::uint32_t head = task.pieces[piece].head;
   const std::uint32_t first_query = query_block * kQueries;
@@ -221,20 +215,23 @@ __device__ void hand_in(const Task& task, std::uint32_t piece, std::uint32_t que
     task.sums[(std::size_t{piece} * task.count + first_query + query) * task.value_dim + column] = sum;
   }
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const std::uint32_t pieces = task.first_pieces[head + 1] - task.first_pieces[head];
+    // What the block has written is seen by whoever sees its arrival.
+    __threadfence();
+    const std::uint32_t pieces = task.pieces[piece].of_head;
     // Wraps to 0 at the last one, for the next run.
     last = atomicInc(task.done + std::size_t{head} * task.query_blocks + query_block, pieces - 1) == pieces - 1;
+    __threadfence();
   }
   __syncthreads();
   if (!last) return;
-  __threadfence();
+  const std::uint32_t begin = task.pieces[piece].first_of_head;
+  const std::uint32_t end = begin + task.pieces[piece].of_head;
   if (task.value_dim % 4 == 0) {
-    combine_pieces<kThreads, kQueries, 4>(task, head, first_query, query_count);
+    combine_pieces<kThreads, 4>(task, head, begin, end, first_query, query_count, scratch);
   } else {
-    combine_pieces<kThreads, kQueries, 1>(task, head, first_query, query_count);
+    combine_pieces<kThreads, 1>(task, head, begin, end, first_query, query_count, scratch);
   }
 }
 

@@ -184,10 +184,11 @@ class EntryTerms {
   std::int32_t positions_[kEach];
 };
 
-/// A warp's share of a piece: every warps-th tile.
-template <class E, unsigned kBlocks, class Source>
+/// A warp's share of a piece: every warps-th tile. Calls take_queries() when its first loads are on their way; all
+/// warps of the block call it once.
+template <class E, unsigned kBlocks, class Source, class TakeQueries>
 __device__ void attend_tiles(Source source, const Task& task, const Segment& segment, Span span, unsigned warp,
-                             unsigned warps, const std::int32_t (&query_positions)[2],
+                             unsigned warps, const std::int32_t (&query_positions)[2], TakeQueries take_queries,
                              WarpResult<kQueries, kBlocks * kBlock>& result) {
   constexpr unsigned kTiles = Source::kTiles;
   constexpr unsigned kKeys = Source::kKeys;
@@ -202,6 +203,7 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
     terms.load(first);
     source.start(first);
   }
+  take_queries();
   for (; first < span.end; first += step) {
     const std::uint32_t next = first + step;
     const bool more = next < span.end;
@@ -216,7 +218,9 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
       const float factor = terms.has_key_lengths() ? task.scale * terms.key_length(key) : task.scale;
       const float bias = terms.bias(key);
       float above = 0;
-      if (terms.has_value_lengths()) above = fmaxf(log2f(fabsf(terms.value_length(key))), 0.0F);
+      if constexpr (!E::kWide) {
+        if (terms.has_value_lengths()) above = fmaxf(log2f(fabsf(terms.value_length(key))), 0.0F);
+      }
       const std::int32_t position = terms.has_positions() ? terms.position(key) : 0;
       for (unsigned query = 0; query < 2; ++query) {
         float& logit = logits[i / 2][i % 2 * 2 + query];
@@ -232,7 +236,8 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
       for (unsigned offset = 4; offset < kWarp; offset *= 2) {
         largest[query] = fmaxf(largest[query], __shfl_xor_sync(kEveryLane, largest[query], offset));
       }
-      const float now = fmaxf(references[query], largest[query] - E::kHeadroom);
+      if constexpr (!E::kWide) largest[query] -= E::kHeadroom;
+      const float now = fmaxf(references[query], largest[query]);
       bases[query] = finite_reference(now);
       factors[query] = power_of_two(references[query] - bases[query]);
       totals[query] *= factors[query];
@@ -287,7 +292,7 @@ struct Block {
       : query_block(blockIdx.x % task.query_blocks),
         piece(blockIdx.x / task.query_blocks),
         span{task.pieces[piece].begin, task.pieces[piece].end},
-        segment(task.segments[task.pieces[piece].segment]),
+        segment(task.pieces[piece].segment),
         warp(threadIdx.x / kWarp) {
     const std::uint32_t first_query = query_block * kQueries;
     const std::uint32_t query_count = min(kQueries, task.count - first_query);
@@ -306,7 +311,7 @@ struct Block {
   std::int32_t positions[2];
 };
 
-/// Copies the block's queries, element by element to place_of(column). A barrier has to follow.
+/// Copies the block's queries, element by element to place_of(column). All threads of the block.
 template <unsigned kBlocks, class PlaceOf>
 __device__ void take_queries(const Task& task, const Block& block, Queries<kBlocks>& queries, PlaceOf place_of) {
   constexpr unsigned kDim = kBlocks * kBlock;
@@ -321,6 +326,7 @@ __device__ void take_queries(const Task& task, const Block& block, Queries<kBloc
         there ? reinterpret_cast<const std::uint16_t*>(task.query(head, first_query + query))[column]
               : std::uint16_t{0};
   }
+  __syncthreads();
 }
 
 /// One block per piece and kQueries queries.
@@ -330,14 +336,13 @@ __global__ void __launch_bounds__(kWarps<kBlocks>* kWarp, kResident) attend_piec
   __shared__ Queries<kBlocks> queries;
   __shared__ WarpResult<kQueries, kDim> results[kWarps<kBlocks>];
   const Block block(task);
-  take_queries(task, block, queries, [](unsigned column) { return column; });
-  __syncthreads();
   const PlainRows<E, kBlocks> source(task, block.segment, block.span, queries);
-  attend_tiles<E, kBlocks>(source, task, block.segment, block.span, block.warp, kWarps<kBlocks>, block.positions,
+  const auto take = [&] { take_queries(task, block, queries, [](unsigned column) { return column; }); };
+  attend_tiles<E, kBlocks>(source, task, block.segment, block.span, block.warp, kWarps<kBlocks>, block.positions, take,
                            results[block.warp]);
   __syncthreads();
   hand_in<kWarps<kBlocks>, kQueries, kDim>(
-      task, block.piece, block.query_block, [&](unsigned of) -> const auto& { return results[of]; });
+      task, block.piece, block.query_block, [&](unsigned of) -> const auto& { return results[of]; }, results);
 }
 
 }  // namespace kvern::cuda::tensor

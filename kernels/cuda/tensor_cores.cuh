@@ -10,8 +10,8 @@ namespace kvern::cuda {
 
 struct BFloat16Pairs {
   static constexpr DType kDType = DType::kBFloat16;
-  /// Weights are at most 2 to the power of this.
-  static constexpr float kHeadroom = 0;
+  /// Has float32's range, so that weights need not be kept within it.
+  static constexpr bool kWide = true;
 
   /// Rounds to nearest, ties to even.
   __device__ static std::uint32_t pack(float low, float high) {
@@ -38,7 +38,8 @@ struct BFloat16Pairs {
 
 struct Float16Pairs {
   static constexpr DType kDType = DType::kFloat16;
-  /// Small weights keep their bits.
+  static constexpr bool kWide = false;
+  /// Weights are at most 2 to the power of this, so that small ones keep their bits.
   static constexpr float kHeadroom = 14;
 
   __device__ static std::uint32_t pack(float low, float high) {
