@@ -40,7 +40,7 @@ demo: build ## Show it: a real model's KV cache stored, restored in the same and
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py $(DEMO_ARGS)
 
 .PHONY: test
-test: build lint-recent test-cpp fuzz test-python check-deploy test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
+test: build lint-quick test-cpp fuzz test-python check-deploy test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
 
 .PHONY: test-full
 test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md
@@ -80,6 +80,10 @@ quality: ## Measure what each method costs in attention output; writes docs/qual
 .PHONY: lint
 lint: setup ## Formatting, clang-tidy, include arrows
 	@tools/lint.sh
+
+.PHONY: lint-quick
+lint-quick: setup ## Formatting and include arrows only
+	@tools/lint.sh --quick
 
 .PHONY: lint-recent
 lint-recent: setup ## Formatting, include arrows, and clang-tidy over what the last commits changed

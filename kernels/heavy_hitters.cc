@@ -43,7 +43,7 @@ Result<TokenScores> heavy_hitter_scores(const HeadRows& queries, const HeadRows&
   for (std::uint32_t begin = 0; begin < keys.tokens; begin += kTileRows) {
     const std::uint32_t end = std::min(keys.tokens, begin + kTileRows);
     Status status = observe(token_range(queries, begin, end), token_range(keys, 0, end),
-                                  {.columns = end, .scale = {}, .dispersion = false}, workspace, executor, observation);
+                            {.columns = end, .scale = {}, .dispersion = false}, workspace, executor, observation);
     if (!status) return failure(status);
     add_rows(observation, sums);
   }
