@@ -160,6 +160,9 @@ class Options:
         return self.threads or (2 if (os.cpu_count() or 1) > 4 else 1)
 
 
+NO_COMPACT_CACHES = "this connector makes no compact caches; the request is served with its full cache"
+
+
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
     """kv_transfer_params["kvern"] of one request. Wrong values are ignored and named in problem; nothing raises, since
@@ -171,6 +174,7 @@ class RequestOptions:
     max_store_tokens: int | None = None
     codec: str = ""
     asked: bool = False  # the request has a "kvern" entry: it gets an answer
+    compact_refusal: str = ""  # why the compact cache that it asks for is not made; part of its answer
     problem: str = ""
 
     @classmethod
@@ -188,6 +192,8 @@ class RequestOptions:
                 values[key] = value
             elif key == "codec" and is_codec_spec(value):
                 values[key] = value
+            elif key == "compact":
+                values["compact_refusal"] = NO_COMPACT_CACHES
             else:
                 problems.append(repr(key)[:40])
         problem = f"ignored in kv_transfer_params['kvern']: {', '.join(problems)}" if problems else ""

@@ -568,7 +568,10 @@ class SchedulerSide:
         self._release(state)
         if not state.options.asked:
             return False, None
-        return False, {"kvern": {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}}
+        answer = {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}
+        if state.options.compact_refusal:
+            answer["compact"] = {"state": "refused", "reason": state.options.compact_refusal}
+        return False, {"kvern": answer}
 
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping until its stores have ended: their reports come with steps alone."""

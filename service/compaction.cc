@@ -1,0 +1,252 @@
+#include "service/compaction.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "kernels/attend.h"
+#include "kernels/key_scores.h"
+#include "kernels/observation.h"
+#include "kernels/token_scores.h"
+#include "kernels/window_scores.h"
+
+namespace kvern {
+namespace {
+
+/// A parameter of a canonical step: it is there and in its range.
+std::uint32_t number(const CodecStep& step, std::string_view name) {
+  return step.number_within(name, 0, 0, std::numeric_limits<std::uint32_t>::max()).value();
+}
+
+tl::unexpected<Status> refused(const CodecStep& step, const std::string& why) {
+  return failure(Code::kRefused, "compact cache by " + step.name + ": " + why);
+}
+
+/// WindowKV's cut of a prompt into whole windows. What does not fill a window stays with the observation window, so
+/// that the number of tokens kept does not depend on which windows are.
+struct WindowCut {
+  evict::WindowRule rule;
+  std::uint32_t columns = 0;  ///< tokens that compete, a multiple of the window
+  std::uint32_t tail = 0;     ///< tokens after them, always kept
+};
+
+WindowCut window_cut(const CodecStep& step, std::uint32_t prompt_tokens) {
+  WindowCut cut{{number(step, "omega"), number(step, "top")}, 0, 0};
+  const std::uint32_t candidates = prompt_tokens - std::min(prompt_tokens, number(step, "alpha"));
+  cut.columns = candidates / cut.rule.tokens * cut.rule.tokens;
+  cut.tail = prompt_tokens - cut.columns;
+  return cut;
+}
+
+/// Tokens that the method keeps whatever their scores.
+std::uint32_t protected_tokens(const CodecStep& step, std::uint32_t prompt_tokens) {
+  if (step.name == "windowkv") return window_cut(step, prompt_tokens).tail;
+  if (step.name == "cake" || step.name == "snapkv") return number(step, "window");
+  if (step.name == "streaming") return number(step, "sinks");
+  return number(step, "sinks") + number(step, "recent");
+}
+
+/// Budgets that differ between layers or heads do not fit a rectangle. CAKE's are made equal.
+Status check_rectangular(const CodecStep& step) {
+  if (step.name == "h2o") {
+    return refused(step, "it needs the queries of the whole prompt, and only the last ones are captured").value();
+  }
+  const std::string* allocation = step.find("allocation");
+  if (allocation != nullptr && *allocation != "uniform") {
+    return refused(step, "allocation=" + *allocation + " gives layers or heads different budgets; use uniform").value();
+  }
+  if (step.name == "windowkv" && number(step, "group") != 1) {
+    return refused(step, "group must be 1: every layer picks its own windows").value();
+  }
+  return Status::ok();
+}
+
+evict::Pooling pooling_of(const CodecStep& step) {
+  const std::string& kind = *step.find("pool");
+  return {kind == "none"  ? evict::Pooling::Kind::kNone
+          : kind == "max" ? evict::Pooling::Kind::kMaximum
+                          : evict::Pooling::Kind::kAverage,
+          number(step, "kernel")};
+}
+
+Result<evict::Selection> select_by_queries(const CompactionPlan& plan, const CodecStep& step, const PromptLayer& layer,
+                                           Executor* executor) {
+  const bool windows = step.name == "windowkv";
+  const WindowCut cut = windows ? window_cut(step, plan.prompt_tokens) : WindowCut{};
+  const std::uint32_t columns = windows ? cut.columns : plan.prompt_tokens - plan.query_rows;
+  evict::ObservationOptions options;
+  options.columns = columns;
+  options.dispersion = step.name == "cake";
+  evict::ObservationWorkspace workspace;
+  evict::Observation seen;
+  if (const Status status = observe(layer.queries, layer.keys, options, workspace, executor, seen); !status) {
+    return failure(status);
+  }
+  const std::uint32_t tail = plan.prompt_tokens - columns;
+  if (windows) {
+    const auto scores = window_scores(seen, cut.rule, executor);
+    if (!scores) return failure(scores.error());
+    return window_tokens(select_windows(*scores, cut.rule, columns, plan.slots - tail), cut.rule, columns, tail,
+                         layer.keys.heads);
+  }
+  const auto scores = step.name == "cake" ? cake_scores(seen, layer.keys.heads,
+                                                        static_cast<float>(step.decimal("gamma", 0, 0, 1e6).value()),
+                                                        pooling_of(step), executor)
+                                          : snapkv_scores(seen, layer.keys.heads, pooling_of(step), executor);
+  if (!scores) return failure(scores.error());
+  return select_best(*scores, std::array{plan.slots - tail}, tail, executor);
+}
+
+Result<evict::Selection> select_by_keys(const CompactionPlan& plan, const CodecStep& step, const HeadRows& keys,
+                                        Executor* executor) {
+  const auto scores =
+      step.name == "knorm" ? evict::knorm_scores(keys, executor) : evict::keydiff_scores(keys, executor);
+  if (!scores) return failure(scores.error());
+  const std::uint32_t recent = number(step, "recent");
+  const std::uint32_t candidates = plan.prompt_tokens - recent;
+  evict::TokenScores shortened{keys.heads, candidates, {}};
+  shortened.values.resize(std::size_t{keys.heads} * candidates);
+  for (std::size_t head = 0; head < keys.heads; ++head) {
+    const auto to = shortened.of(head);
+    std::ranges::copy(scores->of(head).first(candidates), to.begin());
+    std::ranges::fill(to.first(number(step, "sinks")), std::numeric_limits<float>::infinity());
+  }
+  return select_best(shortened, std::array{plan.slots - recent}, recent, executor);
+}
+
+Result<evict::Selection> select(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor) {
+  const CodecStep& step = *plan.chain.find(StepKind::kEvict);
+  if (plan.slots == plan.prompt_tokens) {
+    return evict::select_sinks_and_recent(layer.keys.heads, plan.prompt_tokens, 0, plan.slots);
+  }
+  if (plan.query_rows > 0) return select_by_queries(plan, step, layer, executor);
+  if (step.name == "streaming") {
+    const std::uint32_t sinks = number(step, "sinks");
+    return evict::select_sinks_and_recent(layer.keys.heads, plan.prompt_tokens, sinks, plan.slots - sinks);
+  }
+  return select_by_keys(plan, step, layer.keys, executor);
+}
+
+Result<std::vector<std::byte>> gathered(const HeadRows& rows, const evict::Selection& kept, Executor* executor) {
+  std::vector<std::byte> out(gathered_bytes(rows, kept));
+  if (const Status status = gather_rows(rows, kept, out, executor); !status) return failure(status);
+  return out;
+}
+
+AttendRows kept_rows(const HeadRows& rows, std::uint32_t head, std::span<const std::uint32_t> tokens) {
+  return {rows.dtype, rows.row(head, 0), rows.token_stride_bytes, nullptr, tokens.data(), nullptr, {}};
+}
+
+/// Outputs [query head][row][value dim] of the layer's queries over the tokens that each head keeps.
+Result<std::vector<float>> outputs(const PromptLayer& layer, const evict::Selection& kept, Executor* executor) {
+  const std::size_t heads = layer.keys.heads;
+  const std::vector<std::int32_t> positions(kept.tokens.begin(), kept.tokens.end());
+  std::vector<AttendSegment> segments;
+  segments.reserve(heads);
+  std::vector<std::span<const AttendSegment>> of_heads;
+  for (std::uint32_t head = 0; head < heads; ++head) {
+    const std::span<const std::uint32_t> tokens = kept.of(head);
+    segments.push_back({static_cast<std::uint32_t>(tokens.size()), kept_rows(layer.keys, head, tokens),
+                        kept_rows(layer.values, head, tokens), nullptr, positions.data() + kept.offsets[head]});
+    of_heads.emplace_back(&segments.back(), 1);
+  }
+  std::vector<std::int32_t> query_positions(layer.queries.tokens);
+  for (std::uint32_t row = 0; row < layer.queries.tokens; ++row) {
+    query_positions[row] = static_cast<std::int32_t>(layer.keys.tokens - layer.queries.tokens + row);
+  }
+  AttendProblem problem;
+  problem.queries = layer.queries;
+  problem.value_dim = layer.values.dim;
+  problem.query_positions = query_positions.data();
+  problem.heads = of_heads;
+  std::vector<float> out(std::size_t{layer.queries.heads} * layer.queries.tokens * layer.values.dim);
+  if (const Status status = problem.validate(); !status) return failure(status);
+  std::vector<float> workspace(attend_workspace_floats(problem));
+  std::vector<float> lse(std::size_t{layer.queries.heads} * layer.queries.tokens);
+  if (const Status status = attend(problem, workspace, out, lse, executor); !status) return failure(status);
+  return out;
+}
+
+}  // namespace
+
+Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t prompt_tokens) {
+  auto chain = parse_chain(spec);
+  if (!chain) return failure(chain.error());
+  const CodecStep* step = chain->find(StepKind::kEvict);
+  if (step == nullptr) {
+    return failure(Code::kInvalid, "a compact cache needs a step that picks tokens, as in cake(budget=12%) | int8");
+  }
+  if (prompt_tokens == 0) return failure(Code::kInvalid, "a compact cache needs a prompt");
+  if (const Status status = check_rectangular(*step); !status) return failure(status);
+  CompactionPlan plan;
+  plan.prompt_tokens = prompt_tokens;
+  plan.slots = budget_tokens(*step, prompt_tokens);
+  if (plan.slots < prompt_tokens) {
+    const std::uint32_t least = protected_tokens(*step, prompt_tokens);
+    if (plan.slots <= least) {
+      return failure(Code::kInvalid, "compact cache by " + step->name + ": the budget of " +
+                                         std::to_string(plan.slots) + " tokens must be more than the " +
+                                         std::to_string(least) + " that are always kept");
+    }
+    if (step->name == "windowkv") {
+      plan.query_rows = number(*step, "alpha");
+      const std::uint32_t window = number(*step, "omega");
+      plan.slots = least + (plan.slots - least) / window * window;
+    } else if (step->name == "cake" || step->name == "snapkv") {
+      plan.query_rows = number(*step, "window");
+    }
+  }
+  plan.chain = std::move(*chain);
+  return plan;
+}
+
+Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor) {
+  if (layer.keys.tokens != plan.prompt_tokens || layer.values.tokens != plan.prompt_tokens ||
+      layer.keys.heads != layer.values.heads) {
+    return failure(Code::kInvalid, "keys and values must be those of the plan's prompt, of the same heads");
+  }
+  if (plan.query_rows > 0 && layer.queries.tokens != plan.query_rows) {
+    return failure(Code::kInvalid, "the plan needs the last " + std::to_string(plan.query_rows) + " queries, not " +
+                                       std::to_string(layer.queries.tokens));
+  }
+  auto kept = select(plan, layer, executor);
+  if (!kept) return failure(kept.error());
+  auto keys = gathered(layer.keys, *kept, executor);
+  if (!keys) return failure(keys.error());
+  auto values = gathered(layer.values, *kept, executor);
+  if (!values) return failure(values.error());
+  return CompactLayer{std::move(*kept), std::move(*keys), std::move(*values)};
+}
+
+Result<double> attention_error(const PromptLayer& layer, const evict::Selection& kept, Executor* executor) {
+  const bool inside = std::ranges::all_of(kept.tokens, [&](std::uint32_t token) { return token < layer.keys.tokens; });
+  if (layer.queries.tokens == 0 || layer.queries.tokens > layer.keys.tokens || layer.queries.dim != layer.keys.dim ||
+      kept.heads() != layer.keys.heads || layer.values.heads != layer.keys.heads ||
+      layer.values.tokens != layer.keys.tokens || !inside) {
+    return failure(Code::kInvalid, "queries, keys, values and the tokens kept must be of one layer and prompt");
+  }
+  const auto all = evict::select_sinks_and_recent(layer.keys.heads, layer.keys.tokens, 0, layer.keys.tokens);
+  const auto whole = outputs(layer, all, executor);
+  if (!whole) return failure(whole.error());
+  const auto compact = outputs(layer, kept, executor);
+  if (!compact) return failure(compact.error());
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < whole->size(); ++i) {
+    const double exact = (*whole)[i], off = (*compact)[i] - exact;
+    difference += off * off;
+    norm += exact * exact;
+  }
+  return norm == 0 ? 0 : std::sqrt(difference / norm);
+}
+
+Status place_keys(const HeadRows& keys, std::int64_t shift, const rope::Parameters& rotation, std::byte* out,
+                  Executor* executor) {
+  const auto turns = rope::Turns::at(rotation.inverse_frequencies(), std::array{shift});
+  return rope::rotate(keys, turns, rotation.style, rope::Direction::kForward, keys.dtype, out, executor);
+}
+
+}  // namespace kvern

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/chain.h"
+#include "kernels/head_rows.h"
+#include "kernels/rope.h"
+#include "kernels/selection.h"
+
+namespace kvern {
+
+class Executor;
+
+/// What a compact cache of a prompt looks like before any of its bytes is there: follows from the spec and the number
+/// of tokens alone, so that it can be told at once. Every layer and head keeps the same number of tokens (rectangular).
+struct CompactionPlan {
+  Chain chain;                      ///< canonical; its first step picks the tokens
+  std::uint32_t prompt_tokens = 0;  ///< N
+  std::uint32_t slots = 0;          ///< M <= N
+  std::uint32_t query_rows = 0;     ///< last queries of the prompt that are needed; 0: none
+
+  /// kInvalid for a spec that is wrong, picks no tokens, or whose budget does not hold what the method always keeps;
+  /// kRefused, with the reason, for what this service does not make: budgets that differ between layers or heads, and
+  /// methods that need the queries of the whole prompt.
+  static Result<CompactionPlan> make(std::string_view spec, std::uint32_t prompt_tokens);
+
+  /// Positions by which every kept key is turned when the cache is placed at slot `base`: base - (N - M). Queries from
+  /// position base + M on then see every kept key at its distance in the prompt.
+  std::int64_t shift(std::int64_t base) const {
+    return base - (static_cast<std::int64_t>(prompt_tokens) - static_cast<std::int64_t>(slots));
+  }
+};
+
+/// One attention layer of a prompt. Borrows the memory.
+struct PromptLayer {
+  HeadRows keys;     ///< [KV heads][N][dim], turned to their positions in the prompt
+  HeadRows values;   ///< [KV heads][N][value dim]
+  HeadRows queries;  ///< [query heads][query_rows][dim], the prompt's last, turned; not read when the plan needs none
+};
+
+/// What stays of a layer: [KV heads][M][dim] of the layer's dtype, the very bytes of the prompt.
+struct CompactLayer {
+  evict::Selection kept;
+  std::vector<std::byte> keys;
+  std::vector<std::byte> values;
+};
+
+/// Scores, selects and gathers one layer; the same bytes whatever the executor (null: the caller's thread alone).
+/// kInvalid when the rows are not those of the plan.
+Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor);
+
+/// ||O' - O|| / ||O|| over all heads of the attention outputs of the layer's captured queries, O over the whole prompt
+/// and O' over what is kept; causal. kInvalid without queries, or when layer and kept do not belong together.
+Result<double> attention_error(const PromptLayer& layer, const evict::Selection& kept, Executor* executor);
+
+/// Writes keys [head][M][dim], of their own dtype, turned by the same `shift` (CompactionPlan::shift) in fp32, to out;
+/// in place where out is keys. kInvalid for keys or an out that do not fit the rotation.
+Status place_keys(const HeadRows& keys, std::int64_t shift, const rope::Parameters& rotation, std::byte* out,
+                  Executor* executor);
+
+}  // namespace kvern
