@@ -119,6 +119,10 @@ int run_status(const DaemonAddress& address, bool as_json, std::ostream& out) {
   out << "pipeline   " << text(pipeline, "stored") << " chunks stored, " << text(pipeline, "failed") << " failed, "
       << text(pipeline, "queued") << " queued for " << text(pipeline, "threads") << " threads\n";
   print_store(status.value("store", json::object()), out);
+  for (const auto& tenant : status.value("tenants", json::array())) {
+    out << "tenant     " << text(tenant, "name") << ": " << bytes_text(tenant, "used_bytes") << " of "
+        << bytes_text(tenant, "limit_bytes") << ", " << text(tenant, "refused") << " refused\n";
+  }
   print_tiers(status.value("lower_tiers", json::array()), out);
   print_sessions(status.value("sessions", json::array()), out);
   print_namespaces(status.value("namespaces", json::array()), out);

@@ -120,6 +120,20 @@ std::vector<MetricFamily> Collector::Collect() const {
     out.gauge("kvern_lossy_generation_chunks", "Complete chunks by the number of lossy encodings behind them",
               number(stats.of_lossy_generations[i]), {{"generations", std::to_string(i)}, {"tier", "dram"}});
   }
+  // Tenants are those of the configuration and the keys, and few.
+  const auto tenants = parts_.store.tenants();
+  for (const auto& tenant : tenants) {
+    out.gauge("kvern_tenant_used_bytes", "Bytes of the DRAM tier that a tenant with a quota holds",
+              number(tenant.used_bytes), {{"tenant", tenant.tenant}});
+  }
+  for (const auto& tenant : tenants) {
+    out.gauge("kvern_tenant_limit_bytes", "What a tenant may hold", number(tenant.limit_bytes),
+              {{"tenant", tenant.tenant}});
+  }
+  for (const auto& tenant : tenants) {
+    out.counter("kvern_tenant_refused_total", "Containers for which a tenant had no room left", tenant.refused,
+                {{"tenant", tenant.tenant}});
+  }
   out.gauge("kvern_incomplete_chunks", "Chunks of which some ranks have not stored their part",
             number(stats.incomplete_chunks));
   out.gauge("kvern_pinned_chunks", "Chunks that a lease holds", number(stats.pinned_chunks));

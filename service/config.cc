@@ -339,6 +339,22 @@ Status read_error(const toml::node& node, double& into) {
   return Status::ok();
 }
 
+Status read_bytes(const toml::node& node, const std::string& key, std::uint64_t& into) {
+  const auto text = scalar_text(node, KeyType::kBytes);
+  const auto bytes = text ? parse_bytes(*text) : failure(Code::kInvalid, "write a number of bytes or \"4GiB\"");
+  if (!bytes) return {Code::kInvalid, key + ": " + bytes.error().message()};
+  if (*bytes == 0) return {Code::kInvalid, key + " must be above 0"};
+  into = *bytes;
+  return Status::ok();
+}
+
+Status read_share(const toml::node& node, const std::string& key, double& into) {
+  const auto value = node.value<double>();
+  if (!value || !(*value > 0 && *value <= 1)) return {Code::kInvalid, key + " must be a number above 0, at most 1"};
+  into = *value;
+  return Status::ok();
+}
+
 void read_namespace_rule(const toml::node& node, ServiceConfig& config, FileErrors& errors) {
   NamespaceRule rule;
   const auto read_match = [&](const toml::node& value) {
@@ -373,7 +389,9 @@ void read_tenant_rule(const toml::node& node, ServiceConfig& config, FileErrors&
   TenantRule rule;
   read_table(
       node, "[[tenant]]",
-      {{"name", [&](const toml::node& value) { return read_text(value, "name", rule.name); }},
+      {{"dram_bytes", [&](const toml::node& value) { return read_bytes(value, "dram_bytes", rule.dram_bytes); }},
+       {"dram_share", [&](const toml::node& value) { return read_share(value, "dram_share", rule.dram_share); }},
+       {"name", [&](const toml::node& value) { return read_text(value, "name", rule.name); }},
        {"ladder", [&](const toml::node& value) { return read_ladder(value, rule.ladder); }},
        {"max_relative_error", [&](const toml::node& value) { return read_error(value, rule.max_relative_error); }}},
       errors);
@@ -669,6 +687,8 @@ std::string dump_config(const ServiceConfig& config) {
   }
   for (const TenantRule& rule : config.tenants) {
     out += "\n[[tenant]]\nname = " + toml_text(rule.name) + "\n";
+    if (rule.dram_bytes > 0) out += "dram_bytes = " + toml_text(format_bytes(rule.dram_bytes)) + "\n";
+    if (rule.dram_share < 1) out += "dram_share = " + toml_number(rule.dram_share) + "\n";
     show_rule(rule);
   }
   return out;

@@ -35,6 +35,8 @@ struct TenantRule {
   std::string name;
   std::string ladder;  ///< empty: none of its own
   double max_relative_error = 1;
+  std::uint64_t dram_bytes = 0;  ///< of the DRAM tier, for each such tenant; 0: no limit
+  double dram_share = 1;         ///< the same as a share; of both the smaller holds
 };
 
 struct ServiceConfig {

@@ -85,6 +85,14 @@ std::string Inspector::status_json(bool stopping) const {
       forms.push_back({{"codec", form.codec_spec}, {"chunks", form.chunks}, {"bytes", form.bytes}});
     }
   }
+  auto tenants = nlohmann::json::array();
+  for (const auto& tenant : parts_.store.tenants()) {
+    if (tenants.size() >= kMaxShown) break;
+    tenants.push_back({{"name", tenant.tenant},
+                       {"used_bytes", tenant.used_bytes},
+                       {"limit_bytes", tenant.limit_bytes},
+                       {"refused", tenant.refused}});
+  }
   auto tiers = nlohmann::json::array();
   for (const auto& tier : parts_.tiers.stats().tiers) tiers.push_back(tier_json(tier));
   auto devices = nlohmann::json::array();
@@ -126,6 +134,7 @@ std::string Inspector::status_json(bool stopping) const {
                                    {"index_slots_used", stats.index_slots_used},
                                    {"index_slots", parts_.config.index_slots()},
                                    {"eviction", parts_.config.store.eviction}}},
+                                 {"tenants", std::move(tenants)},
                                  {"lower_tiers", std::move(tiers)},
                                  {"devices", std::move(devices)},
                                  {"pipeline",

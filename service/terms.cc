@@ -18,6 +18,13 @@ Result<NamespaceTerms> namespace_terms(const ServiceConfig& config, const std::m
   if (tenant != nullptr) {
     if (!tenant->ladder.empty()) ladder = tenant->ladder;
     terms.storage.max_relative_error = tenant->max_relative_error;
+    terms.storage.tenant = tenant_of->second;
+    terms.storage.tenant_bytes = tenant->dram_bytes;
+    if (tenant->dram_share < 1) {
+      const auto share = static_cast<std::uint64_t>(tenant->dram_share * static_cast<double>(config.store.dram_bytes));
+      terms.storage.tenant_bytes =
+          std::max<std::uint64_t>(1, tenant->dram_bytes == 0 ? share : std::min(share, tenant->dram_bytes));
+    }
   }
   if (rule != nullptr) {
     if (!rule->ladder.empty()) ladder = rule->ladder;

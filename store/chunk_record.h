@@ -79,6 +79,7 @@ struct ChunkRecord {
   std::uint8_t saved_in = 0;  ///< bit i: lower tier i has it too, as far as is known
   std::uint8_t lossy_generations = 0;
   std::uint8_t form = 0;  ///< counts the containers that replaced one another here
+  bool charged = false;   ///< to the quota of its tenant
 
   std::span<const std::uint8_t> hash(std::size_t block) const {
     return {hashes.get() + block * hash_bytes, hash_bytes};

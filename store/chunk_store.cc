@@ -14,6 +14,7 @@
 #include "store/chunk_record.h"
 #include "store/container_map.h"
 #include "store/demotion.h"
+#include "store/quota.h"
 
 namespace kvern {
 namespace {
@@ -52,6 +53,15 @@ struct ChunkStore::State {
     ChunkKey key;
     ShardRange range;
     Extent extent;
+    const std::string* charged_to = nullptr;  // the tenant whose quota the extent counts against
+  };
+  struct Load {
+    Extent extent;
+    const std::string* charged_to = nullptr;
+  };
+  struct Tenant {
+    std::unique_ptr<EvictionPolicy> policy;  // of its chunks alone
+    std::uint64_t refused = 0;
   };
   using TicketMap = std::unordered_map<std::uint64_t, Ticket>;
 
@@ -140,7 +150,20 @@ struct ChunkStore::State {
   void drop_shards(std::uint32_t chunk);
   void drop_incomplete(const std::optional<NamespaceId>& namespace_id, std::int64_t shards_before_ns);
   template <typename Enough>
-  bool evict_until(std::uint64_t bytes, Enough enough);
+  bool evict_until(std::uint64_t bytes, Enough enough) {
+    return evict_until(*policy, bytes, enough);
+  }
+  template <typename Enough>
+  bool evict_until(EvictionPolicy& order, std::uint64_t bytes, Enough enough);
+
+  // Quotas.
+  const std::string* limited_tenant(const NamespaceId& namespace_id) const;
+  EvictionPolicy* policy_of_tenant(std::uint32_t chunk);
+  Status charge(const std::string* tenant, std::uint64_t bytes);
+  void refund(const std::string* tenant, std::uint64_t bytes);
+  void charge_chunk(ChunkRecord& chunk, std::uint64_t added_bytes);
+  template <typename Tell>
+  void tell_policies(std::uint32_t chunk, Tell tell);
 
   // Coming.
   void close_ticket(TicketMap::iterator ticket);
@@ -188,7 +211,9 @@ struct ChunkStore::State {
   std::shared_ptr<const RemovalListener> listener;
   std::function<void()> pressure_listener;
   bool pressed = false;
-  std::unordered_map<std::uint64_t, Extent> loads;
+  std::unordered_map<std::uint64_t, Load> loads;
+  TenantQuotas quotas;
+  std::map<std::string, Tenant> tenants;         // that have a quota; never erased
   std::unordered_map<NamespaceId, Terms> terms;  // those that are not the default
   std::optional<Demotion> demotion;              // once there is a ladder; knows all live chunks then
   std::size_t no_ladder = 0;                     // number of the ladder of those that stay as they are
@@ -360,7 +385,7 @@ void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view 
   const ChunkRecord& leaving = record(chunk);
   unmap(leaving);
   for (std::size_t block = 0; block < leaving.blocks; ++block) index.erase(leaving.fingerprint(block), chunk);
-  policy->erased(chunk);
+  tell_policies(chunk, [&](EvictionPolicy& each) { each.erased(chunk); });
   if (demotion) demotion->left(chunk);
   --counters.chunks;
   count_form(leaving, false);
@@ -372,6 +397,7 @@ void ChunkStore::State::release(std::uint32_t chunk) {
   const ChunkRecord& leaving = record(chunk);
   unmap(leaving);
   for (const auto& shard : leaving.shards) slab.free(shard.extent);
+  if (leaving.charged) refund(limited_tenant(leaving.family->namespace_id), leaving.encoded_bytes());
   counters.encoded_bytes -= leaving.encoded_bytes();
   counters.raw_bytes -= leaving.raw_bytes();
   families.release(leaving.family);
@@ -388,7 +414,7 @@ std::uint64_t ChunkStore::State::retire(std::span<const std::uint32_t> candidate
   for (const auto chunk : candidates) {
     if (claimed.contains(chunk)) {
       index.cancel_retire(chunk);
-      policy->skipped(chunk);
+      tell_policies(chunk, [&](EvictionPolicy& each) { each.skipped(chunk); });
       continue;
     }
     bytes += record(chunk).encoded_bytes();
@@ -437,7 +463,7 @@ void ChunkStore::State::drop_incomplete(const std::optional<NamespaceId>& namesp
 // Evicts until enough() holds; false when nothing is left that could go. Each round takes about as many victims as make
 // up the bytes, and looks at every chunk at most once.
 template <typename Enough>
-bool ChunkStore::State::evict_until(std::uint64_t bytes, Enough enough) {
+bool ChunkStore::State::evict_until(EvictionPolicy& order, std::uint64_t bytes, Enough enough) {
   if (enough()) return true;
   free_unheld();
   drop_incomplete(std::nullopt, clock.now_ns() - config.incomplete_ttl_ns);
@@ -447,11 +473,11 @@ bool ChunkStore::State::evict_until(std::uint64_t bytes, Enough enough) {
     candidates.clear();
     std::uint64_t candidate_bytes = 0;
     const std::uint64_t left_before = left;
-    for (const auto chunk : policy->victims(std::min<std::uint64_t>(kEvictionBatch, left))) {
+    for (const auto chunk : order.victims(std::min<std::uint64_t>(kEvictionBatch, left))) {
       if (!candidates.empty() && candidate_bytes >= bytes) break;
       --left;
       if (record(chunk).pins > 0) {
-        policy->skipped(chunk);
+        tell_policies(chunk, [&](EvictionPolicy& each) { each.skipped(chunk); });
         break;  // what it is reached through is next in the list, and must not leave before it
       }
       candidates.push_back(chunk);
@@ -466,6 +492,7 @@ bool ChunkStore::State::evict_until(std::uint64_t bytes, Enough enough) {
 }
 
 void ChunkStore::State::close_ticket(TicketMap::iterator ticket) {
+  refund(ticket->second.charged_to, ticket->second.extent.bytes);
   const auto entry = pending.find(ticket->second.key);
   std::erase(entry->second.tickets, ticket->first);
   if (entry->second.tickets.empty() && !entry->second.chunk) pending.erase(entry);
@@ -517,6 +544,7 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
   whole.lossy_generations = std::max(
       whole.lossy_generations, static_cast<std::uint8_t>(std::min<std::uint32_t>(info.lossy_generations, UINT8_MAX)));
   whole.last_shard_ns = clock.now_ns();
+  charge_chunk(whole, container_bytes);
   counters.encoded_bytes += container_bytes;
   counters.raw_bytes += info.shape.raw_bytes();
   if (!whole.is_complete()) return false;
@@ -582,6 +610,57 @@ bool ChunkStore::State::is_too_weak(const NamespaceId& namespace_id, const std::
   return floor < 1 && !(known_error(codec_spec).value_or(1) <= floor);
 }
 
+// Null for those without a quota. Stays valid.
+const std::string* ChunkStore::State::limited_tenant(const NamespaceId& namespace_id) const {
+  if (tenants.empty()) return nullptr;
+  const auto known = terms.find(namespace_id);
+  if (known == terms.end() || known->second.storage.tenant_bytes == 0) return nullptr;
+  return &tenants.find(known->second.storage.tenant)->first;
+}
+
+// Room within the quota, for which the tenant's own chunks leave.
+Status ChunkStore::State::charge(const std::string* tenant, std::uint64_t bytes) {
+  if (tenant == nullptr) return Status::ok();
+  Tenant& of = tenants.at(*tenant);
+  const std::uint64_t limit = quotas.limit(*tenant);
+  if (bytes > limit) {
+    ++of.refused;
+    return {Code::kRefused, "tenant " + *tenant + " may hold " + std::to_string(limit) + " bytes; a container of " +
+                                std::to_string(bytes) + " never fits"};
+  }
+  const auto is_within = [&] { return quotas.over(*tenant, bytes) == 0; };
+  if (!evict_until(*of.policy, quotas.over(*tenant, bytes), is_within)) {
+    ++of.refused;
+    return {Code::kBusy, "tenant " + *tenant + " holds " + std::to_string(quotas.used(*tenant)) + " of " +
+                             std::to_string(limit) + " bytes, which are in use: " + std::to_string(bytes) +
+                             " more do not fit"};
+  }
+  return quotas.charge(*tenant, bytes);
+}
+
+void ChunkStore::State::refund(const std::string* tenant, std::uint64_t bytes) {
+  if (tenant != nullptr) quotas.refund(*tenant, bytes);
+}
+
+// added_bytes: those of them that are new.
+void ChunkStore::State::charge_chunk(ChunkRecord& chunk, std::uint64_t added_bytes) {
+  const std::string* const tenant = limited_tenant(chunk.family->namespace_id);
+  if (tenant == nullptr) return;
+  quotas.add(*tenant, chunk.charged ? added_bytes : chunk.encoded_bytes());
+  chunk.charged = true;
+}
+
+EvictionPolicy* ChunkStore::State::policy_of_tenant(std::uint32_t chunk) {
+  const std::string* const tenant = limited_tenant(record(chunk).family->namespace_id);
+  return tenant == nullptr ? nullptr : tenants.at(*tenant).policy.get();
+}
+
+template <typename Tell>
+void ChunkStore::State::tell_policies(std::uint32_t chunk, Tell tell) {
+  tell(*policy);
+  if (EvictionPolicy* const own = policy_of_tenant(chunk)) tell(*own);
+}
+
 // Namespaces with the same rungs share a ladder.
 std::size_t ChunkStore::State::ladder_number(const Ladder& ladder) {
   for (const auto& [id, known] : terms) {
@@ -628,7 +707,9 @@ std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& 
 
 // A caller may name neighbours that are none; those that stand in no order cannot be.
 void ChunkStore::State::note_order(std::uint32_t parent, std::uint32_t chunk) {
-  if (record(parent).position < record(chunk).position) policy->follows(chunk, parent);
+  if (record(parent).position < record(chunk).position) {
+    tell_policies(chunk, [&](EvictionPolicy& each) { each.follows(chunk, parent); });
+  }
 }
 
 // Publishes a complete chunk; false, with nothing changed, when the index has no room.
@@ -654,7 +735,8 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
   count_form(entering, true);
   enroll(chunk);
   pressed = pressed || (demotion && slab.capacity_bytes() - slab.used_bytes() < config.demotion_free_bytes);
-  policy->inserted(chunk, {.bytes = entering.encoded_bytes(), .fingerprint = entering.fingerprint(0)});
+  const ChunkTraits traits{.bytes = entering.encoded_bytes(), .fingerprint = entering.fingerprint(0)};
+  tell_policies(chunk, [&](EvictionPolicy& each) { each.inserted(chunk, traits); });
   // Blocks of a shorter chunk are pointed to this one before that one goes, so that a reader finds them at any moment.
   for (std::size_t block = 0; block < blocks; ++block) {
     index.put(entering.fingerprint(block), chunk, static_cast<std::uint16_t>(block));
@@ -712,13 +794,16 @@ Result<WriteTicket> ChunkStore::begin_write(const ContainerInfo& info, std::size
       if (auto status = others.check_same_chunk(info); !status) return failure(std::move(status));
     }
   }
+  const std::string* const tenant = s.limited_tenant(info.key.namespace_id);
+  if (auto status = s.charge(tenant, max_bytes); !status) return failure(std::move(status));
   std::optional<Extent> extent;
   const auto allocate = [&] { return (extent = s.slab.allocate(max_bytes)).has_value(); };
   if (!s.evict_until(max_bytes, allocate)) {
+    s.refund(tenant, max_bytes);
     return failure(Code::kBusy, "no room for " + std::to_string(max_bytes) + " bytes: what is stored is in use");
   }
   const std::uint64_t id = s.next_id++;
-  s.tickets.emplace(id, State::Ticket{info.key, range, *extent});
+  s.tickets.emplace(id, State::Ticket{info.key, range, *extent, tenant});
   s.pending[info.key].tickets.push_back(id);
   return WriteTicket{id, *extent};
 }
@@ -741,7 +826,8 @@ void ChunkStore::abort(const WriteTicket& ticket) {
   State& s = *state_;
   State::Session session(s);
   if (const auto load = s.loads.find(ticket.id); load != s.loads.end()) {
-    s.slab.free(load->second);
+    s.slab.free(load->second.extent);
+    s.refund(load->second.charged_to, load->second.extent.bytes);
     s.loads.erase(load);
   }
   const auto open = s.tickets.find(ticket.id);
@@ -750,19 +836,22 @@ void ChunkStore::abort(const WriteTicket& ticket) {
   s.close_ticket(open);
 }
 
-Result<WriteTicket> ChunkStore::begin_load(std::uint64_t bytes) {
+Result<WriteTicket> ChunkStore::begin_load(std::uint64_t bytes, const std::optional<NamespaceId>& namespace_id) {
   State& s = *state_;
   if (bytes == 0 || bytes % Slab::kAlignment != 0 || bytes > s.slab.capacity_bytes()) {
     return failure(Code::kRefused, "an object of " + std::to_string(bytes) + " bytes does not fit the slab");
   }
   State::Session session(s);
+  const std::string* const tenant = namespace_id ? s.limited_tenant(*namespace_id) : nullptr;
+  if (auto status = s.charge(tenant, bytes); !status) return failure(std::move(status));
   std::optional<Extent> extent;
   const auto allocate = [&] { return (extent = s.slab.allocate(bytes)).has_value(); };
   if (!s.evict_until(bytes, allocate)) {
+    s.refund(tenant, bytes);
     return failure(Code::kBusy, "no room for " + std::to_string(bytes) + " bytes: what is stored is in use");
   }
   const std::uint64_t id = s.next_id++;
-  s.loads.emplace(id, *extent);
+  s.loads.emplace(id, State::Load{*extent, tenant});
   return WriteTicket{id, *extent};
 }
 
@@ -771,7 +860,8 @@ Status ChunkStore::publish_load(const WriteTicket& ticket, std::span<const Loade
   State::Session session(s);
   const auto open = s.loads.find(ticket.id);
   if (open == s.loads.end()) return Status(Code::kInvalid, "there is no such ticket");
-  const Extent object = open->second;
+  const Extent object = open->second.extent;
+  s.refund(open->second.charged_to, object.bytes);
   s.loads.erase(open);
   if (std::ranges::any_of(shards, [&](const LoadedShard& each) {
         return s.is_too_weak(each.info.key.namespace_id, each.info.codec_spec);
@@ -841,7 +931,7 @@ std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t gro
   for (std::size_t i = found; i-- > 0;) {
     if (i + 1 < found && hits[i].chunk == hits[i + 1].chunk) continue;
     if (i + 1 < found) s.note_order(hits[i].chunk, hits[i + 1].chunk);
-    s.policy->touched(hits[i].chunk);
+    s.tell_policies(hits[i].chunk, [&](EvictionPolicy& each) { each.touched(hits[i].chunk); });
   }
   return found;
 }
@@ -863,7 +953,9 @@ Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16
   if (!chunk) return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
-  if (is_use && pinned.state == ChunkState::kLive) s.policy->touched(*chunk);
+  if (is_use && pinned.state == ChunkState::kLive) {
+    s.tell_policies(*chunk, [&](EvictionPolicy& each) { each.touched(*chunk); });
+  }
   PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = s.shards_of(pinned)};
   s.pins.emplace(result.pin, State::Pin{*chunk, pinned.form});
   return result;
@@ -946,6 +1038,11 @@ void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage
       s.demotion.emplace(DemotionConfig{});
       s.no_ladder = s.demotion->add_ladder(*Ladder::make({.name = "none", .rungs = {{.codec_spec = "raw"}}}));
     }
+    if (storage.tenant_bytes > 0) {
+      s.quotas.set_limit(storage.tenant, storage.tenant_bytes);
+      State::Tenant& tenant = s.tenants[storage.tenant];
+      if (!tenant.policy) tenant.policy = make_eviction_policy(s.policy->name()).value();
+    }
     State::Terms terms{.storage = std::move(storage), .ladder = s.no_ladder, .specs = {}};
     if (terms.storage.ladder) {
       terms.ladder = s.ladder_number(*terms.storage.ladder);
@@ -965,8 +1062,13 @@ void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage
       if (!s.is_listed(chunk, std::nullopt)) continue;
       if (s.is_listed(chunk, namespace_id) && s.is_too_weak(namespace_id, s.record(chunk).family->codec_spec)) {
         s.drop_when_unheld(chunk, ChunkState::kQuarantined, "flushed");
-      } else if (first || s.is_listed(chunk, namespace_id)) {
-        s.enroll(chunk);
+        continue;
+      }
+      if (first || s.is_listed(chunk, namespace_id)) s.enroll(chunk);
+      ChunkRecord& each = s.record(chunk);
+      if (EvictionPolicy* const own = s.policy_of_tenant(chunk); own != nullptr && !each.charged) {
+        s.charge_chunk(each, 0);
+        own->inserted(chunk, {.bytes = each.encoded_bytes(), .fingerprint = each.fingerprint(0)});
       }
     }
   }
@@ -1015,7 +1117,8 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   State::Session session(s);
   const auto open = s.loads.find(ticket.id);
   if (open == s.loads.end()) return Status(Code::kInvalid, "there is no such ticket");
-  const Extent object = open->second;
+  const Extent object = open->second.extent;
+  s.refund(open->second.charged_to, object.bytes);
   s.loads.erase(open);
   const auto pin = s.pins.find(order.chunk.pin);
   if (pin == s.pins.end() || s.record(pin->second.chunk).state != ChunkState::kLive) {
@@ -1056,6 +1159,7 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   chunk.lossy_generations = order.to.lossy_generations;
   s.count_form(chunk, true);
   const std::uint64_t bytes_after = chunk.encoded_bytes();
+  if (chunk.charged) s.refund(s.limited_tenant(order.key.namespace_id), bytes_before - bytes_after);
   s.counters.encoded_bytes += bytes_after - bytes_before;
   ++s.counters.demoted_chunks;
   s.counters.demoted_bytes += bytes_before - bytes_after;
@@ -1079,6 +1183,16 @@ std::vector<StoredFormStats> ChunkStore::forms() const {
   std::vector<StoredFormStats> forms;
   for (const auto& [spec, form] : s.by_form) forms.push_back({spec, form.chunks, form.bytes});
   return forms;
+}
+
+std::vector<TenantStats> ChunkStore::tenants() const {
+  const State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  std::vector<TenantStats> all;
+  for (const auto& [name, tenant] : s.tenants) {
+    all.push_back({name, s.quotas.used(name), s.quotas.limit(name), tenant.refused});
+  }
+  return all;
 }
 
 void ChunkStore::set_removal_listener(RemovalListener listener) {

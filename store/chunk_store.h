@@ -100,6 +100,13 @@ struct StoredFormStats {
   std::uint64_t chunks = 0, bytes = 0;
 };
 
+/// A tenant with a quota.
+struct TenantStats {
+  std::string tenant;
+  std::uint64_t used_bytes = 0, limit_bytes = 0;
+  std::uint64_t refused = 0;  ///< containers for which it had no room
+};
+
 enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
 
 class ChunkStore {
@@ -124,7 +131,8 @@ class ChunkStore {
   /// already, kInFlight when somebody else has a ticket for that very key and range.
   Presence presence(const ChunkKey& key, const ShardShape& shard) const;
 
-  /// Room for a container of at most max_bytes; evicts when needed. kBusy when everything that could go is pinned or
+  /// Room for a container of at most max_bytes; evicts when needed, and what is the tenant's own first where the tenant
+  /// is at its limit. kBusy when everything that could go is pinned or
   /// claimed, kRefused when max_bytes is larger than the slab could ever hold, kNotFound never. Fails with kBusy
   /// ("in flight") when the same key and range is being written.
   Result<WriteTicket> begin_write(const ContainerInfo& info, std::size_t max_bytes);
@@ -137,8 +145,8 @@ class ChunkStore {
   void abort(const WriteTicket& ticket);
 
   /// Room for a whole chunk object of a lower tier (store/tier.h), bytes being a multiple of Slab::kAlignment. Fails as
-  /// begin_write() does.
-  Result<WriteTicket> begin_load(std::uint64_t bytes);
+  /// begin_write() does. Counts against the quota of the namespace's tenant, if one is given.
+  Result<WriteTicket> begin_load(std::uint64_t bytes, const std::optional<NamespaceId>& namespace_id = std::nullopt);
   /// The object is complete and verified in the ticket's bytes: publishes the chunk, unless it is stored already.
   /// saved_in: bit i says that lower tier i has it. kCorrupt when the shards are not a complete chunk.
   Status publish_load(const WriteTicket& ticket, std::span<const LoadedShard> shards, std::uint8_t saved_in);
@@ -188,6 +196,8 @@ class ChunkStore {
   void exempt_from_demotion(const DemotionOrder& order);
   /// Complete chunks by form.
   std::vector<StoredFormStats> forms() const;
+  /// Those that have quotas.
+  std::vector<TenantStats> tenants() const;
 
   void set_removal_listener(RemovalListener listener);
   ChunkStoreStats stats() const;

@@ -19,6 +19,8 @@ class TenantQuotas {
   void set_limit(const std::string& tenant, std::uint64_t limit_bytes);
   /// kRefused, with nothing charged, when the tenant would hold more than it may.
   Status charge(const std::string& tenant, std::uint64_t bytes);
+  /// Charges what is there already, whatever the limit.
+  void add(const std::string& tenant, std::uint64_t bytes) { used_bytes_[tenant] += bytes; }
   /// Of bytes that were charged.
   void refund(const std::string& tenant, std::uint64_t bytes);
   /// How many of its bytes have to leave before it may store so many more; 0: none. More than it holds when it can

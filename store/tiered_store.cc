@@ -127,7 +127,7 @@ void TieredStore::State::load(std::size_t place, const TierHit& hit, std::stop_t
 
 void TieredStore::State::read(std::size_t number, const TierHit& hit, std::stop_token cancel) {
   const std::uint64_t flushes_before = flushes.load();
-  const auto ticket = dram.begin_load(hit.bytes);
+  const auto ticket = dram.begin_load(hit.bytes, hit.key.namespace_id);
   if (!ticket) return finish_load(hit.key, ticket.error());
   if (usable_bytes && ticket->extent.offset + ticket->extent.bytes > usable_bytes()) {
     dram.abort(*ticket);

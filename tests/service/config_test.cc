@@ -195,6 +195,28 @@ TEST(Config, LaddersAndFloorsComeFromTheNamespaceThenTheTenantThenTheDefault) {
   EXPECT_EQ(ServiceConfig().demotion_free_bytes(), 0U);
 }
 
+TEST(Config, QuotasAreBytesOrAShareAndTheSmallerHolds) {
+  const auto loaded = parse_config(
+      "[store]\ndram_bytes = \"8GiB\"\n"
+      "[[tenant]]\nname = \"a\"\ndram_bytes = \"1GiB\"\n"
+      "[[tenant]]\nname = \"b\"\ndram_share = 0.25\n"
+      "[[tenant]]\nname = \"c\"\ndram_share = 0.5\ndram_bytes = \"3GiB\"\n",
+      "f");
+  ASSERT_THAT(loaded.errors, IsEmpty());
+  const auto bytes_of = [&](const char* tenant) {
+    return namespace_terms(loaded.config, {{"tenant", tenant}}).value().storage.tenant_bytes;
+  };
+  EXPECT_EQ(bytes_of("a"), 1ULL << 30);
+  EXPECT_EQ(bytes_of("b"), 2ULL << 30);
+  EXPECT_EQ(bytes_of("c"), 3ULL << 30);
+  EXPECT_EQ(bytes_of("d"), 0U);
+  const std::string dump = dump_config(loaded.config);
+  EXPECT_EQ(dump_config(parse_config(dump, "dump").config), dump);
+  EXPECT_THAT(
+      parse_config("[[tenant]]\nname = \"a\"\ndram_bytes = 0\n[[tenant]]\nname = \"b\"\ndram_share = 2\n", "k").errors,
+      ElementsAre(StartsWith("k:3: dram_bytes must be above 0"), StartsWith("k:6: dram_share must be")));
+}
+
 TEST(Config, AFloorThatTheCodecIsNotKnownToKeepIsRefused) {
   const auto loaded = parse_config(
       "[codec]\ndefault = \"unrotate | int4\"\n[[tenant]]\nname = \"*\"\nmax_relative_error = 0.01\n", "f");
