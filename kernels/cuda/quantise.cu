@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/packs.cuh"
 #include "kernels/cuda/quantise.h"
 
 namespace kvern::quantise {
@@ -11,20 +11,28 @@ namespace {
 
 using namespace cuda;
 
-constexpr unsigned kThreads = 256;
+/// Threads of a block at most, and the packs that each holds in registers: 16 KiB of 2-byte elements a block, all
+/// asked for before the first is used.
+constexpr unsigned kThreads = 128;
+constexpr std::uint32_t kHeld = 8;
+/// Packs beside each other in a block's tile of rows, at most.
+constexpr std::uint32_t kMaxTilePacks = 32;
 constexpr std::int32_t kInfinityKey = 0x7F800000;
 /// Channel groups have at most this many channels, 16 threads of kPackChannels.
 constexpr std::uint32_t kMaxChannelGroup = 128;
 
-/// Neighbouring elements of a row: what a thread loads, codes and stores at once.
 template <class E>
-struct alignas(16) Elements {
-  typename E::Raw values[kPackChannels];
-};
+using Elements = Words<E, kPackChannels>;
 
 template <class E>
 __device__ Elements<E> load(const typename E::Raw* rows, std::size_t element) {
   return *reinterpret_cast<const Elements<E>*>(rows + element);
+}
+template <class E>
+__device__ void to_values(const Elements<E>& elements, float (&values)[kPackChannels]) {
+  for (std::uint32_t i = 0; i < Elements<E>::kWords; ++i) {
+    to_floats<E>(elements.words[i], values + i * kWordElements<E>);
+  }
 }
 
 /// An integer that is ordered like the values, and back.
@@ -33,7 +41,25 @@ __device__ std::int32_t ordered(float value) {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 __device__ float from_ordered(std::int32_t key) { return __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF)); }
-__device__ bool is_finite(std::int32_t low, std::int32_t high) { return high < kInfinityKey && low > ~kInfinityKey; }
+
+/// Lowest and highest value of some elements, ordered. NaN is above infinity.
+struct Span {
+  std::int32_t low = INT32_MAX;
+  std::int32_t high = INT32_MIN;
+  __device__ void add(const Span& other) {
+    low = min(low, other.low);
+    high = max(high, other.high);
+  }
+  __device__ bool is_finite() const { return high < kInfinityKey && low > ~kInfinityKey; }
+};
+template <class E>
+__device__ void to_spans(const Extremes<E>& extremes, Span* spans) {
+  float low[kWordElements<E>];
+  float high[kWordElements<E>];
+  to_floats<E>(extremes.low, low);
+  to_floats<E>(extremes.high, high);
+  for (std::uint32_t i = 0; i < kWordElements<E>; ++i) spans[i] = {ordered(low[i]), ordered(high[i])};
+}
 
 template <std::uint32_t kBytes>
 __device__ void store_bytes(std::byte* to, std::uint64_t bits) {
@@ -78,104 +104,156 @@ __device__ void store_group(const Form& form, std::byte* section, std::size_t in
   }
 }
 
-/// One block per token group of a plane and tile of channels: threads in x hold kPackChannels channels each, threads in
-/// y take turns with the tokens. The group is read twice, the second time from the cache.
+/// What a group's elements are coded with, as threads leave it for each other.
+struct Factors {
+  float inverse;
+  float bias;
+};
 template <class E, Kind kKind>
-__global__ void encode_per_channel(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                                   std::size_t section_stride, std::uint32_t* not_finite) {
-  __shared__ std::int32_t lows[kWarp * kPackChannels];
-  __shared__ std::int32_t highs[kWarp * kPackChannels];
+__device__ Factors finish_group(const Form& form, std::byte* section, std::size_t index, const Span& span,
+                                std::uint32_t* not_finite) {
+  if (!span.is_finite()) *not_finite = 1;
+  const Group group = make_group(from_ordered(span.low), from_ordered(span.high), kKind, form.scheme, E::kDType);
+  store_group<E>(form, section, index, group);
+  return {group.inverse, group.bias};
+}
+template <Kind kKind>
+__device__ std::uint32_t encode(float value, const Factors& factors) {
+  Group group;
+  group.inverse = factors.inverse;
+  group.bias = factors.bias;
+  return quantise::encode(value, group, kKind);
+}
+
+/// One block per token group of a plane and tile of channels: threads in x hold kPackChannels channels each, threads in
+/// y take turns with the tokens. Groups of more than kHeld tokens per thread are read twice, the second time from the
+/// cache.
+template <class E, Kind kKind>
+__global__ void __launch_bounds__(kThreads)
+    encode_per_channel(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
+                       std::size_t section_stride, std::uint32_t* not_finite) {
+  __shared__ Span spans[kThreads * kPackChannels];  // [thread in y][channel]
+  __shared__ Factors factors[kMaxTilePacks * kPackChannels];
   const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
   std::byte* section = sections + blockIdx.z * section_stride;
-  const std::uint32_t first = blockIdx.y * form.group;
+  const std::uint32_t first = blockIdx.x * form.group;
   const std::uint32_t last = min(first + form.group, form.tokens);
-  const std::uint32_t channel = (blockIdx.x * blockDim.x + threadIdx.x) * kPackChannels;
-  const bool inside = channel < form.dim;
+  const std::uint32_t width = blockDim.x * kPackChannels;
   const std::uint32_t slot = threadIdx.x * kPackChannels;
+  const std::uint32_t channel = blockIdx.y * width + slot;
+  const bool inside = channel < form.dim;
+  const std::uint32_t step = blockDim.y * kHeld;
 
-  for (unsigned i = threadIdx.y * blockDim.x + threadIdx.x; i < kWarp * kPackChannels; i += blockDim.x * blockDim.y) {
-    lows[i] = INT32_MAX;
-    highs[i] = INT32_MIN;
+  Elements<E> held[kHeld];
+  const auto hold = [&](std::uint32_t from) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
+      if (inside && token < last) held[i] = load<E>(plane, std::size_t{token} * form.dim + channel);
+    }
+  };
+  Extremes<E> extremes[Elements<E>::kWords];
+  for (std::uint32_t from = first; from < last; from += step) {
+    hold(from);
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      if (!inside || from + threadIdx.y + i * blockDim.y >= last) continue;
+      for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) extremes[k].add(held[i].words[k]);
+    }
+  }
+  for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) {
+    to_spans(extremes[k], spans + threadIdx.y * width + slot + k * kWordElements<E>);
   }
   __syncthreads();
-  if (inside) {
-    std::int32_t low[kPackChannels];
-    std::int32_t high[kPackChannels];
-    for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-      low[i] = INT32_MAX;
-      high[i] = INT32_MIN;
-    }
-    for (std::uint32_t token = first + threadIdx.y; token < last; token += blockDim.y) {
-      const Elements<E> elements = load<E>(plane, std::size_t{token} * form.dim + channel);
-      for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-        const std::int32_t key = ordered(E::to_float(elements.values[i]));
-        low[i] = min(low[i], key);
-        high[i] = max(high[i], key);
-      }
-    }
-    for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-      atomicMin(&lows[slot + i], low[i]);
-      atomicMax(&highs[slot + i], high[i]);
-    }
+  for (std::uint32_t i = threadIdx.y * blockDim.x + threadIdx.x; i < width; i += blockDim.x * blockDim.y) {
+    if (blockIdx.y * width + i >= form.dim) continue;
+    Span span = spans[i];
+    for (std::uint32_t y = 1; y < blockDim.y; ++y) span.add(spans[y * width + i]);
+    factors[i] =
+        finish_group<E, kKind>(form, section, form.scale_index(first, blockIdx.y * width + i), span, not_finite);
   }
   __syncthreads();
   if (!inside) return;
-  Group groups[kPackChannels];
-  for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-    const std::int32_t low = lows[slot + i];
-    const std::int32_t high = highs[slot + i];
-    if (!is_finite(low, high)) *not_finite = 1;
-    groups[i] = make_group(from_ordered(low), from_ordered(high), kKind, form.scheme, E::kDType);
-    if (threadIdx.y == 0) store_group<E>(form, section, form.scale_index(first, channel + i), groups[i]);
-  }
-  for (std::uint32_t token = first + threadIdx.y; token < last; token += blockDim.y) {
-    const Elements<E> elements = load<E>(plane, std::size_t{token} * form.dim + channel);
-    std::uint32_t codes[kPackChannels];
-    for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-      codes[i] = encode(E::to_float(elements.values[i]), groups[i], kKind);
+  Factors own[kPackChannels];
+  for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = factors[slot + k];
+  for (std::uint32_t from = first; from < last; from += step) {
+    if (last - first > step) hold(from);
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
+      if (token >= last) continue;
+      float values[kPackChannels];
+      to_values<E>(held[i], values);
+      std::uint32_t codes[kPackChannels];
+      for (std::uint32_t k = 0; k < kPackChannels; ++k) codes[k] = encode<kKind>(values[k], own[k]);
+      store_codes<kKind>(form, section, token, channel, codes);
     }
-    store_codes<kKind>(form, section, token, channel, codes);
   }
 }
 
-/// `width` neighbouring threads, a power of two up to 16, per token and group of channels; each has kPackChannels
-/// channels or none.
+/// One block per tile of tokens and whole groups of channels. Threads as above; what they find in their packs lies in
+/// shared memory, and one thread per group puts it together.
 template <class E, Kind kKind>
-__global__ void encode_per_token(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                                 std::size_t section_stride, std::uint32_t width, std::uint32_t* not_finite) {
+__global__ void __launch_bounds__(kThreads)
+    encode_per_token(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
+                     std::size_t section_stride, std::uint32_t* not_finite) {
+  __shared__ Span spans[kThreads * kHeld];           // [token][pack]
+  __shared__ Factors factors[kThreads * kHeld / 2];  // [token][group]: groups have two packs or more
   const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
   std::byte* section = sections + blockIdx.z * section_stride;
-  const std::uint32_t groups = form.groups();
-  const std::uint32_t index = (blockIdx.x * blockDim.x + threadIdx.x) / width;
-  const std::uint32_t token = index / groups;
-  const std::uint32_t begin = index % groups * form.group;
-  const std::uint32_t channel = begin + threadIdx.x % width * kPackChannels;
-  const bool inside = token < form.tokens && channel < min(begin + form.group, form.dim);
+  const std::uint32_t packs = blockDim.x;
+  const std::uint32_t first_channel = blockIdx.y * packs * kPackChannels;
+  const std::uint32_t channel = first_channel + threadIdx.x * kPackChannels;
+  const std::uint32_t tile_tokens = blockDim.y * kHeld;
+  const std::uint32_t first = blockIdx.x * tile_tokens;
+  const std::uint32_t tokens = min(tile_tokens, form.tokens - first);
+  const std::uint32_t group_packs = form.group / kPackChannels;
+  const std::uint32_t tile_packs = min(packs, (form.dim - first_channel) / kPackChannels);
+  const std::uint32_t groups = (tile_packs + group_packs - 1) / group_packs;
+  const bool inside = threadIdx.x < tile_packs;
 
-  Elements<E> elements;
-  std::int32_t low = INT32_MAX;
-  std::int32_t high = INT32_MIN;
-  if (inside) {
-    elements = load<E>(plane, std::size_t{token} * form.dim + channel);
-    for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-      const std::int32_t key = ordered(E::to_float(elements.values[i]));
-      low = min(low, key);
-      high = max(high, key);
-    }
+  Elements<E> held[kHeld];
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    const std::uint32_t at = threadIdx.y + i * blockDim.y;
+    if (inside && at < tokens) held[i] = load<E>(plane, std::size_t{first + at} * form.dim + channel);
   }
-  for (std::uint32_t distance = width / 2; distance > 0; distance /= 2) {
-    low = min(low, __shfl_xor_sync(kEveryLane, low, distance));
-    high = max(high, __shfl_xor_sync(kEveryLane, high, distance));
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    const std::uint32_t at = threadIdx.y + i * blockDim.y;
+    if (!inside || at >= tokens) continue;
+    Extremes<E> extremes;
+    for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) extremes.add(held[i].words[k]);
+    Span of_elements[kWordElements<E>];
+    to_spans(extremes, of_elements);
+    for (std::uint32_t k = 1; k < kWordElements<E>; ++k) of_elements[0].add(of_elements[k]);
+    spans[at * packs + threadIdx.x] = of_elements[0];
   }
+  __syncthreads();
+  for (std::uint32_t i = threadIdx.y * packs + threadIdx.x; i < tokens * groups; i += packs * blockDim.y) {
+    const std::uint32_t at = i / groups;
+    const std::uint32_t group = i % groups;
+    const Span* of_group = spans + at * packs + group * group_packs;
+    const std::uint32_t count = min(group_packs, tile_packs - group * group_packs);
+    Span span;
+    for (std::uint32_t k = 0; k < count; ++k) span.add(of_group[k]);
+    const std::size_t index = form.scale_index(first + at, first_channel + group * form.group);
+    factors[i] = finish_group<E, kKind>(form, section, index, span, not_finite);
+  }
+  __syncthreads();
   if (!inside) return;
-  const Group group = make_group(from_ordered(low), from_ordered(high), kKind, form.scheme, E::kDType);
-  if (channel == begin) {
-    if (!is_finite(low, high)) *not_finite = 1;
-    store_group<E>(form, section, index, group);
+  const std::uint32_t group = threadIdx.x / group_packs;
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    const std::uint32_t at = threadIdx.y + i * blockDim.y;
+    if (at >= tokens) continue;
+    const Factors own = factors[at * groups + group];
+    float values[kPackChannels];
+    to_values<E>(held[i], values);
+    std::uint32_t codes[kPackChannels];
+    for (std::uint32_t k = 0; k < kPackChannels; ++k) codes[k] = encode<kKind>(values[k], own);
+    store_codes<kKind>(form, section, first + at, channel, codes);
   }
-  std::uint32_t codes[kPackChannels];
-  for (std::uint32_t i = 0; i < kPackChannels; ++i) codes[i] = encode(E::to_float(elements.values[i]), group, kKind);
-  store_codes<kKind>(form, section, token, channel, codes);
 }
 
 /// Zeros between the parts of a section, which the checksum covers.
@@ -189,35 +267,79 @@ __global__ void fill_gaps(Form form, std::byte* sections, std::size_t section_st
   if (second_bits(form.kind) > 0) fill(form.first_end(), form.second_at());
 }
 
+/// The line of a group as it is stored; sets *invalid where encoding cannot have made it.
 template <class E, Kind kKind>
-__global__ void decode_elements(Form form, const std::byte* sections, std::size_t section_stride, std::uint32_t begin,
-                                std::uint32_t end, std::byte* rows, std::size_t rows_stride, std::uint32_t* invalid) {
+__device__ Line stored_line(const Form& form, const std::byte* section, std::size_t index, std::uint32_t* invalid) {
+  float offset = 0;
+  if (form.has_offsets()) {
+    offset = E::to_float(reinterpret_cast<const typename E::Raw*>(section + form.offsets_at())[index]);
+  }
+  Line line;
+  const std::uint16_t scale = reinterpret_cast<const std::uint16_t*>(section)[index];
+  if (!make_line(scale, offset, kKind, form.scheme, E::kDType, line)) *invalid = 1;
+  return kKind == Kind::kInt8Residual ? refine(line, E::kDType) : line;
+}
+
+template <class E, Kind kKind>
+__device__ Elements<E> decode_pack(const Packed& packed, const Line (&lines)[kPackChannels], std::uint32_t* invalid) {
+  float values[kPackChannels];
+  for (std::uint32_t k = 0; k < kPackChannels; ++k) {
+    const std::uint32_t code = unpack(packed, k, kKind);
+    if (kKind == Kind::kFp8 && (code & 0x7FU) == 0x7FU) *invalid = 1;
+    values[k] = decode(code, lines[k], kKind);
+  }
+  Elements<E> decoded;
+  for (std::uint32_t i = 0; i < Elements<E>::kWords; ++i) decoded.words[i] = to_word<E>(values + i * kWordElements<E>);
+  return decoded;
+}
+
+/// One block per tile of tokens, all of one token group, and of channels. The lines of a channel group are made once
+/// per block, or once per token by the threads that hold its packs.
+template <class E, Kind kKind>
+__global__ void __launch_bounds__(kThreads)
+    decode_elements(Form form, const std::byte* sections, std::size_t section_stride, std::uint32_t begin,
+                    std::uint32_t end, std::uint32_t tile_tokens, std::byte* rows, std::size_t rows_stride,
+                    std::uint32_t* invalid) {
+  __shared__ Line lines[kMaxTilePacks * kPackChannels];
   const std::byte* section = sections + blockIdx.z * section_stride;
-  const auto* scales = reinterpret_cast<const std::uint16_t*>(section);
-  const auto* offsets = reinterpret_cast<const typename E::Raw*>(section + form.offsets_at());
   auto* out = reinterpret_cast<typename E::Raw*>(rows + blockIdx.z * rows_stride);
-  const std::size_t count = std::size_t{end - begin} * form.dim;
-  const std::size_t step = std::size_t{gridDim.x} * blockDim.x * kPackChannels;
-  const auto line_at = [&](std::size_t index) {
-    Line line;
-    const float offset = form.has_offsets() ? E::to_float(offsets[index]) : 0.0F;
-    if (!make_line(scales[index], offset, kKind, form.scheme, E::kDType, line)) *invalid = 1;
-    return kKind == Kind::kInt8Residual ? refine(line, E::kDType) : line;
-  };
-  for (std::size_t at = (std::size_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPackChannels; at < count; at += step) {
-    const std::uint32_t token = begin + static_cast<std::uint32_t>(at / form.dim);
-    const auto channel = static_cast<std::uint32_t>(at % form.dim);
-    const Packed packed = load_codes<kKind>(form, section, token, channel);
-    Elements<E> decoded;
-    Line line;
-    for (std::uint32_t i = 0; i < kPackChannels; ++i) {
-      // Channel groups begin at multiples of 16, so that a thread's channels are all in one.
-      if (form.per_channel || i == 0) line = line_at(form.scale_index(token, channel + i));
-      const std::uint32_t code = unpack(packed, i, kKind);
-      if (kKind == Kind::kFp8 && (code & 0x7FU) == 0x7FU) *invalid = 1;
-      decoded.values[i] = E::from_float(decode(code, line, kKind));
+  // Tiles begin at multiples of their size, which is the group's for keys.
+  const std::uint32_t tile = begin / tile_tokens + blockIdx.x;
+  const std::uint32_t first = max(begin, tile * tile_tokens);
+  const std::uint32_t last = min(end, (tile + 1) * tile_tokens);
+  const std::uint32_t width = blockDim.x * kPackChannels;
+  const std::uint32_t channel = blockIdx.y * width + threadIdx.x * kPackChannels;
+  if (form.per_channel) {
+    for (std::uint32_t i = threadIdx.y * blockDim.x + threadIdx.x; i < width; i += blockDim.x * blockDim.y) {
+      const std::uint32_t at = blockIdx.y * width + i;
+      if (at < form.dim) lines[i] = stored_line<E, kKind>(form, section, form.scale_index(first, at), invalid);
     }
-    *reinterpret_cast<Elements<E>*>(out + at) = decoded;
+    __syncthreads();
+  }
+  if (channel >= form.dim) return;
+  Line own[kPackChannels];
+  if (form.per_channel) {
+    for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = lines[threadIdx.x * kPackChannels + k];
+  }
+  for (std::uint32_t from = first + threadIdx.y; from < last; from += blockDim.y * kHeld) {
+    Packed packed[kHeld];
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + i * blockDim.y;
+      if (token < last) packed[i] = load_codes<kKind>(form, section, token, channel);
+    }
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + i * blockDim.y;
+      if (token >= last) continue;
+      if (!form.per_channel) {
+        // Channel groups begin at multiples of 16, so that a thread's channels are all in one.
+        const Line line = stored_line<E, kKind>(form, section, form.scale_index(token, channel), invalid);
+        for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = line;
+      }
+      *reinterpret_cast<Elements<E>*>(out + std::size_t{token - begin} * form.dim + channel) =
+          decode_pack<E, kKind>(packed[i], own, invalid);
+    }
   }
 }
 
@@ -235,23 +357,26 @@ Status check(const Form& form, std::uint32_t count) {
   return Status::ok();
 }
 
+/// Threads of a block over `packs` packs of a row.
+dim3 tile_threads(std::uint32_t packs) { return dim3(packs, kThreads / packs); }
+
 template <class E, Kind kKind>
 void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
   fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
+  const std::uint32_t packs = form.dim / kPackChannels;
   if (form.per_channel) {
-    const unsigned packs = form.dim / kPackChannels;
-    const unsigned width = std::min(packs, kWarp);
-    const dim3 grid((packs + width - 1) / width, form.groups(), count);
-    encode_per_channel<E, kKind><<<grid, dim3(width, kThreads / width), 0, stream>>>(
-        form, planes, plane_stride, sections, section_stride, not_finite);
+    const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks));
+    const dim3 grid(form.groups(), (packs + threads.x - 1) / threads.x, count);
+    encode_per_channel<E, kKind>
+        <<<grid, threads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
   } else {
-    unsigned width = 2;
-    while (width * kPackChannels < std::min(form.group, form.dim)) width *= 2;
-    const std::size_t threads = std::size_t{form.tokens} * form.groups() * width;
-    const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-    encode_per_token<E, kKind><<<dim3(blocks, 1, count), kThreads, 0, stream>>>(form, planes, plane_stride, sections,
-                                                                                section_stride, width, not_finite);
+    const std::uint32_t group_packs = form.group / kPackChannels;
+    const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks / group_packs * group_packs));
+    const std::uint32_t tile_tokens = threads.y * kHeld;
+    const dim3 grid((form.tokens + tile_tokens - 1) / tile_tokens, (packs + threads.x - 1) / threads.x, count);
+    encode_per_token<E, kKind>
+        <<<grid, threads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
   }
 }
 
@@ -259,10 +384,12 @@ template <class E, Kind kKind>
 void decode_as(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,
                std::uint32_t begin, std::uint32_t end, std::byte* rows, std::size_t rows_stride, std::uint32_t* invalid,
                cudaStream_t stream) {
-  const std::size_t packs = std::size_t{end - begin} * form.dim / kPackChannels;
-  const auto blocks = static_cast<unsigned>(std::min<std::size_t>((packs + kThreads - 1) / kThreads, 1U << 16));
-  decode_elements<E, kKind><<<dim3(blocks, 1, count), kThreads, 0, stream>>>(form, sections, section_stride, begin, end,
-                                                                             rows, rows_stride, invalid);
+  const std::uint32_t packs = form.dim / kPackChannels;
+  const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks));
+  const std::uint32_t tile_tokens = form.per_channel ? form.group : threads.y * kHeld;
+  const dim3 grid((end - 1) / tile_tokens - begin / tile_tokens + 1, (packs + threads.x - 1) / threads.x, count);
+  decode_elements<E, kKind><<<grid, threads, 0, stream>>>(form, sections, section_stride, begin, end, tile_tokens, rows,
+                                                          rows_stride, invalid);
 }
 
 /// Calls run with the element type and the kind.
