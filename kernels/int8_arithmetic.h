@@ -47,7 +47,9 @@ KVERN_HOST_DEVICE constexpr float inverse_scale(float magnitude, DType dtype) {
 /// Nearest code, ties to even.
 KVERN_HOST_DEVICE inline std::int8_t encode(float value, float inverse) {
 #if defined(__CUDA_ARCH__)
-  return static_cast<std::int8_t>(__float2int_rn(__fmul_rn(value, inverse)));
+  // The sum rounds to units, which are its last bits; conversions run at a quarter of the rate or less.
+  constexpr float kUnits = 0x1.8p23F;
+  return static_cast<std::int8_t>(__float_as_int(__fadd_rn(__fmul_rn(value, inverse), kUnits)) & 0xFF);
 #else
   return static_cast<std::int8_t>(std::nearbyint(value * inverse));
 #endif

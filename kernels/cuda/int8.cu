@@ -1,7 +1,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <string>
+#include <type_traits>
 
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/int8.h"
@@ -12,7 +14,13 @@ namespace {
 using namespace cuda;
 
 constexpr std::uint32_t kInfinityBits = 0x7F800000U;
-constexpr unsigned kThreads = 256;
+constexpr unsigned kThreads = 128;
+constexpr unsigned kWarps = kThreads / kWarp;
+/// Packs that a thread holds in registers: all are asked for before the first is used.
+constexpr std::uint32_t kHeld = 16;
+constexpr std::uint32_t kHeldTokens = 8;
+/// Blocks that share a multiprocessor: while some wait for memory, others code.
+constexpr unsigned kBlocks = 6;
 /// Elements that a thread loads at once: 8 or 16 bytes. Form::channel_group() is a multiple of it.
 constexpr std::uint32_t kVector = 4;
 
@@ -21,6 +29,14 @@ template <typename T, std::uint32_t kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
 };
+
+/// A pack as it waits in registers: whole words, which take less room than elements.
+template <typename T>
+using Waiting = std::conditional_t<
+    sizeof(T) == 16, uint4,
+    std::conditional_t<sizeof(T) == 8, uint2,
+                       std::conditional_t<sizeof(T) == 4, std::uint32_t,
+                                          std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint8_t>>>>;
 
 /// The elements of a plane, by token and channel.
 template <class E, std::uint32_t kCount>
@@ -33,89 +49,143 @@ __device__ std::uint32_t magnitude_bits(typename E::Raw raw) {
   return __float_as_uint(E::to_float(raw)) & 0x7FFFFFFFU;
 }
 
-/// One block per token group of a plane and tile of channels: threads in x hold kCount channels each, threads in y take
-/// turns with the tokens. The group is read twice, the second time from the cache.
 template <class E, std::uint32_t kCount>
-__global__ void encode_per_channel(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                                   std::size_t section_stride, std::uint32_t* not_finite) {
-  __shared__ std::uint32_t magnitudes[kWarp * kCount];
+__device__ void encode_pack(const Pack<typename E::Raw, kCount>& pack, const float (&inverses)[kCount],
+                            std::int8_t* codes) {
+  Pack<std::int8_t, kCount> coded;
+  for (std::uint32_t i = 0; i < kCount; ++i) coded.values[i] = encode(E::to_float(pack.values[i]), inverses[i]);
+  *reinterpret_cast<Pack<std::int8_t, kCount>*>(codes) = coded;
+}
+
+/// The inverse of a group's scale, which it stores.
+template <class E>
+__device__ float finish_group(std::uint32_t magnitude, std::uint16_t* scale, std::uint32_t* not_finite) {
+  if (magnitude >= kInfinityBits) *not_finite = 1;
+  *scale = scale_bits(__uint_as_float(magnitude), E::kDType);
+  return inverse_scale(__uint_as_float(magnitude), E::kDType);
+}
+
+/// One block per token group of a plane and tile of channels: threads in x hold kCount channels each, threads in y take
+/// turns with the tokens. Groups of more than kHeld tokens per thread are read twice, the second time from the cache.
+template <class E, std::uint32_t kCount>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    encode_per_channel(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
+                       std::size_t section_stride, std::uint32_t* not_finite) {
+  __shared__ std::uint32_t magnitudes[kThreads * kCount];  // [thread in y][channel]
+  __shared__ float inverses[kWarp * kCount];
   const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
   std::byte* section = sections + blockIdx.z * section_stride;
   auto* scales = reinterpret_cast<std::uint16_t*>(section);
   auto* codes = reinterpret_cast<std::int8_t*>(section + form.codes_offset());
-  const std::uint32_t first = blockIdx.y * form.group;
+  const std::uint32_t first = blockIdx.x * form.group;
   const std::uint32_t last = min(first + form.group, form.tokens);
-  const std::uint32_t channel = (blockIdx.x * blockDim.x + threadIdx.x) * kCount;
+  const std::uint32_t width = blockDim.x * kCount;
+  const std::uint32_t slot = threadIdx.x * kCount;
+  const std::uint32_t channel = blockIdx.y * width + slot;
   const bool inside = channel < form.dim;
+  const std::uint32_t step = blockDim.y * kHeld;
 
-  for (unsigned i = threadIdx.y * blockDim.x + threadIdx.x; i < kWarp * kCount; i += blockDim.x * blockDim.y) {
-    magnitudes[i] = 0;
-  }
-  __syncthreads();
-  if (inside) {
-    std::uint32_t largest[kCount] = {};
-    for (std::uint32_t token = first + threadIdx.y; token < last; token += blockDim.y) {
-      const auto pack = load<E, kCount>(plane, std::size_t{token} * form.dim + channel);
-      for (std::uint32_t i = 0; i < kCount; ++i) largest[i] = max(largest[i], magnitude_bits<E>(pack.values[i]));
+  using Elements = Pack<typename E::Raw, kCount>;
+  Waiting<Elements> held[kHeld];
+  const auto hold = [&](std::uint32_t from) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
+      if (inside && token < last)
+        held[i] = std::bit_cast<Waiting<Elements>>(load<E, kCount>(plane, std::size_t{token} * form.dim + channel));
     }
-    for (std::uint32_t i = 0; i < kCount; ++i) atomicMax(&magnitudes[threadIdx.x * kCount + i], largest[i]);
+  };
+  std::uint32_t largest[kCount] = {};
+  for (std::uint32_t from = first; from < last; from += step) {
+    hold(from);
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      if (!inside || from + threadIdx.y + i * blockDim.y >= last) continue;
+      const auto pack = std::bit_cast<Elements>(held[i]);
+      for (std::uint32_t k = 0; k < kCount; ++k) largest[k] = max(largest[k], magnitude_bits<E>(pack.values[k]));
+    }
+  }
+  for (std::uint32_t k = 0; k < kCount; ++k) magnitudes[threadIdx.y * width + slot + k] = largest[k];
+  __syncthreads();
+  for (std::uint32_t i = threadIdx.y * blockDim.x + threadIdx.x; i < width; i += blockDim.x * blockDim.y) {
+    if (blockIdx.y * width + i >= form.dim) continue;
+    std::uint32_t magnitude = 0;
+    for (std::uint32_t y = 0; y < blockDim.y; ++y) magnitude = max(magnitude, magnitudes[y * width + i]);
+    inverses[i] = finish_group<E>(magnitude, scales + form.scale_index(first, blockIdx.y * width + i), not_finite);
   }
   __syncthreads();
   if (!inside) return;
-  float inverses[kCount];
-  Pack<std::uint16_t, kCount> group_scales;
-  for (std::uint32_t i = 0; i < kCount; ++i) {
-    const std::uint32_t bits = magnitudes[threadIdx.x * kCount + i];
-    if (bits >= kInfinityBits) *not_finite = 1;
-    inverses[i] = inverse_scale(__uint_as_float(bits), E::kDType);
-    group_scales.values[i] = scale_bits(__uint_as_float(bits), E::kDType);
-  }
-  if (threadIdx.y == 0) {
-    *reinterpret_cast<Pack<std::uint16_t, kCount>*>(scales + form.scale_index(first, channel)) = group_scales;
-  }
-  for (std::uint32_t token = first + threadIdx.y; token < last; token += blockDim.y) {
-    const std::size_t element = std::size_t{token} * form.dim + channel;
-    const auto pack = load<E, kCount>(plane, element);
-    Pack<std::int8_t, kCount> coded;
-    for (std::uint32_t i = 0; i < kCount; ++i) coded.values[i] = encode(E::to_float(pack.values[i]), inverses[i]);
-    *reinterpret_cast<Pack<std::int8_t, kCount>*>(codes + element) = coded;
+  float own[kCount];
+  for (std::uint32_t k = 0; k < kCount; ++k) own[k] = inverses[slot + k];
+  for (std::uint32_t from = first; from < last; from += step) {
+    if (last - first > step) hold(from);
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
+      if (token < last)
+        encode_pack<E, kCount>(std::bit_cast<Elements>(held[i]), own, codes + std::size_t{token} * form.dim + channel);
+    }
   }
 }
 
-/// One warp per token and group of channels.
+/// One warp per kHeldTokens tokens of a group of channels; a lane each finishes their groups.
 template <class E, std::uint32_t kCount>
-__global__ void encode_per_token(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                                 std::size_t section_stride, std::uint32_t* not_finite) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    encode_per_token(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
+                     std::size_t section_stride, std::uint32_t* not_finite) {
   const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
   std::byte* section = sections + blockIdx.z * section_stride;
   auto* scales = reinterpret_cast<std::uint16_t*>(section);
   auto* codes = reinterpret_cast<std::int8_t*>(section + form.codes_offset());
-  const std::uint32_t groups = form.groups();
-  const std::uint32_t index = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (index >= form.tokens * groups) return;
-  const std::uint32_t token = index / groups;
-  const std::uint32_t first = index % groups * form.group;
+  const std::uint32_t first_token = (blockIdx.x * kWarps + threadIdx.x / kWarp) * kHeldTokens;
+  if (first_token >= form.tokens) return;
+  const std::uint32_t tokens = min(kHeldTokens, form.tokens - first_token);
+  const std::uint32_t first = blockIdx.y * form.group;
   const std::uint32_t last = min(first + form.group, form.dim);
   const std::uint32_t lane = threadIdx.x % kWarp;
+  const std::uint32_t channel = first + lane * kCount;
+  // Groups that are wider than a warp holds are read twice beyond that, the second time from the cache.
+  constexpr std::uint32_t kStep = kWarp * kCount;
 
-  std::uint32_t largest = 0;
-  for (std::uint32_t channel = first + lane * kCount; channel < last; channel += kWarp * kCount) {
-    const auto pack = load<E, kCount>(plane, std::size_t{token} * form.dim + channel);
-    for (std::uint32_t i = 0; i < kCount; ++i) largest = max(largest, magnitude_bits<E>(pack.values[i]));
+  using Elements = Pack<typename E::Raw, kCount>;
+  Waiting<Elements> held[kHeldTokens];
+#pragma unroll
+  for (std::uint32_t t = 0; t < kHeldTokens; ++t) {
+    if (t < tokens && channel < last) {
+      held[t] =
+          std::bit_cast<Waiting<Elements>>(load<E, kCount>(plane, std::size_t{first_token + t} * form.dim + channel));
+    }
   }
-  largest = __reduce_max_sync(0xFFFFFFFFU, largest);
-  const float magnitude = __uint_as_float(largest);
-  const float inverse = inverse_scale(magnitude, E::kDType);
-  if (lane == 0) {
-    if (largest >= kInfinityBits) *not_finite = 1;
-    scales[index] = scale_bits(magnitude, E::kDType);
+  std::uint32_t magnitude = 0;  // of the group of the lane's token
+#pragma unroll
+  for (std::uint32_t t = 0; t < kHeldTokens; ++t) {
+    std::uint32_t largest = 0;
+    if (t < tokens && channel < last) {
+      const auto own = std::bit_cast<Elements>(held[t]);
+      for (std::uint32_t k = 0; k < kCount; ++k) largest = max(largest, magnitude_bits<E>(own.values[k]));
+      for (std::uint32_t more = channel + kStep; more < last; more += kStep) {
+        const auto pack = load<E, kCount>(plane, std::size_t{first_token + t} * form.dim + more);
+        for (std::uint32_t k = 0; k < kCount; ++k) largest = max(largest, magnitude_bits<E>(pack.values[k]));
+      }
+    }
+    largest = __reduce_max_sync(kEveryLane, largest);
+    if (lane == t) magnitude = largest;
   }
-  for (std::uint32_t channel = first + lane * kCount; channel < last; channel += kWarp * kCount) {
-    const std::size_t element = std::size_t{token} * form.dim + channel;
-    const auto pack = load<E, kCount>(plane, element);
-    Pack<std::int8_t, kCount> coded;
-    for (std::uint32_t i = 0; i < kCount; ++i) coded.values[i] = encode(E::to_float(pack.values[i]), inverse);
-    *reinterpret_cast<Pack<std::int8_t, kCount>*>(codes + element) = coded;
+  float inverse = 0;
+  if (lane < tokens) {
+    inverse = finish_group<E>(magnitude, scales + form.scale_index(first_token + lane, first), not_finite);
+  }
+#pragma unroll
+  for (std::uint32_t t = 0; t < kHeldTokens; ++t) {
+    const float of_token = __shfl_sync(kEveryLane, inverse, static_cast<int>(t));
+    if (t >= tokens || channel >= last) continue;
+    float own[kCount];
+    for (std::uint32_t k = 0; k < kCount; ++k) own[k] = of_token;
+    const std::size_t row = std::size_t{first_token + t} * form.dim;
+    encode_pack<E, kCount>(std::bit_cast<Elements>(held[t]), own, codes + row + channel);
+    for (std::uint32_t more = channel + kStep; more < last; more += kStep) {
+      encode_pack<E, kCount>(load<E, kCount>(plane, row + more), own, codes + row + more);
+    }
   }
 }
 
@@ -126,26 +196,55 @@ __global__ void fill_gaps(Form form, std::byte* sections, std::size_t section_st
   if (at < form.codes_offset()) section[at] = std::byte{0};
 }
 
+/// One block per tile of tokens, all of one token group where scales are per channel, and of channels.
 template <class E, std::uint32_t kCount>
-__global__ void decode_elements(Form form, const std::byte* sections, std::size_t section_stride, std::uint32_t begin,
-                                std::uint32_t end, std::byte* rows, std::size_t rows_stride, std::uint32_t* bad_scale) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    decode_elements(Form form, const std::byte* sections, std::size_t section_stride, std::uint32_t begin,
+                    std::uint32_t end, std::uint32_t tile_tokens, std::byte* rows, std::size_t rows_stride,
+                    std::uint32_t* bad_scale) {
   const std::byte* section = sections + blockIdx.z * section_stride;
   const auto* scales = reinterpret_cast<const std::uint16_t*>(section);
   const auto* codes = reinterpret_cast<const std::int8_t*>(section + form.codes_offset());
   auto* out = reinterpret_cast<typename E::Raw*>(rows + blockIdx.z * rows_stride);
-  const std::size_t count = std::size_t{end - begin} * form.dim;
-  const std::size_t step = std::size_t{gridDim.x} * blockDim.x * kCount;
-  for (std::size_t at = (std::size_t{blockIdx.x} * blockDim.x + threadIdx.x) * kCount; at < count; at += step) {
-    const std::uint32_t token = begin + static_cast<std::uint32_t>(at / form.dim);
-    const auto channel = static_cast<std::uint32_t>(at % form.dim);
-    const auto coded = *reinterpret_cast<const Pack<std::int8_t, kCount>*>(codes + std::size_t{begin} * form.dim + at);
-    Pack<typename E::Raw, kCount> decoded;
-    for (std::uint32_t i = 0; i < kCount; ++i) {
-      const std::uint16_t scale = scales[form.scale_index(token, channel + i)];
-      if (scale > max_scale_bits(E::kDType)) *bad_scale = 1;
-      decoded.values[i] = E::from_float(decode(coded.values[i], scale_value(scale)));
+  const std::uint32_t tile = begin / tile_tokens + blockIdx.x;
+  const std::uint32_t first = max(begin, tile * tile_tokens);
+  const std::uint32_t last = min(end, (tile + 1) * tile_tokens);
+  const std::uint32_t channel = (blockIdx.y * blockDim.x + threadIdx.x) * kCount;
+  if (channel >= form.dim) return;
+  const auto scale_of = [&](std::size_t index) {
+    const std::uint16_t bits = scales[index];
+    if (bits > max_scale_bits(E::kDType)) *bad_scale = 1;
+    return scale_value(bits);
+  };
+  float own[kCount];
+  if (form.per_channel) {
+    for (std::uint32_t k = 0; k < kCount; ++k) own[k] = scale_of(form.scale_index(first, channel + k));
+  }
+  for (std::uint32_t from = first + threadIdx.y; from < last; from += blockDim.y * kHeld) {
+    using Codes = Pack<std::int8_t, kCount>;
+    Waiting<Codes> held[kHeld];
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + i * blockDim.y;
+      if (token < last) {
+        held[i] = *reinterpret_cast<const Waiting<Codes>*>(codes + std::size_t{token} * form.dim + channel);
+      }
     }
-    *reinterpret_cast<Pack<typename E::Raw, kCount>*>(out + at) = decoded;
+#pragma unroll
+    for (std::uint32_t i = 0; i < kHeld; ++i) {
+      const std::uint32_t token = from + i * blockDim.y;
+      if (token >= last) continue;
+      if (!form.per_channel) {
+        // Channel groups begin at multiples of kCount, so that a pack's channels are all in one.
+        const float scale = scale_of(form.scale_index(token, channel));
+        for (std::uint32_t k = 0; k < kCount; ++k) own[k] = scale;
+      }
+      const auto coded = std::bit_cast<Codes>(held[i]);
+      Pack<typename E::Raw, kCount> decoded;
+      for (std::uint32_t k = 0; k < kCount; ++k) decoded.values[k] = E::from_float(decode(coded.values[k], own[k]));
+      *reinterpret_cast<Pack<typename E::Raw, kCount>*>(out + std::size_t{token - begin} * form.dim + channel) =
+          decoded;
+    }
   }
 }
 
@@ -157,21 +256,27 @@ Status check(const Form& form, std::uint32_t count) {
   return Status::ok();
 }
 
+/// Threads of a block over `packs` packs of a row.
+dim3 tile_threads(std::uint32_t packs) {
+  const std::uint32_t width = std::min(packs, kWarp);
+  return dim3(width, kThreads / width);
+}
+
 template <class E, std::uint32_t kCount>
 void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
   fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
   if (form.per_channel) {
-    const unsigned packs = (form.dim + kCount - 1) / kCount;
-    const unsigned width = std::min(packs, kWarp);
-    const dim3 grid((packs + width - 1) / width, form.groups(), count);
-    encode_per_channel<E, kCount><<<grid, dim3(width, kThreads / width), 0, stream>>>(
-        form, planes, plane_stride, sections, section_stride, not_finite);
+    const std::uint32_t packs = (form.dim + kCount - 1) / kCount;
+    const dim3 threads = tile_threads(packs);
+    const dim3 grid(form.groups(), (packs + threads.x - 1) / threads.x, count);
+    encode_per_channel<E, kCount>
+        <<<grid, threads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
   } else {
-    constexpr unsigned kWarps = kThreads / kWarp;
-    const unsigned blocks = (form.tokens * form.groups() + kWarps - 1) / kWarps;
-    encode_per_token<E, kCount><<<dim3(blocks, 1, count), kThreads, 0, stream>>>(form, planes, plane_stride, sections,
-                                                                                 section_stride, not_finite);
+    constexpr std::uint32_t kTokens = kWarps * kHeldTokens;
+    const dim3 grid((form.tokens + kTokens - 1) / kTokens, form.groups(), count);
+    encode_per_token<E, kCount>
+        <<<grid, kThreads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
   }
 }
 
@@ -179,10 +284,12 @@ template <class E, std::uint32_t kCount>
 void decode_as(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,
                std::uint32_t begin, std::uint32_t end, std::byte* rows, std::size_t rows_stride,
                std::uint32_t* bad_scale, cudaStream_t stream) {
-  const std::size_t packs = std::size_t{end - begin} * form.dim / kCount;
-  const auto blocks = static_cast<unsigned>(std::min<std::size_t>((packs + kThreads - 1) / kThreads, 1U << 16));
-  decode_elements<E, kCount><<<dim3(blocks, 1, count), kThreads, 0, stream>>>(form, sections, section_stride, begin,
-                                                                              end, rows, rows_stride, bad_scale);
+  const std::uint32_t packs = (form.dim + kCount - 1) / kCount;
+  const dim3 threads = tile_threads(packs);
+  const std::uint32_t tile_tokens = form.per_channel ? form.group : threads.y * kHeld;
+  const dim3 grid((end - 1) / tile_tokens - begin / tile_tokens + 1, (packs + threads.x - 1) / threads.x, count);
+  decode_elements<E, kCount><<<grid, threads, 0, stream>>>(form, sections, section_stride, begin, end, tile_tokens,
+                                                           rows, rows_stride, bad_scale);
 }
 
 /// Calls run with the element type and the number of elements that move together: packs must not cross rows.
