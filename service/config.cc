@@ -136,6 +136,9 @@ constexpr ConfigKey kKeys[] = {
      KVERN_SLOT(redis.write)},
     {"redis.write_queue_bytes", KeyType::kBytes, "bytes", "", kMiB, kTiB, "See nvme.write_queue_bytes.",
      KVERN_SLOT(redis.write_queue_bytes)},
+    {"redis.find_timeout_ms", KeyType::kNumber, "ms", "", 10, 600'000,
+     "Of asking which chunks are there; what the server has not answered by then is a miss.",
+     KVERN_SLOT(redis.find_timeout_ms)},
     {"redis.timeout_ms", KeyType::kNumber, "ms", "", 10, 600'000, "Of one read or write.",
      KVERN_SLOT(redis.timeout_ms)},
 
@@ -166,6 +169,8 @@ constexpr ConfigKey kKeys[] = {
      KVERN_SLOT(s3.write_queue_bytes)},
     {"s3.part_bytes", KeyType::kBytes, "bytes", "", 5 * kMiB, 5 * kGiB, "Larger chunks are uploaded in such parts.",
      KVERN_SLOT(s3.part_bytes)},
+    {"s3.find_timeout_ms", KeyType::kNumber, "ms", "", 10, 600'000, "See redis.find_timeout_ms.",
+     KVERN_SLOT(s3.find_timeout_ms)},
     {"s3.timeout_ms", KeyType::kNumber, "ms", "", 10, 600'000, "Of one read, with all its attempts.",
      KVERN_SLOT(s3.timeout_ms)},
 

@@ -83,6 +83,7 @@ struct ServiceConfig {
     std::uint64_t ttl_seconds = 0;
     std::string write = "through";
     std::uint64_t write_queue_bytes = 256ULL << 20;
+    std::uint64_t find_timeout_ms = 500;
     std::uint64_t timeout_ms = 5000;
   } redis;
   struct S3 {
@@ -99,6 +100,7 @@ struct ServiceConfig {
     std::string write = "through";
     std::uint64_t write_queue_bytes = 256ULL << 20;
     std::uint64_t part_bytes = 16ULL << 20;
+    std::uint64_t find_timeout_ms = 1000;
     std::uint64_t timeout_ms = 10'000;
   } s3;
   struct Sessions {

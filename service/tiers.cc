@@ -68,6 +68,7 @@ std::unique_ptr<Tier> make_redis(const ServiceConfig::Redis& config, const Clock
   redis.prefix = config.prefix;
   redis.ttl_seconds = config.ttl_seconds;
   redis.write_queue_bytes = config.write_queue_bytes;
+  redis.find_timeout_ns = static_cast<std::int64_t>(config.find_timeout_ms) * 1'000'000;
   redis.operation_timeout_ns = static_cast<std::int64_t>(config.timeout_ms) * 1'000'000;
   spdlog::info("redis: {}, keys {}*", config.nodes, config.prefix);
   return std::make_unique<RedisTier>(std::move(redis), clock, &observer);
@@ -94,6 +95,7 @@ std::unique_ptr<Tier> make_s3(const ServiceConfig::S3& config, const Clock& cloc
   s3.prefix = config.prefix;
   s3.write_queue_bytes = config.write_queue_bytes;
   s3.part_bytes = config.part_bytes;
+  s3.find_timeout_ns = static_cast<std::int64_t>(config.find_timeout_ms) * 1'000'000;
   s3.read_timeout_ns = static_cast<std::int64_t>(config.timeout_ms) * 1'000'000;
   spdlog::info("s3: bucket {} at {}, keys {}*", config.bucket, config.endpoint.empty() ? "AWS" : config.endpoint,
                config.prefix);

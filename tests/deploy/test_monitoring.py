@@ -185,7 +185,11 @@ def test_promtool_finds_nothing_wrong(arguments):
 # Last: it ends the daemon.
 def test_a_daemon_that_was_killed_raises_the_alert(daemon, prometheus, loaded):
     def pending() -> bool:
-        return [alert["labels"]["alertname"] for alert in prometheus.api("alerts")["alerts"]] == ["KvernDown"]
+        alerts = prometheus.api("alerts")["alerts"]
+        # Others may be on their way where the machine is slow; none has lasted long enough to fire.
+        return "KvernDown" in {alert["labels"]["alertname"] for alert in alerts} and all(
+            alert["state"] == "pending" for alert in alerts
+        )
 
     daemon.kill()
-    prometheus.wait(pending, "KvernDown alone is on its way")
+    prometheus.wait(pending, "KvernDown is on its way and nothing fires")

@@ -156,7 +156,7 @@ def test_nvme_outlives_a_killed_daemon(daemon, engine, texts, cold):
 @pytest.mark.parametrize("tier", ["redis", "s3"])
 def test_another_daemon_finds_it_in_a_remote_tier(stage, daemon, remotes, tmp_path, texts, cold, tier):
     daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0, tier=tier, seconds=60)
-    elsewhere = Daemon(tmp_path, {**DRAM, **remotes[tier]}).start()
+    elsewhere = Daemon(tmp_path, {**DRAM, **remotes[tier], f"{tier}.find_timeout_ms": 60_000}).start()
     try:
         engine = stage.engine(random_llama(), transfer=kvern_transfer(elsewhere.address)).wait_started()
         restore(engine, texts[:3], cold[:3])
