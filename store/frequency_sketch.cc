@@ -57,7 +57,7 @@ std::size_t FrequencySketch::slot(std::uint64_t fingerprint, std::size_t row) co
 }
 
 std::uint32_t FrequencySketch::counter(std::size_t slot) const {
-  return (bytes_[slot * bits_ / 8] >> (slot * bits_ % 8)) & most_;
+  return (std::uint32_t{bytes_[slot * bits_ / 8]} >> (slot * bits_ % 8)) & most_;
 }
 
 void FrequencySketch::increment(std::size_t slot) {
