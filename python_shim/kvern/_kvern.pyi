@@ -4,6 +4,11 @@ wait_gathered, which say so. No exception but ValueError (bad arguments, at cons
 __version__: str
 PROTOCOL_VERSION: int
 
+# A compact cache of a prompt of so many tokens, as the spec asks for it ("cake(budget=12%) | int8"): the canonical spec,
+# the slots that every layer and head keeps, and how many of the prompt's last queries the method reads (0: none). Raises
+# ValueError with the reason when there can be none.
+def compaction_plan(spec: str, prompt_tokens: int) -> tuple[str, int, int]: ...
+
 class Client:
     def __init__(self, address: str, *, scheduler: bool, client_name: str = "",
                  attributes: dict[str, str] = {}, data_plane: str = "auto",

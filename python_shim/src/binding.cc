@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "connector/client.h"
+#include "connector/compaction.h"
 #include "connector/device_group.h"
 #include "connector/prefix_matcher.h"
 #include "connector/transfer_worker.h"
@@ -386,12 +387,24 @@ void bind_worker(nb::module_& module) {
           "in_flight", [](PyWorker& self) { return self->in_flight(); }, ReleaseGil());
 }
 
+void bind_compaction(nb::module_& module) {
+  module.def(
+      "compaction_plan",
+      [](const std::string& spec, std::uint32_t prompt_tokens) {
+        auto terms = compaction_terms(spec, prompt_tokens);
+        if (!terms) throw std::invalid_argument(terms.error().message());
+        return std::make_tuple(std::move(terms->spec), terms->slots, terms->query_rows);
+      },
+      nb::arg("spec"), nb::arg("prompt_tokens"));
+}
+
 }  // namespace
 }  // namespace kvern
 
 NB_MODULE(_kvern, module) {
   module.attr("__version__") = KVERN_VERSION;
   module.attr("PROTOCOL_VERSION") = kvern::kProtocolVersion;
+  kvern::bind_compaction(module);
   kvern::bind_client(module);
   kvern::bind_matcher(module);
   kvern::bind_worker(module);

@@ -1,4 +1,4 @@
-#include "service/compaction.h"
+#include "kernels/compaction.h"
 
 #include <algorithm>
 #include <array>

@@ -1,4 +1,4 @@
-#include "service/compaction.h"
+#include "kernels/compaction.h"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
