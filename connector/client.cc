@@ -17,6 +17,7 @@
 
 #include "base/clock.h"
 #include "connector/endpoint.h"
+#include "kernels/align.h"
 #include "kernels/container.h"
 #include "transport/admission.h"
 #include "transport/event_fd.h"
@@ -507,6 +508,7 @@ void Client::State::run() {
 
 Client::Client(ClientConfig config) {
   if (const Status status = config.validate(); !status) throw std::invalid_argument(status.message());
+  if (!config.profiles.empty()) align::set_profile_folder(config.profiles);
   state_ = std::make_unique<State>(std::move(config));
   state_->thread = start_service_thread("kvern-client", [state = state_.get()] { state->run(); });
 }

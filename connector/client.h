@@ -26,6 +26,7 @@ struct ClientConfig {
   std::string server_key_file;                    ///< public CURVE key of the daemon (TCP)
   std::string client_key_file;                    ///< own CURVE key pair (TCP), as `kvernctl keygen` writes it
   bool insecure = false;                          ///< TCP without CURVE
+  std::string profiles;                           ///< folder of model profiles, for the whole process; empty: as it is
   std::string client_name;                        ///< for logs and `kvernctl status`
   std::map<std::string, std::string> attributes;  ///< of the engine, for `kvernctl status` and `doctor`: vllm, model, …
   bool scheduler = false;                         ///< role in the handshake: scheduler, otherwise worker

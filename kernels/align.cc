@@ -98,10 +98,20 @@ constexpr const char* kFolderVariable = "KVERN_PROFILES";
 struct Known {
   std::mutex mutex;
   std::map<std::string, std::shared_ptr<const ModelProfile>> profiles;
+  std::string folder;
 };
 Known& known() {
   static Known all;
   return all;
+}
+
+std::string profile_folder() {
+  {
+    const std::lock_guard lock(known().mutex);
+    if (!known().folder.empty()) return known().folder;
+  }
+  const char* named = std::getenv(kFolderVariable);
+  return named == nullptr ? std::string() : named;
 }
 
 /// The checksum at the end of a profile, as names have it.
@@ -188,6 +198,11 @@ const Pair* ModelProfile::find(std::uint32_t layer) const {
   return pair != pairs.end() && pair->layer == layer ? &*pair : nullptr;
 }
 
+void set_profile_folder(std::string folder) {
+  const std::lock_guard lock(known().mutex);
+  known().folder = std::move(folder);
+}
+
 Result<std::string> add_profile(const std::string& prefix, std::span<const std::byte> bytes) {
   auto profile = ModelProfile::parse(bytes);
   if (!profile) return failure(profile.error());
@@ -204,12 +219,13 @@ Result<std::shared_ptr<const ModelProfile>> find_profile(const std::string& name
     return found == known().profiles.end() ? nullptr : found->second;
   };
   if (auto profile = in_memory()) return profile;
-  const char* folder = std::getenv(kFolderVariable);
-  if (folder == nullptr) {
-    return failure(Code::kNotFound, "there is no model profile " + name + "; set " + kFolderVariable +
-                                        " to the folder with " + name + std::string(kSuffix));
+  const std::string folder = profile_folder();
+  if (folder.empty()) {
+    return failure(Code::kNotFound, "there is no model profile " + name + "; set codec.profiles (kvernd), " +
+                                        "kvern.profiles (engines) or " + kFolderVariable + " to the folder with " +
+                                        name + std::string(kSuffix));
   }
-  const std::string path = std::string(folder) + "/" + name + std::string(kSuffix);
+  const std::string path = folder + "/" + name + std::string(kSuffix);
   std::ifstream file(path, std::ios::binary);
   if (!file) return failure(Code::kNotFound, "there is no model profile " + path);
   const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());

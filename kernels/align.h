@@ -47,10 +47,12 @@ struct ModelProfile {
 };
 
 /// The profile of that name, "<anything>-<checksum in 8 hexadecimal digits>", so that a name always means the same
-/// matrices: from memory, or from the file <name>.kvernprofile in the folder that the environment variable
-/// KVERN_PROFILES names. kNotFound, saying where it was looked for; kCorrupt for a file that is not what its name says.
-/// Thread-safe.
+/// matrices: from memory, or from the file <name>.kvernprofile in the folder of set_profile_folder(). kNotFound, saying
+/// where it was looked for; kCorrupt for a file that is not what its name says. Thread-safe.
 Result<std::shared_ptr<const ModelProfile>> find_profile(const std::string& name);
+/// Where find_profile() looks from now on, in the whole process; empty, and at first: in the folder that the
+/// environment variable KVERN_PROFILES names. Thread-safe.
+void set_profile_folder(std::string folder);
 /// Makes a profile known; returns its name, which begins with prefix. bytes as for parse().
 Result<std::string> add_profile(const std::string& prefix, std::span<const std::byte> bytes);
 

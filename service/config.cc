@@ -198,6 +198,9 @@ constexpr ConfigKey kKeys[] = {
 
     {"codec.default", KeyType::kText, "", "", 0, kNoLimit,
      "Codec of namespaces that no [[namespace]] rule and no ladder gives another.", KVERN_SLOT(codec.fallback)},
+    {"codec.profiles", KeyType::kText, "", "", 0, kNoLimit,
+     "Folder of the model profiles that `kvern calibrate` writes; empty: the one that $KVERN_PROFILES names.",
+     KVERN_SLOT(codec.profiles)},
     {"ladder.default", KeyType::kText, "", "off|exact|balanced|compact", 0, kNoLimit,
      "Forms that chunks step down through before they are dropped. exact loses nothing; the others store int8 first; "
      "off: chunks stay as codec.default has them.",
@@ -572,6 +575,9 @@ Status ServiceConfig::validate() const {
   }
   if (const auto made = parse_chunk_chain(codec.fallback); !made)
     return invalid("codec.default: " + made.error().message());
+  if (std::error_code error; !codec.profiles.empty() && !std::filesystem::is_directory(codec.profiles, error)) {
+    return invalid("codec.profiles must be a folder, which \"" + codec.profiles + "\" is not");
+  }
   if (demotion_free_bytes() >= store.dram_bytes) return invalid("ladder.free_bytes must be less than store.dram_bytes");
   return Status::ok();
 }

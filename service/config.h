@@ -117,6 +117,7 @@ struct ServiceConfig {
   } pipeline;
   struct CodecChoice {
     std::string fallback = "raw";  ///< key codec.default
+    std::string profiles;          ///< folder of model profiles; empty: $KVERN_PROFILES
   } codec;
   struct LadderChoice {
     std::string fallback = "off";  ///< key ladder.default

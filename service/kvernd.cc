@@ -13,6 +13,7 @@
 #include <string>
 #include <thread>
 
+#include "kernels/align.h"
 #include "service/config.h"
 #include "service/daemon.h"
 
@@ -117,6 +118,7 @@ int main(int argc, char** argv) {
   }
   const LoadedConfig loaded = load_config(sources);
   if (!loaded.errors.empty()) return print_errors(loaded.errors);
+  align::set_profile_folder(loaded.config.codec.profiles);
   if (!arguments.check_file.empty()) {
     std::cout << arguments.check_file << ": good\n";
     return 0;

@@ -7,7 +7,8 @@ one orthogonal matrix R takes the position-free keys X of the first to those of 
 X^T Y, over all tokens of the text but the first four, means not removed; once for rows over all heads, once for each
 head by itself, for shards that do not hold all heads. The matrices belong to the model, not to the text. The file is
 named after the model and its checksum; the name is what the codec step minicache(profile=NAME) takes, and daemon and
-engines find the file in the folder that the environment variable KVERN_PROFILES names. Needs numpy, torch and
+engines find the file in the folder of codec.profiles and kvern.profiles, or in the one that the environment variable
+KVERN_PROFILES names. Needs numpy, torch and
 transformers.
 """
 

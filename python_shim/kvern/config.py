@@ -97,6 +97,13 @@ def _parse_key_file(key: str, value) -> str:
     return text
 
 
+def _parse_folder(key: str, value) -> str:
+    text = _parse_text(key, value)
+    if not os.path.isdir(text):
+        raise OptionError(f"{key} names {text!r}, which is not a folder.")
+    return text
+
+
 def _option(default, parse, help_text: str):
     return dataclasses.field(default=default, metadata={"parse": parse, "help": help_text})
 
@@ -111,6 +118,7 @@ class Options:
     client_key_file: str = _option("", _parse_key_file, "own CURVE key pair (tcp)")
     insecure: bool = _option(False, _parse_bool, "tcp without keys")
     codec: str = _option("", _parse_codec, "codec chain of what this engine stores; absent: the daemon's choice")
+    profiles: str = _option("", _parse_folder, "folder of model profiles (`kvern calibrate`); absent: $KVERN_PROFILES")
     store_generated: bool = _option(True, _parse_bool, "store complete chunks of generated tokens too")
     threads: int = _option(0, _parse_count(0, 64), "transfer threads of each worker; 0: 1, or 2 on more than 4 cores")
     staging: int = _option(256 << 20, parse_size, "staging memory of each worker")

@@ -81,6 +81,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             server_key_file=options.server_key_file,
             client_key_file=options.client_key_file,
             insecure=options.insecure,
+            profiles=options.profiles,
             staging_bytes=options.staging,
             connect_timeout_ms=options.connect_timeout_ms,
             call_timeout_ms=options.call_timeout_ms,

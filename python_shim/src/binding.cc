@@ -111,8 +111,9 @@ void bind_client(nb::module_& module) {
           "__init__",
           [](PyClient* self, std::string address, bool scheduler, std::string client_name,
              std::map<std::string, std::string> attributes, std::string data_plane, std::string server_key_file,
-             std::string client_key_file, bool insecure, std::uint64_t staging_bytes, std::uint32_t connect_timeout_ms,
-             std::uint32_t call_timeout_ms, std::uint32_t backoff_min_ms, std::uint32_t backoff_max_ms) {
+             std::string client_key_file, bool insecure, std::string profiles, std::uint64_t staging_bytes,
+             std::uint32_t connect_timeout_ms, std::uint32_t call_timeout_ms, std::uint32_t backoff_min_ms,
+             std::uint32_t backoff_max_ms) {
             ClientConfig config;
             config.address = std::move(address);
             config.scheduler = scheduler;
@@ -122,6 +123,7 @@ void bind_client(nb::module_& module) {
             config.server_key_file = std::move(server_key_file);
             config.client_key_file = std::move(client_key_file);
             config.insecure = insecure;
+            config.profiles = std::move(profiles);
             config.staging_bytes = staging_bytes;
             config.connect_timeout_ms = connect_timeout_ms;
             config.call_timeout_ms = call_timeout_ms;
@@ -132,7 +134,7 @@ void bind_client(nb::module_& module) {
           nb::arg("address"), nb::kw_only(), nb::arg("scheduler"), nb::arg("client_name") = "",
           nb::arg("attributes") = std::map<std::string, std::string>(), nb::arg("data_plane") = "auto",
           nb::arg("server_key_file") = "", nb::arg("client_key_file") = "", nb::arg("insecure") = false,
-          nb::arg("staging_bytes") = 256U << 20, nb::arg("connect_timeout_ms") = 2000,
+          nb::arg("profiles") = "", nb::arg("staging_bytes") = 256U << 20, nb::arg("connect_timeout_ms") = 2000,
           nb::arg("call_timeout_ms") = 10'000, nb::arg("backoff_min_ms") = 100, nb::arg("backoff_max_ms") = 5000)
       .def(
           "add_namespace",

@@ -136,6 +136,12 @@ TEST(ModelProfile, FilesAreFoundInTheFolderAndCheckedAgainstTheirName) {
   EXPECT_EQ((*found)->find(8)->whole, orthogonal(32, 8));
   EXPECT_EQ(*find_profile(good), *found);
   EXPECT_EQ(find_profile("model.7b-00000001").error().code(), Code::kCorrupt);
+  ASSERT_EQ(setenv("KVERN_PROFILES", "/nowhere", 1), 0);
+  EXPECT_EQ(find_profile("model.7b-00000001").error().code(), Code::kNotFound);
+  set_profile_folder(folder);
+  EXPECT_EQ(find_profile("model.7b-00000001").error().code(), Code::kCorrupt);
+  set_profile_folder("");
+  EXPECT_EQ(find_profile("model.7b-00000001").error().code(), Code::kNotFound);
   unsetenv("KVERN_PROFILES");
 }
 

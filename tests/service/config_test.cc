@@ -120,6 +120,7 @@ TEST(Config, ContradictionsAreRefused) {
       {"[store]\nindex_slots = 1000\n", "power of two"},
       {"[codec]\ndefault = \"zip\"\n", "codec.default"},
       {"[codec]\ndefault = \"cake | int8\"\n", "compact caches"},
+      {"[codec]\nprofiles = \"/nowhere\"\n", "codec.profiles must be a folder"},
       {"[codec]\ndefault = \"zstd | int8\"\n", "int8 comes before zstd"},
       {"[metrics]\nlisten = \"9464\"\n", "host:port"}};
   for (const auto& [text, said] : wrong) {
