@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "service/log.h"
 #include "service/metrics.h"
 #include "transport/wire.h"
 
@@ -187,6 +188,8 @@ std::vector<MetricFamily> Collector::Collect() const {
   out.gauge("kvern_device_pinned_bytes", "Host memory that devices reach without copies in between", number(pinned));
   out.gauge("kvern_encode_queue_length", "Chunks that wait for an encode thread", number(parts_.encoders.queued()));
   out.counter("kvern_dropped_replies_total", "Control replies that nobody took", parts_.dropped_replies());
+  out.counter("kvern_log_lines_left_out_total", "Lines of the log that were one too many of their kind in a second",
+              process_log().left_out());
   out.gauge("kvern_uptime_seconds", "Time since the start",
             static_cast<double>(parts_.clock.now_ns() - parts_.started_ns) * 1e-9);
   out.gauge("kvern_build_info", "1; what is running is in the labels", 1,

@@ -215,6 +215,11 @@ constexpr ConfigKey kKeys[] = {
      KVERN_SLOT(metrics.listen)},
     {"log.level", KeyType::kText, "", "trace|debug|info|warn|error|off", 0, kNoLimit,
      "What is logged to standard error.", KVERN_SLOT(log.level)},
+    {"log.format", KeyType::kText, "", "text|json", 0, kNoLimit,
+     "text: time, level, event, name=value …; json: an object a line with the same.", KVERN_SLOT(log.format)},
+    {"log.lines_per_second", KeyType::kNumber, "lines", "", 0, 1'000'000,
+     "Most lines of one kind of event a second; more are counted and left out; 0: no limit.",
+     KVERN_SLOT(log.lines_per_second)},
 };
 #undef KVERN_SLOT
 

@@ -131,6 +131,8 @@ struct ServiceConfig {
   } metrics;
   struct Log {
     std::string level = "info";
+    std::string format = "text";
+    std::uint64_t lines_per_second = 10;
   } log;
 
   /// What no single key shows: limits that contradict each other, paths that are too long, codecs that do not exist.

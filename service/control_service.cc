@@ -1,13 +1,12 @@
 #include "service/control_service.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <cstring>
 #include <future>
 #include <utility>
 
 #include "kernels/container.h"
+#include "service/log.h"
 #include "transport/wire.h"
 
 namespace kvern {
@@ -50,6 +49,10 @@ Result<std::optional<NamespaceId>> optional_namespace(const std::string& bytes) 
   if (bytes.size() != id.bytes.size()) return failure(Code::kInvalid, "a namespace id has 16 bytes");
   std::memcpy(id.bytes.data(), bytes.data(), id.bytes.size());
   return std::optional<NamespaceId>(id);
+}
+
+void tell_refused(const wire::Hello& hello, const Status& why) {
+  log_warn("a client was refused", {{"client", plain(hello.client_name(), kMaxNameBytes)}, {"why", why.message()}});
 }
 
 std::string version_or_none(const std::string& version) { return version.empty() ? "none" : version; }
@@ -130,7 +133,7 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
 
 void ControlService::malformed(const ControlPeer& peer, const Status& why) {
   parts_.metrics.protocol_error(ProtocolError::kMalformed);
-  spdlog::warn("a {} peer sent what is no request: {}", peer.local ? "local" : "remote", why.message());
+  log_warn("a peer sent what is no request", {{"peer", peer.local ? "local" : "remote"}, {"why", why.message()}});
 }
 
 Result<SessionIdentity> ControlService::identify(const ControlPeer& peer, const wire::Hello& hello) const {
@@ -203,12 +206,12 @@ Status ControlService::hello(const ControlPeer& peer, const wire::ControlRequest
   auto identity = identify(peer, request.hello());
   if (!identity) {
     parts_.metrics.protocol_error(ProtocolError::kVersion);
-    spdlog::warn("{} was refused: {}", plain(request.hello().client_name(), kMaxNameBytes), identity.error().message());
+    tell_refused(request.hello(), identity.error());
     return identity.error();
   }
   const auto opened = parts_.sessions.open(std::move(*identity), request.sequence());
   if (!opened) {
-    spdlog::warn("{} was refused: {}", plain(request.hello().client_name(), kMaxNameBytes), opened.error().message());
+    tell_refused(request.hello(), opened.error());
     return opened.error();
   }
   const Session& session = **opened;
@@ -231,9 +234,12 @@ Status ControlService::hello(const ControlPeer& peer, const wire::ControlRequest
     welcome->set_ucx_port(parts_.ucx.port);
   }
   if (session.identity().role == SessionRole::kTool) return Status::ok();  // kvernctl in a loop would fill the log
-  spdlog::info("session {}: {} {} over {}, data plane {}, tenant {}", session.id(), role_name(session.identity().role),
-               session.identity().client_name, peer.local ? "the Unix socket" : "TCP",
-               plane_name(session.identity().plane), session.identity().tenant);
+  log_info("session opened", {{"session", session.id()},
+                              {"role", role_name(session.identity().role)},
+                              {"client", session.identity().client_name},
+                              {"control_plane", peer.local ? "unix" : "tcp"},
+                              {"data_plane", plane_name(session.identity().plane)},
+                              {"tenant", session.identity().tenant}});
   return Status::ok();
 }
 
@@ -262,7 +268,8 @@ Status ControlService::register_namespace(Session& session, const wire::Register
   for (const auto& field : request.fields()) fields.emplace_back(field.name(), field.value());
   auto space = parts_.namespaces.add(fields, session.identity().tenant);
   if (!space) {
-    spdlog::warn("session {}: {}", session.id(), plain(space.error().message(), 2 * kMaxAttributeBytes));
+    log_warn("a namespace was refused",
+             {{"session", session.id()}, {"why", plain(space.error().message(), 2 * kMaxAttributeBytes)}});
     return space.error();
   }
   // Before the session can name it: what is there and too weak must not be found.
@@ -281,8 +288,8 @@ Status ControlService::register_device_pages(Session& session, const wire::Regis
   }
   const auto id = parts_.devices->register_pages(session, request);
   if (!id) {
-    spdlog::warn("session {}: its pages on a device are not used: {}", session.id(),
-                 plain(id.error().message(), 2 * kMaxAttributeBytes));
+    log_warn("pages on a device are not used",
+             {{"session", session.id()}, {"why", plain(id.error().message(), 2 * kMaxAttributeBytes)}});
     return id.error();
   }
   answer->set_pages_id(*id);
@@ -364,7 +371,7 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
     const Status lower = erased.get_future().get();
     reply->mutable_flushed()->set_chunks(chunks);
     reply->mutable_flushed()->set_bytes(bytes);
-    spdlog::info("flushed {} chunks of {} bytes", chunks, bytes);
+    log_info("flushed", {{"chunks", chunks}, {"bytes", bytes}});
     if (!lower) return Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message());
     return Status::ok();
   }
@@ -381,7 +388,7 @@ void ControlService::admit(std::uint64_t connection, const wire::Admit& request,
   const auto session = parts_.sessions.admit(connection, request.session_token(), std::move(peer));
   if (!session) {
     if (session.error().code() == Code::kExpired) parts_.metrics.protocol_error(ProtocolError::kBadToken);
-    spdlog::warn("process {} was not admitted: {}", pid, session.error().message());
+    log_warn("a process was not admitted", {{"pid", pid}, {"why", session.error().message()}});
     return set_status(session.error(), answer->mutable_status());
   }
   const auto* local = (*session)->local();

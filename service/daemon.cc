@@ -2,7 +2,6 @@
 
 #include <openssl/rand.h>
 #include <prometheus/text_serializer.h>
-#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,6 +27,7 @@
 #include "service/in_flight.h"
 #include "service/inspector.h"
 #include "service/instance_lock.h"
+#include "service/log.h"
 #include "service/metrics.h"
 #include "service/namespaces.h"
 #include "service/remote_data.h"
@@ -251,9 +251,9 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                  .started_ns = started_ns,
                  .devices = &devices}) {
   if (const ChunkStoreStats found = store->stats(); found.recovered_chunks + found.dropped_containers > 0) {
-    spdlog::info("took {} chunks, {:.1f} MiB, over from the run before; {} containers were damaged or not complete",
-                 found.recovered_chunks, static_cast<double>(found.recovered_bytes) / (1 << 20),
-                 found.dropped_containers);
+    log_info("took chunks over from the run before", {{"chunks", found.recovered_chunks},
+                                                      {"bytes", found.recovered_bytes},
+                                                      {"damaged_or_incomplete", found.dropped_containers}});
   }
   store->set_removal_listener([this](const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason) {
     metrics.chunk_removed(reason);
@@ -298,7 +298,7 @@ void Daemon::State::start_servers() {
                             const bool tool = session.identity().role == SessionRole::kTool;
                             metrics.session_ended(end_name(tool ? SessionEnd::kGoodbye : why));
                             if (tool) return;
-                            spdlog::info("session {}: ended, {}", session.id(), end_name(why));
+                            log_info("session ended", {{"session", session.id()}, {"why", end_name(why)}});
                           },
                       .disconnect = [this](std::uint64_t connection) { admission->disconnect(connection); },
                       .wake = [this] { wake(); }});
@@ -309,7 +309,8 @@ void Daemon::State::start_servers() {
                         .transports = config.server.ucx_transports,
                         .devices = config.server.ucx_devices},
         remote);
-    spdlog::info("UCX {} listens on {}:{}", or_throw(ucx_version()), config.server.ucx_listen, ucx->port());
+    log_info("UCX listens",
+             {{"version", or_throw(ucx_version())}, {"address", config.server.ucx_listen}, {"port", ucx->port()}});
   }
   std::map<std::string, std::string> tenants;
   for (const AllowedClient& client : allowed) tenants.emplace(client.public_key, client.name);
@@ -350,10 +351,12 @@ void Daemon::State::start_servers() {
   watcher = std::thread([this] { watch(); });
   if (!config.metrics.listen.empty()) http = std::make_unique<HttpServer>(config.metrics.listen, pages());
   ready.store(true);
-  spdlog::info("kvernd {} is ready after {:.0f} ms: socket {}, {} of DRAM in {}{}", KVERN_VERSION,
-               static_cast<double>(clock.now_ns() - started_ns) * 1e-6, config.server.socket,
-               format_bytes(config.store.dram_bytes), config.server.run_dir,
-               config.server.tcp_listen.empty() ? "" : ", TCP " + control_server->tcp_endpoint());
+  log_info("kvernd is ready", {{"version", KVERN_VERSION},
+                               {"seconds", static_cast<double>(clock.now_ns() - started_ns) * 1e-9},
+                               {"socket", config.server.socket},
+                               {"dram", format_bytes(config.store.dram_bytes)},
+                               {"folder", config.server.run_dir},
+                               {"tcp", config.server.tcp_listen.empty() ? "off" : control_server->tcp_endpoint()}});
 }
 
 HttpServer::Pages Daemon::State::pages() {
@@ -379,6 +382,7 @@ void Daemon::State::watch() {
     lock.unlock();
     sessions.tick();
     tiers->save_victims();
+    process_log().tell_left_out();
     if (demoter) demoter->wake();
     if (const std::int64_t now = clock.now_ns(); now >= next_sweep_ns) {
       store->sweep();
@@ -415,8 +419,8 @@ void Daemon::State::shut_down() {
   const std::uint64_t chunks = store->stats().chunks;
   if (chunks == 0) slab.discard();
   if (config.store.warm_restart && chunks > 0) {
-    spdlog::info("{} chunks stay in {} for the next start; remove the folder to free the memory", chunks,
-                 config.server.run_dir);
+    log_info("chunks stay for the next start; remove the folder to free the memory",
+             {{"chunks", chunks}, {"folder", config.server.run_dir}});
   }
 }
 
@@ -430,18 +434,18 @@ void Daemon::drain() {
   state.control->begin_stop();
   state.hot.begin_stop();
   state.sessions.begin_stop();
-  spdlog::info("stopping: finishing what was committed");
+  log_info("stopping: finishing what was committed");
   const std::int64_t deadline =
       state.clock.now_ns() + static_cast<std::int64_t>(state.config.server.drain_timeout_ms) * 1'000'000;
   while (!state.pipeline.wait_idle(kAbandonCheck)) {
     if (state.abandoned.load() || state.clock.now_ns() >= deadline) {
-      spdlog::warn("stopping although {} chunks are not stored yet", state.in_flight.size());
+      log_warn("stopping although chunks are not stored yet", {{"chunks", state.in_flight.size()}});
       break;
     }
   }
   const std::int64_t left_ns = std::max<std::int64_t>(0, deadline - state.clock.now_ns());
   if (const Status saved = state.tiers->wait_saved(state.abandoned.load() ? 0 : left_ns); !saved) {
-    spdlog::warn("stopping: {}", saved.message());
+    log_warn("stopping although tiers do not have all chunks", {{"why", saved.message()}});
   }
 }
 

@@ -1,11 +1,10 @@
 #include "service/device.h"
 
-#include <spdlog/spdlog.h>
-
 #include <chrono>
 #include <utility>
 
 #include "kernels/cuda/page_coder.h"
+#include "service/log.h"
 
 namespace kvern {
 namespace {
@@ -43,13 +42,13 @@ void Device::pin_slab() {
   }
   auto pinned = access_.memory->pin(slab_);
   if (!pinned) {
-    spdlog::warn("device {}: the slab is not pinned, copies are slower: {}", access_.memory->uuid(),
-                 pinned.error().message());
+    log_warn("the slab is not pinned, copies from and to the device are slower",
+             {{"device", access_.memory->uuid()}, {"why", pinned.error().message()}});
     return;
   }
   pinned_ = std::move(*pinned);
   pinned_bytes_.store(slab_.size(), std::memory_order_relaxed);
-  spdlog::info("device {}: {} MiB of the slab are pinned", access_.memory->uuid(), slab_.size() >> 20);
+  log_info("the slab is pinned", {{"device", access_.memory->uuid()}, {"bytes", slab_.size()}});
 }
 
 Status Device::submit(Kind kind, std::function<void()> work) {

@@ -1,12 +1,11 @@
 #include "service/device_service.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <optional>
 #include <utility>
 
 #include "kernels/container.h"
+#include "service/log.h"
 #include "store/lease.h"
 
 namespace kvern {
@@ -153,8 +152,10 @@ Result<std::uint64_t> DeviceService::register_pages(Session& session, const wire
   if (Status status = cache.validate(reachable); !status) return failure(status);
   const auto id = session.add_pages(std::make_shared<DevicePages>(*on, std::move(cache), std::move(memory)));
   if (id) {
-    spdlog::info("session {}: {} layers of pages on device {}, in {} allocations", session.id(), request.layers_size(),
-                 (*on)->memory().uuid(), request.allocations_size());
+    log_info("pages on a device", {{"session", session.id()},
+                                   {"layers", request.layers_size()},
+                                   {"device", (*on)->memory().uuid()},
+                                   {"allocations", request.allocations_size()}});
   }
   return id;
 }
@@ -162,36 +163,37 @@ Result<std::uint64_t> DeviceService::register_pages(Session& session, const wire
 Status DeviceService::store(std::shared_ptr<DevicePages> pages, std::shared_ptr<Reservation> reservation,
                             std::vector<std::uint32_t> block_ids, std::int64_t deadline_ns, StorePipeline::Done done) {
   Device& device = pages->device();
-  return device.submit(Device::Kind::kStore, [this, pages = std::move(pages), reservation = std::move(reservation),
-                                              block_ids = std::move(block_ids), deadline_ns,
-                                              done = std::move(done)]() mutable {
-    const ContainerInfo& info = reservation->info;
-    const Codec& codec = *reservation->codec;
-    const Status status = parts_.pipeline.store(*reservation, [&](std::span<std::byte> out) {
-      Result<std::size_t> container = 0;
-      const Status lent = pages->device().with_coder([&](PageCoder& coder) -> Status {
-        auto use = pages->use();
-        if (!use) return {Code::kExpired, "the session ended before its pages were read"};
-        // The engine counts on its pages being read by then: what was read later may be somebody else's.
-        const auto gathered = [&]() -> Status {
-          use.reset();
-          if (deadline_ns == 0 || parts_.clock.now_ns() < deadline_ns) return Status::ok();
-          return {Code::kUnavailable, "not finished in time"};
-        };
-        container = encode_pages(coder, pages->cache(), block_ids, codec, info, out, gathered, &parts_.encoders);
-        return status_of(container);
+  return device.submit(
+      Device::Kind::kStore, [this, pages = std::move(pages), reservation = std::move(reservation),
+                             block_ids = std::move(block_ids), deadline_ns, done = std::move(done)]() mutable {
+        const ContainerInfo& info = reservation->info;
+        const Codec& codec = *reservation->codec;
+        const Status status = parts_.pipeline.store(*reservation, [&](std::span<std::byte> out) {
+          Result<std::size_t> container = 0;
+          const Status lent = pages->device().with_coder([&](PageCoder& coder) -> Status {
+            auto use = pages->use();
+            if (!use) return {Code::kExpired, "the session ended before its pages were read"};
+            // The engine counts on its pages being read by then: what was read later may be somebody else's.
+            const auto gathered = [&]() -> Status {
+              use.reset();
+              if (deadline_ns == 0 || parts_.clock.now_ns() < deadline_ns) return Status::ok();
+              return {Code::kUnavailable, "not finished in time"};
+            };
+            container = encode_pages(coder, pages->cache(), block_ids, codec, info, out, gathered, &parts_.encoders);
+            return status_of(container);
+          });
+          return lent ? container : failure(lent);
+        });
+        if (status) {
+          parts_.metrics.device_stored_bytes.Increment(static_cast<double>(info.shape.raw_bytes()));
+        } else if (status.code() == Code::kInternal) {
+          log_error("a chunk on a device could not be stored",
+                    {{"device", pages->device().memory().uuid()}, {"why", status.message()}});
+        }
+        reservation.reset();
+        pages.reset();
+        done(status);
       });
-      return lent ? container : failure(lent);
-    });
-    if (status) {
-      parts_.metrics.device_stored_bytes.Increment(static_cast<double>(info.shape.raw_bytes()));
-    } else if (status.code() == Code::kInternal) {
-      spdlog::error("device {}: a chunk could not be stored: {}", pages->device().memory().uuid(), status.message());
-    }
-    reservation.reset();
-    pages.reset();
-    done(status);
-  });
 }
 
 Status DeviceService::load(LoadRequest request, std::function<void(const Status& status, const Loaded& loaded)> done) {
@@ -208,8 +210,8 @@ Status DeviceService::load(LoadRequest request, std::function<void(const Status&
         return use ? coder.zero(request.pages->cache(), request.block_ids) : Status::ok();
       });
       if (!zeroed)
-        spdlog::error("device {}: pages of a failed load could not be zeroed: {}",
-                      request.pages->device().memory().uuid(), zeroed.message());
+        log_error("pages of a failed load on a device could not be zeroed",
+                  {{"device", request.pages->device().memory().uuid()}, {"why", zeroed.message()}});
     }
     request.pages.reset();
     done(status, loaded);

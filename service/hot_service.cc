@@ -1,7 +1,5 @@
 #include "service/hot_service.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,6 +9,7 @@
 
 #include "kernels/codec.h"
 #include "kernels/container.h"
+#include "service/log.h"
 #include "transport/wire.h"
 
 namespace kvern {
@@ -174,17 +173,36 @@ class PendingLoad {
   const HotReplyFunction reply_;
 };
 
+/// A line of level debug when the request is answered.
+HotReplyFunction logged(std::uint64_t session_id, const wire::HotRequest& request, HotReplyFunction reply) {
+  const auto* kind = wire::HotRequest::descriptor()->FindFieldByNumber(request.body_case());
+  return [session_id, kind = std::string(kind == nullptr ? "unknown" : kind->name()), reply = std::move(reply),
+          started = Clock::system().now_ns()](wire::HotReply answer) {
+    log_debug("a request was answered", {{"session", session_id},
+                                         {"request", answer.id()},
+                                         {"kind", kind},
+                                         {"status", code_name(static_cast<Code>(answer.status().code()))},
+                                         {"seconds", seconds_since(Clock::system(), started)}});
+    reply(std::move(answer));
+  };
+}
+
 }  // namespace
 
 void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotReplyFunction reply) {
   wire::HotReply answer;
   answer.set_id(request.id());
   const auto finish = [&](const Status& status) {
+    if (status.code() == Code::kInvalid) {
+      log_warn("a request is not valid",
+               {{"session", session_id}, {"request", request.id()}, {"why", status.message()}});
+    }
     set_status(status, answer.mutable_status());
     reply(std::move(answer));
   };
   const auto session = parts_.sessions.find(session_id);
   if (!session) return finish(Status(Code::kExpired, "the session has ended: say hello again"));
+  if (process_log().writes(LogLevel::kDebug)) reply = logged(session_id, request, std::move(reply));
   const std::int64_t started = parts_.clock.now_ns();
   session->touch(started);
   switch (request.body_case()) {
@@ -235,7 +253,7 @@ void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotR
 
 void HotService::protocol_error(std::uint64_t session_id, const Status& why) {
   parts_.metrics.protocol_error(ProtocolError::kBadRing);
-  spdlog::warn("session {}: its ring is broken: {}", session_id, why.message());
+  log_warn("the ring of a session is broken", {{"session", session_id}, {"why", why.message()}});
   parts_.sessions.end_soon(session_id, SessionEnd::kProtocolError);
 }
 

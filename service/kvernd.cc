@@ -1,6 +1,4 @@
 #include <signal.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -16,6 +14,7 @@
 #include "kernels/align.h"
 #include "service/config.h"
 #include "service/daemon.h"
+#include "service/log.h"
 
 namespace kvern {
 namespace {
@@ -59,9 +58,9 @@ sigset_t stop_signals() {
 }
 
 int run(const ServiceConfig& config) {
-  spdlog::set_default_logger(spdlog::stderr_color_mt("kvernd"));
-  spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e %^%l%$ %v");
-  spdlog::set_level(spdlog::level::from_str(config.log.level));
+  process_log().configure({.level = log_level(config.log.level),
+                           .json = config.log.format == "json",
+                           .lines_per_second = config.log.lines_per_second});
   raise_descriptor_limit();
   const sigset_t signals = stop_signals();  // blocked in all threads, since they inherit this one's mask
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
@@ -70,7 +69,7 @@ int run(const ServiceConfig& config) {
     Daemon daemon(config);
     int signal = 0;
     ::sigwait(&signals, &signal);
-    spdlog::info("got {}; a second one stops at once", ::strsignal(signal));
+    log_info("got a signal; a second one stops at once", {{"signal", ::strsignal(signal)}});
     std::atomic<bool> drained{false};
     std::jthread second([&] {
       int again = 0;
@@ -82,10 +81,11 @@ int run(const ServiceConfig& config) {
     ::pthread_kill(second.native_handle(), SIGTERM);  // ends its wait
     second.join();
   } catch (const std::exception& error) {
-    spdlog::critical("{}", error.what());
+    log_error("kvernd ends", {{"why", error.what()}});
     return 1;
   }
-  spdlog::info("stopped");
+  process_log().tell_left_out(true);
+  log_info("stopped");
   return 0;
 }
 

@@ -2,7 +2,6 @@
 
 #include <openssl/rand.h>
 #include <poll.h>
-#include <spdlog/spdlog.h>
 #include <sys/eventfd.h>
 
 #include <algorithm>

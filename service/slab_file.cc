@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <pthread.h>
-#include <spdlog/spdlog.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -14,6 +13,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "service/log.h"
 #include "store/container_map.h"
 
 namespace kvern {
@@ -111,8 +111,8 @@ void SlabFile::reserve_rest() {
   while (usable_bytes() < memory_.bytes().size() && !stopping_.load()) {
     const Status reserved = reserve_piece();
     if (reserved) continue;
-    spdlog::error("the DRAM tier stays at {} MiB, {} cannot be reserved further: {}", usable_bytes() >> 20, path_,
-                  reserved.message());
+    log_error("the DRAM tier stays smaller: its file cannot be reserved further",
+              {{"bytes", usable_bytes()}, {"file", path_}, {"why", reserved.message()}});
     return;
   }
 }

@@ -1,11 +1,10 @@
 #include "service/store_pipeline.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <utility>
 
 #include "kernels/container.h"
+#include "service/log.h"
 
 namespace kvern {
 namespace {
@@ -103,12 +102,12 @@ void StorePipeline::verify(std::shared_ptr<Lease> lease) {
       const Status status = check_container(store_.bytes(shard), *lease);
       if (status) continue;
       store_.quarantine(lease->namespace_id(), lease->group(), lease->block());
-      spdlog::error("chunk {} is corrupt and was quarantined: {}", key, status.message());
+      log_error("a chunk is corrupt and was quarantined", {{"chunk", key}, {"why", status.message()}});
       return;
     }
-    spdlog::warn("a client called chunk {} corrupt; its bytes are good here", key);
+    log_warn("a client called a chunk corrupt; its bytes are good here", {{"chunk", key}});
   });
-  if (!queued) spdlog::warn("a chunk was called corrupt and could not be looked at: the encode queue is full");
+  if (!queued) log_warn("a chunk was called corrupt and could not be looked at: the encode queue is full");
 }
 
 }  // namespace kvern

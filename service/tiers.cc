@@ -1,7 +1,5 @@
 #include "service/tiers.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -10,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "service/log.h"
 #include "store/nvme_tier.h"
 #include "store/redis_tier.h"
 #include "store/s3_tier.h"
@@ -45,15 +44,19 @@ std::unique_ptr<Tier> make_nvme(const ServiceConfig::Nvme& config, const Clock& 
   nvme.write_bytes_per_second = config.write_bytes_per_second;
   nvme.io.kind = block_io_kind(config.io);
   auto tier = std::make_unique<NvmeTier>(nvme, clock, &observer);
-  for (const auto& note : tier->notes()) spdlog::warn("nvme: {}", note);
-  spdlog::info("nvme: {} file(s) of {}, by {}", nvme.files.size(), format_bytes(config.bytes), tier->io_kind());
+  for (const auto& note : tier->notes()) log_warn("note on a tier", {{"tier", "nvme"}, {"note", note}});
+  log_info("tier", {{"tier", "nvme"},
+                    {"files", config.files},
+                    {"bytes", config.bytes * nvme.files.size()},
+                    {"io", tier->io_kind()}});
   // Not registered with the kernel (BlockIoConfig::memory): that would pin the whole slab before the daemon is ready.
   if (const auto found = tier->recovery(kRecoveryPatience)) {
-    if (!found->log.message.empty()) spdlog::warn("nvme: {}", found->log.message);
-    if (!found->status) spdlog::error("nvme: {}", found->status.message());
-    spdlog::info("nvme: {} chunks were found after {:.0f} ms", found->objects, found->seconds * 1e3);
+    if (!found->log.message.empty()) log_warn("note on a tier", {{"tier", "nvme"}, {"note", found->log.message}});
+    if (!found->status) log_error("a tier was not recovered", {{"tier", "nvme"}, {"why", found->status.message()}});
+    log_info("chunks were found in a tier",
+             {{"tier", "nvme"}, {"chunks", found->objects}, {"seconds", found->seconds}});
   } else {
-    spdlog::info("nvme: what is there is being read; it will be found when that has ended");
+    log_info("a tier is still being read; what is there is found when that has ended", {{"tier", "nvme"}});
   }
   return tier;
 }
@@ -70,7 +73,7 @@ std::unique_ptr<Tier> make_redis(const ServiceConfig::Redis& config, const Clock
   redis.write_queue_bytes = config.write_queue_bytes;
   redis.find_timeout_ns = static_cast<std::int64_t>(config.find_timeout_ms) * 1'000'000;
   redis.operation_timeout_ns = static_cast<std::int64_t>(config.timeout_ms) * 1'000'000;
-  spdlog::info("redis: {}, keys {}*", config.nodes, config.prefix);
+  log_info("tier", {{"tier", "redis"}, {"nodes", config.nodes}, {"prefix", config.prefix}});
   return std::make_unique<RedisTier>(std::move(redis), clock, &observer);
 }
 
@@ -97,8 +100,10 @@ std::unique_ptr<Tier> make_s3(const ServiceConfig::S3& config, const Clock& cloc
   s3.part_bytes = config.part_bytes;
   s3.find_timeout_ns = static_cast<std::int64_t>(config.find_timeout_ms) * 1'000'000;
   s3.read_timeout_ns = static_cast<std::int64_t>(config.timeout_ms) * 1'000'000;
-  spdlog::info("s3: bucket {} at {}, keys {}*", config.bucket, config.endpoint.empty() ? "AWS" : config.endpoint,
-               config.prefix);
+  log_info("tier", {{"tier", "s3"},
+                    {"bucket", config.bucket},
+                    {"endpoint", config.endpoint.empty() ? "AWS" : config.endpoint},
+                    {"prefix", config.prefix}});
   return std::make_unique<S3Tier>(std::move(s3), clock, &observer);
 }
 

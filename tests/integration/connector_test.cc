@@ -616,10 +616,10 @@ ClientConfig remote_config(const std::string& address) {
   return config;
 }
 
-/// Where the daemon says that it listens: "…, TCP tcp://<address>:<port>" at the end of the line.
+/// Where the daemon says that it listens: "… tcp=tcp://<address>:<port>" at the end of the line.
 std::uint16_t port_of(Daemon& daemon) {
   const std::string& text = daemon.process().text();
-  const auto at = text.find("TCP tcp://");
+  const auto at = text.find("tcp=tcp://");
   if (at == std::string::npos) return 0;
   const std::string line = text.substr(at, text.find('\n', at) - at);
   return static_cast<std::uint16_t>(std::stoi(line.substr(line.rfind(':') + 1)));

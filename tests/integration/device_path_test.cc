@@ -235,7 +235,7 @@ TEST_P(DevicePath, MakesTheContainersThatTheCpuMakes) {
       const auto result = engine.store(hashes, ids(3, kChunkBlocks), codec);
       ASSERT_EQ(result.stored_chunks.size(), 1U) << codec << ": " << result.reason;
       if (on_device && shared()) {
-        EXPECT_TRUE(daemon.says("2 layers of pages on device"));
+        EXPECT_TRUE(daemon.says("pages on a device session="));
       }
       std::ifstream slab(daemon.slab(), std::ios::binary);
       slabs[on_device].resize(1U << 20);
@@ -343,7 +343,7 @@ TEST_P(DevicePath, TheEnginesDeathReleasesItsPagesAndWhatItStoredStays) {
                       "--gtest_filter=*DISABLED_EngineThatIsKilled/" + GetParam()});
   ASSERT_TRUE(dying.says("stored\n")) << dying.text() << daemon.text();
   dying.kill();
-  ASSERT_TRUE(daemon.says("ended, disconnected")) << daemon.text();
+  ASSERT_TRUE(daemon.says("why=disconnected")) << daemon.text();
   Engine engine(daemon.address(), player_.get(), 8);
   ASSERT_EQ(engine.load(prompt(1, 8), ids(20, 8)).event, JobEvent::kLoaded);
   EXPECT_EQ(engine.store(prompt(2, 8), ids(20, 8)).stored_chunks.size(), 1U);

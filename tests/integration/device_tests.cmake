@@ -1,6 +1,6 @@
 # A device that is host memory, with a kvernd that knows it; and the real one. See device_player.h.
 add_executable(host_device_daemon host_device_daemon.cc)
-target_link_libraries(host_device_daemon PRIVATE kvern::service kvern_warnings spdlog::spdlog)
+target_link_libraries(host_device_daemon PRIVATE kvern::service kvern_warnings)
 kvern_test(test_integration_device
   SOURCES device_path_test.cc host_player.cc
   USES connector

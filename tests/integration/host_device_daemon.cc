@@ -1,7 +1,5 @@
 // kvernd with a device that is host memory (host_device.h). Takes the flags of kvernd.
 #include <signal.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
 
 #include <cstdio>
 #include <exception>
@@ -17,7 +15,6 @@ int main(int count, char** words) {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  spdlog::set_default_logger(spdlog::stderr_color_mt("kvernd"));
   ConfigSources sources;
   for (int i = 1; i < count; ++i) {
     const std::string word = words[i];

@@ -243,12 +243,12 @@ TEST_F(LocalDaemonTest, ItsDramTierOutlivesEveryEnd) {
   store_more();
   daemon_->kill();
   start();
-  EXPECT_TRUE(daemon_->says("took 10 chunks")) << daemon_->text();
+  EXPECT_TRUE(daemon_->says("took chunks over from the run before chunks=10 ")) << daemon_->text();
   all_there();
   store_more();
   daemon_->signal(SIGTERM);
   EXPECT_EQ(daemon_->wait(), 0) << daemon_->text();
-  EXPECT_THAT(daemon_->text(), HasSubstr("20 chunks stay in"));
+  EXPECT_THAT(daemon_->text(), HasSubstr(" chunks=20 folder="));
   start();
   all_there();
   daemon_->kill();
@@ -427,7 +427,7 @@ TEST_F(LocalDaemonTest, ABrokenRingEndsTheSessionAndNobodyElses) {
   bad->ring_doorbell();
   EXPECT_TRUE(eventually([&] { return session_of(*good, "bad").is_null(); }));
   EXPECT_EQ(bad->state(), SessionState::kExpired);
-  EXPECT_TRUE(daemon_->says("ended, protocol_error")) << daemon_->text();
+  EXPECT_TRUE(daemon_->says("why=protocol_error")) << daemon_->text();
   EXPECT_TRUE(good->store(2, 1));
 }
 
