@@ -111,6 +111,7 @@ Result<std::uint64_t> DeviceGroup::register_with(const Session& session, std::ch
   }
   if (!descriptors.empty()) {
     std::vector<int> numbers;
+    numbers.reserve(descriptors.size());
     for (const UniqueFd& descriptor : descriptors) numbers.push_back(descriptor.get());
     if (Status offered = offer_descriptors(session.admission_path, session.token, numbers, timeout); !offered) {
       return failure(offered);

@@ -178,7 +178,7 @@ Status decode_chunk(const LoadContext& context, std::span<PulledShard> pulled, R
     const auto tokens = static_cast<std::uint32_t>(overlap->count) * pages.block_tokens;
     if (DeviceGroup* device = context.device(pages.group)) {
       const PageTarget target{ids, static_cast<std::uint32_t>(overlap->first)};
-      const Status decoded = device->with_coder([&](PageCoder& coder) {
+      Status decoded = device->with_coder([&](PageCoder& coder) {
         return decode_pages(coder, device->cache(), target, *reader, bytes->bytes(), nullptr);
       });
       if (!decoded) return decoded;
@@ -299,10 +299,11 @@ Status load_by_daemon(const LoadContext& context, std::vector<Remaining>& all, L
       by_group[rest.piece->group].push_back(rest);
     }
   }
-  for (const auto& [group, wanted] : by_group) {
+  for (const auto& entry : by_group) {
+    const std::uint16_t group = entry.first;
     const auto pages_id = context.device(group)->pages_id(context.session, time_left(context));
     if (!pages_id) continue;
-    if (Status status = load_pages(context, *pages_id, wanted, loaded); !status) return status;
+    if (Status status = load_pages(context, *pages_id, entry.second, loaded); !status) return status;
     std::erase_if(all, [&](const Remaining& rest) { return rest.piece->group == group; });
   }
   return Status::ok();

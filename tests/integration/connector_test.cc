@@ -3,78 +3,41 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <map>
-#include <numeric>
 #include <random>
-#include <thread>
 
 #include "connector/client.h"
 #include "connector/prefix_matcher.h"
 #include "connector/transfer_worker.h"
 #include "tests/connector/page_model.h"
-#include "tests/integration/child_process.h"
+#include "tests/integration/daemon_process.h"
 
 namespace kvern {
 namespace {
 
 namespace fs = std::filesystem;
 using test::PageModel;
-using testing::ChildProcess;
-using testing::kPatience;
+using testing::DaemonProcess;
+using testing::eventually;
+using testing::ids;
+using testing::prompt;
 
-constexpr std::uint32_t kHashBytes = 32;
+constexpr std::uint32_t kHashBytes = 32;  // of prompt()
 constexpr std::uint32_t kPatienceMs = 30'000;
 constexpr std::uint32_t kChunkBlocks = 8;
 
-template <typename Condition>
-bool eventually(Condition&& holds) {
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
-  while (!holds()) {
-    if (std::chrono::steady_clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
-  return true;
-}
-
 /// A real kvernd with files of its own.
-class Daemon {
+class Daemon : public DaemonProcess {
  public:
   explicit Daemon(std::uint64_t dram_bytes = 256U << 20, std::vector<std::string> more = {})
-      : folder_(fs::temp_directory_path() / ("kvern-connector-" + std::to_string(::getpid()) + "-" + next_name())),
-        run_("/dev/shm/" + folder_.filename().string()),
-        arguments_(std::move(more)) {
-    fs::create_directories(folder_);
-    arguments_.push_back("--store.dram_bytes=" + std::to_string(dram_bytes));
-    start();
-  }
-  ~Daemon() {
-    kill();
-    fs::remove_all(folder_);
-    fs::remove_all(run_);
-  }
-  void start() {
-    std::vector<std::string> command{KVERND_PATH, "--server.socket=" + socket(), "--server.run_dir=" + run_.string(),
-                                     "--metrics.listen="};
-    command.insert(command.end(), arguments_.begin(), arguments_.end());
-    process_.emplace(command);
-    EXPECT_TRUE(process_->says("is ready")) << process_->text();
-  }
-  void kill() { process_.reset(); }
-  ChildProcess& process() { return *process_; }
-  std::string socket() const { return (folder_ / "kvernd.sock").string(); }
-  fs::path slab() const { return run_ / "slab"; }
+      : DaemonProcess(KVERND_PATH, with_memory(dram_bytes, std::move(more))) {}
 
  private:
-  static std::string next_name() {
-    static int number = 0;
-    return std::to_string(number++);
+  static std::vector<std::string> with_memory(std::uint64_t dram_bytes, std::vector<std::string> more) {
+    more.push_back("--store.dram_bytes=" + std::to_string(dram_bytes));
+    return more;
   }
-  fs::path folder_;
-  fs::path run_;
-  std::vector<std::string> arguments_;
-  std::optional<ChildProcess> process_;
 };
 
 ClientConfig client_config(const std::string& address) {
@@ -108,28 +71,10 @@ NamespaceSpec namespace_of(const PageModel::Options& options) {
   return spec;
 }
 
-/// Blocks of a prompt: their hashes.
-std::vector<BlockHash> prompt(std::uint64_t seed, std::uint32_t blocks) {
-  std::mt19937_64 random(seed);
-  std::vector<BlockHash> hashes;
-  for (std::uint32_t i = 0; i < blocks; ++i) {
-    std::array<std::uint8_t, kHashBytes> bytes;
-    for (auto& byte : bytes) byte = static_cast<std::uint8_t>(random());
-    hashes.emplace_back(bytes);
-  }
-  return hashes;
-}
-
 std::string joined(const std::vector<BlockHash>& hashes) {
   std::string text;
   for (const BlockHash& hash : hashes) text.append(reinterpret_cast<const char*>(hash.bytes().data()), hash.size());
   return text;
-}
-
-std::vector<std::uint32_t> ids(std::uint32_t first, std::uint32_t count) {
-  std::vector<std::uint32_t> result(count);
-  std::iota(result.begin(), result.end(), first);
-  return result;
 }
 
 /// One rank of an engine: pages, a client and a worker.

@@ -5,16 +5,13 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
-#include <numeric>
 #include <random>
-#include <thread>
 
 #include "connector/client.h"
 #include "connector/transfer_worker.h"
 #include "tests/connector/page_model.h"
-#include "tests/integration/child_process.h"
+#include "tests/integration/daemon_process.h"
 #include "tests/integration/device_player.h"
 
 namespace kvern {
@@ -29,50 +26,9 @@ constexpr std::uint32_t kChunkBlocks = 8;
 constexpr const char* kAddressVariable = "KVERN_TEST_ADDRESS";
 constexpr const char* kKindVariable = "KVERN_TEST_KIND";
 
-template <typename Condition>
-bool eventually(Condition&& holds) {
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
-  while (!holds()) {
-    if (std::chrono::steady_clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
-  return true;
-}
-
-class Daemon {
+class Daemon : public DaemonProcess {
  public:
-  Daemon()
-      : folder_(fs::temp_directory_path() / ("kvern-device-" + std::to_string(::getpid()) + "-" + next_name())),
-        run_("/dev/shm/" + folder_.filename().string()) {
-    fs::create_directories(folder_);
-    start();
-  }
-  ~Daemon() {
-    kill();
-    fs::remove_all(folder_);
-    fs::remove_all(run_);
-  }
-  void start() {
-    process_.emplace(std::vector<std::string>{device_daemon_path(), "--server.socket=" + socket(),
-                                              "--server.run_dir=" + run_.string(),
-                                              "--metrics.listen=", "--store.dram_bytes=" + std::to_string(128U << 20)});
-    EXPECT_TRUE(process_->says("is ready")) << process_->text();
-  }
-  void kill() { process_.reset(); }
-  bool says(const std::string& text) { return process_->says(text); }
-  const std::string& text() const { return process_->text(); }
-  std::string socket() const { return (folder_ / "kvernd.sock").string(); }
-  std::string address() const { return "unix://" + socket(); }
-  fs::path slab() const { return run_ / "slab"; }
-
- private:
-  static std::string next_name() {
-    static int number = 0;
-    return std::to_string(number++);
-  }
-  fs::path folder_;
-  fs::path run_;
-  std::optional<ChildProcess> process_;
+  Daemon() : DaemonProcess(device_daemon_path(), {"--store.dram_bytes=" + std::to_string(128U << 20)}) {}
 };
 
 /// Pages as vLLM's GPU backends lay them out: heads inside tokens, keys before values.
@@ -84,23 +40,6 @@ PageModel::Options layout() {
   options.split_values = true;
   options.key_dim = options.value_dim = 64;
   return options;
-}
-
-std::vector<BlockHash> prompt(std::uint64_t seed, std::uint32_t blocks) {
-  std::mt19937_64 random(seed);
-  std::vector<BlockHash> hashes;
-  for (std::uint32_t i = 0; i < blocks; ++i) {
-    std::array<std::uint8_t, 32> bytes;
-    for (auto& byte : bytes) byte = static_cast<std::uint8_t>(random());
-    hashes.emplace_back(bytes);
-  }
-  return hashes;
-}
-
-std::vector<std::uint32_t> ids(std::uint32_t first, std::uint32_t count) {
-  std::vector<std::uint32_t> result(count);
-  std::iota(result.begin(), result.end(), first);
-  return result;
 }
 
 /// An engine whose pages are on the player's device, or in host memory without a player.
