@@ -1,6 +1,7 @@
 """Everything that differs between vLLM versions, found out by looking, never by a version's number."""
 
 import dataclasses
+import functools
 import inspect
 
 import vllm
@@ -45,6 +46,51 @@ def can_hold(pool) -> str:
     if touch != ["blocks"]:
         return f"this vLLM's BlockPool.touch takes {touch}, not a list of blocks"
     return ""
+
+
+@functools.cache
+def _fails_by_grammar() -> bool:
+    """Whether vLLM ends a waiting request whose grammar could not be compiled with an error of its own."""
+    try:
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.request import RequestStatus
+        from vllm.v1.structured_output.request import StructuredOutputRequest
+    except ImportError:
+        return False
+    names = {"grammar_compile_error_reqs", "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR"}
+    seen = {name for method in vars(Scheduler).values() if inspect.isfunction(method) for name in method.__code__.co_names}
+    return names <= seen and hasattr(RequestStatus, "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR") and hasattr(
+        StructuredOutputRequest, "grammar"
+    )
+
+
+def can_fail_requests() -> bool:
+    """Whether a request whose load failed is asked for again, and can then be failed, whatever the load-failure policy:
+    otherwise nothing keeps a recomputing engine from computing placeholders."""
+    return _fails_by_grammar() and HAS_TRANSFER_RESULTS
+
+
+def fail_request(request, reason: str) -> None:
+    """Has vLLM end a request that waits to be scheduled with finish_reason "error" (HTTP 500) instead of running it. The
+    caller must answer None when asked for its tokens.
+
+    There is no call for this. A request whose grammar did not compile ends so, and no step ever runs it; so this one gets
+    such a grammar. Where vLLM does not know that end, the request waits until its client gives up; it does not run."""
+    request.skip_reading_prefix_cache = False  # with it vLLM would not heed the answer None
+    if not _fails_by_grammar():
+        return
+    from vllm.v1.request import RequestStatus
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+    failed = StructuredOutputRequest(params=None)
+    failed.grammar = RuntimeError(reason)
+    request.structured_output_request = failed
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+
+
+def hash_bytes(algorithm: str) -> int:
+    """Of one entry of request.block_hashes."""
+    return 16 if "xxhash" in algorithm else 32
 
 
 def hash_block_tokens(vllm_config, kv_cache_config, block_tokens: int) -> int:

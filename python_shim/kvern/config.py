@@ -168,19 +168,27 @@ class Options:
         return self.threads or (2 if (os.cpu_count() or 1) > 4 else 1)
 
 
-NO_COMPACT_CACHES = "this connector makes no compact caches; the request is served with its full cache"
+COMPACT_TTL_SECONDS = 3600
+MAX_COMPACT_TTL_SECONDS = 7 * 24 * 3600  # the daemon keeps them no longer
+# WindowKV's kinds of task.
+COMPACT_TASKS = ("localisation", "aggregation")
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
     """kv_transfer_params["kvern"] of one request. Wrong values are ignored and named in problem; nothing raises, since
-    clients send what they like."""
+    clients send what they like. A wish for a compact cache that cannot be read is refused, a handle that cannot be read
+    is kept as it came: its request must fail."""
 
     load: bool = True
     store: bool = True
     max_load_tokens: int | None = None
     max_store_tokens: int | None = None
     codec: str = ""
+    compact: str = ""  # the chain to make a compact cache by
+    ttl_seconds: int = COMPACT_TTL_SECONDS
+    task: str = ""
+    handle: object = None  # the compact cache to decode from
     asked: bool = False  # the request has a "kvern" entry: it gets an answer
     compact_refusal: str = ""  # why the compact cache that it asks for is not made; part of its answer
     problem: str = ""
@@ -192,17 +200,32 @@ class RequestOptions:
         given = kv_transfer_params["kvern"]
         if not isinstance(given, dict):
             return cls(problem="kv_transfer_params['kvern'] is not an object")
-        values, problems = {}, []
+        values, problems, refusals = {}, [], []
+        if "handle" in given:
+            values["handle"] = "" if given["handle"] is None else given["handle"]
         for key, value in list(given.items())[:32]:
+            if key == "handle":
+                continue
             if key in ("load", "store") and isinstance(value, bool):
                 values[key] = value
             elif key in ("max_load_tokens", "max_store_tokens") and type(value) is int and value >= 0:
                 values[key] = value
-            elif key == "codec" and is_codec_spec(value):
+            elif key in ("codec", "compact") and is_codec_spec(value):
+                values[key] = value
+            elif key == "ttl_seconds" and type(value) is int and 0 < value <= MAX_COMPACT_TTL_SECONDS:
+                values[key] = value
+            elif key == "task" and value in COMPACT_TASKS:
                 values[key] = value
             elif key == "compact":
-                values["compact_refusal"] = NO_COMPACT_CACHES
+                refusals.append("compact must be a chain such as 'cake(budget=12%) | int8'")
+            elif key == "ttl_seconds":
+                refusals.append(f"ttl_seconds must be a whole number from 1 to {MAX_COMPACT_TTL_SECONDS}")
+            elif key == "task":
+                refusals.append(f"task must be one of {', '.join(COMPACT_TASKS)}")
             else:
                 problems.append(repr(key)[:40])
+        if refusals and "compact" in given:
+            values.pop("compact", None)
+            values["compact_refusal"] = "; ".join(refusals)
         problem = f"ignored in kv_transfer_params['kvern']: {', '.join(problems)}" if problems else ""
         return cls(**values, asked=True, problem=problem)

@@ -27,12 +27,47 @@ class StoreOrder:
 
 
 @dataclasses.dataclass
+class CaptureOrder:
+    """Of one step: the request's tokens [begin, end) are computed, and the queries of those in [first, first + rows) are
+    wanted."""
+
+    request: str
+    begin: int
+    end: int
+    last_block: int  # of token end - 1
+    first: int
+    rows: int
+
+
+@dataclasses.dataclass
+class CompactOrder:
+    """The daemon is to make a compact cache of a prompt, once the store job has ended."""
+
+    job: int
+    store_job: int
+    request: str
+    namespace: int
+    group: int
+    handle: str
+    spec: str  # canonical
+    prompt_tokens: int
+    slots: int
+    expires_at: int
+    query_rows: int
+    hash_bytes: int
+    source_hashes: bytes
+    slot_hashes: bytes
+
+
+@dataclasses.dataclass
 class KvernMetadata(KVConnectorMetadata):
     """Scheduler side to every worker, once per step."""
 
     namespaces: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict)
     loads: list[LoadOrder] = dataclasses.field(default_factory=list)
     stores: list[StoreOrder] = dataclasses.field(default_factory=list)
+    captures: list[CaptureOrder] = dataclasses.field(default_factory=list)
+    compactions: list[CompactOrder] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -42,6 +77,7 @@ class RankReport:
     gathered: list[int] = dataclasses.field(default_factory=list)  # jobs whose pages are not read any more
     stored: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # job -> chunks that others can read
     refusal: str = ""  # why this rank can neither load nor store, ever
+    no_capture: str | None = None  # once: why this rank cannot capture queries; "": it can
 
 
 class KvernWorkerMetadata(compat.WorkerMetadataBase):

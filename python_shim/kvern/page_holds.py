@@ -10,6 +10,8 @@ class PageHolds:
 
     # With this share of the pool held, no further stores are planned until some have ended.
     MAX_SHARE = 0.25
+    # A prompt that becomes a compact cache cannot be put off for long, and its ordinary store holds the same blocks.
+    MAX_SHARE_COMPACT = 0.75
 
     def __init__(self, ranks: int):
         self._ranks = ranks
@@ -30,8 +32,8 @@ class PageHolds:
     def blocks(self) -> int:
         return self._blocks
 
-    def has_room(self) -> bool:
-        return self._pool is not None and self._blocks < len(self._pool.blocks) * self.MAX_SHARE
+    def has_room(self, share: float = MAX_SHARE) -> bool:
+        return self._pool is not None and self._blocks < len(self._pool.blocks) * share
 
     def take(self, job: int, block_ids: list[int]) -> None:
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]

@@ -4,15 +4,17 @@ import collections
 import concurrent.futures
 import itertools
 import logging
+import re
 import time
 import uuid
 
-from kvern import compat, identity
+from kvern import compactions, compat, identity
 from kvern.config import Options, RequestOptions
 from kvern.events import ChunkNote, EventLog, note_chunk
 from kvern.groups import Geometry, Group
 from kvern.guard import guarded, log_once, logger
-from kvern.metadata import KvernMetadata, LoadOrder, StoreOrder
+from kvern.handles import Handle, HandleError
+from kvern.metadata import CaptureOrder, CompactOrder, KvernMetadata, LoadOrder, StoreOrder
 from kvern.page_holds import PageHolds
 from kvern.stats import Recorder
 
@@ -51,6 +53,11 @@ class _RequestState:
         self.tail_done = False
         self.due_tokens = 0  # nothing becomes due before so many tokens are computed
         self.joined: tuple[int, bytes] = (0, b"")
+        self.making: compactions.Making | None = None  # a compact cache that it asks for
+        self.refusal = options.compact_refusal  # why it gets none
+        self.decodes = False  # from a compact cache: its placeholders must never be computed, nothing of it is stored
+        self.handle: Handle | None = None
+        self.doomed = ""  # why it must fail
 
     def reset_marks(self, epoch: int) -> None:
         self.epoch = epoch
@@ -61,7 +68,7 @@ class _RequestState:
 
 
 class _Store:
-    """A store job until every rank has told its end."""
+    """A store job until every rank has told its end. notes: what to announce of each chunk, if anything."""
 
     def __init__(self, state: _RequestState, namespace: _Namespace, group: int, chunk_tokens: list[int], notes):
         self.state = state
@@ -83,10 +90,13 @@ class SchedulerSide:
         weights: str,
         *,
         hash_block_tokens: int,
+        plan_compaction=None,
         clock=time.monotonic,
+        wall_clock=time.time,
     ):
         """client, matcher: of the native binding, or anything that behaves like them. weights: their fingerprint.
-        hash_block_tokens: tokens that one entry of request.block_hashes stands for."""
+        hash_block_tokens: tokens that one entry of request.block_hashes stands for. plan_compaction: of the native
+        binding; None where it makes no compact caches. wall_clock: unix seconds."""
         self.errors = 0
         self._vllm_config = vllm_config
         self._geometry = geometry
@@ -109,6 +119,12 @@ class SchedulerSide:
         self._epoch = 0
         self._epoch_name = ""
         self._hash_ratio = geometry.block_tokens // hash_block_tokens
+        self._hash_bytes = compat.hash_bytes(str(vllm_config.cache_config.prefix_caching_hash_algo))
+        self._plan_compaction = plan_compaction
+        self._wall_clock = wall_clock
+        self._makings: dict[str, _RequestState] = {}  # requests whose compact cache has not been ordered yet
+        self._skip_local: list = []  # requests that are to be asked about again without their local prefix hit
+        self._no_capture: dict[int, str] = {}  # rank -> why it cannot capture queries, "": it can
         self._jobs = itertools.count(1)
         self._loads_due: list[LoadOrder] = []
         self._loads: dict[str, _RequestState] = {}
@@ -187,6 +203,12 @@ class SchedulerSide:
                 log_once(logging.WARNING, "Kvern: %s.", options.problem)
             state = _RequestState(request, options, len(self._geometry.groups))
             self._states[request.request_id] = state
+            if compactions.names_handle(request, options):
+                self._start_decoding(state, request)
+            elif options.compact:
+                self._start_making(state, request)
+            elif state.refusal:
+                self._recorder.count("compactions_refused", label="malformed")
         if state.epoch != self._epoch:
             state.reset_marks(self._epoch)
         return state
@@ -199,10 +221,25 @@ class SchedulerSide:
         if request.lora_request is not None:
             self._namespace_of(request.lora_request)  # starts the digest of a new adapter
 
-    @guarded((0, False))
+    def _nothing_found(self, request, local_tokens: int) -> tuple[int | None, bool]:
+        return compactions.nothing_found(request, "the look-up of a compact cache went wrong")
+
+    @guarded(_nothing_found)
     def get_num_new_matched_tokens(self, request, local_tokens: int) -> tuple[int | None, bool]:
         state = self._state_of(request)
         state.stale = False  # asked for requests without computed tokens only: whatever it had is recomputed
+        if state.decodes:
+            return self._match_handle(state, request, local_tokens)
+        if state.making is None:
+            return self._match(state, request, local_tokens)
+        answer = None, False
+        if self._leaves_queries(state, request, local_tokens):
+            answer = self._match(state, request, local_tokens)
+        if answer[0] is None and state.making is not None and state.making.skip_local:
+            self._skip_local.append(request)
+        return answer
+
+    def _match(self, state: _RequestState, request, local_tokens: int) -> tuple[int | None, bool]:
         block_tokens = self._geometry.block_tokens
         if not self._wants_load(state, request) or local_tokens % block_tokens:
             self._release(state)
@@ -217,6 +254,8 @@ class SchedulerSide:
         limit = min(hashed, request.num_tokens)
         if state.options.max_load_tokens is not None:
             limit = min(limit, state.options.max_load_tokens // block_tokens * block_tokens)
+        if state.making is not None:
+            limit = min(limit, (state.making.prompt_tokens - state.making.query_rows) // block_tokens * block_tokens)
         known, found, reason = self._find(state, request, local_tokens, limit, now)
         # With at most one block to gain, the look-up only tells what need not be stored: nobody waits for it.
         worthwhile = limit - local_tokens > block_tokens
@@ -247,7 +286,7 @@ class SchedulerSide:
         )
 
     def _find(self, state, request, local_tokens: int, limit: int, now: float) -> tuple[bool, int, str]:
-        """(known, leading tokens that are stored, why not more). Not known: ask again."""
+        """(known, leading tokens that are stored, why not more). Not known: ask again. limit: whole blocks."""
         state.first_asked = state.first_asked or now
         if not self._ready():
             starting = self._client.session_count == 0 and now - self._started < self._setup_seconds
@@ -267,7 +306,7 @@ class SchedulerSide:
             request.request_id,
             namespace.handle,
             self._joined_hashes(state, request),
-            len(request.block_hashes[0]),
+            self._hash_bytes,
             local_tokens,
             limit,
             request.num_tokens,
@@ -295,6 +334,8 @@ class SchedulerSide:
         return False
 
     def _joined_hashes(self, state: _RequestState, request) -> bytes:
+        if state.handle is not None:
+            return state.joined[1]
         count = len(request.block_hashes)
         if state.joined[0] != count:
             state.joined = (count, b"".join(request.block_hashes[self._hash_ratio - 1 :: self._hash_ratio]))
@@ -347,7 +388,7 @@ class SchedulerSide:
         self._recorder.count("hit_tokens", external_tokens)
         self._recorder.count("requested_tokens", request.num_tokens)
         self._client.report(external_tokens, request.num_tokens)
-        order = LoadOrder(next(self._jobs), request.request_id, namespace.key, len(request.block_hashes[0]), pieces)
+        order = LoadOrder(next(self._jobs), request.request_id, namespace.key, self._hash_bytes, pieces)
         state.load_blocks = block_ids
         state.answer = None
         state.hit_tokens = external_tokens
@@ -356,7 +397,7 @@ class SchedulerSide:
     def _pieces(self, state, request, group: Group, table: list[int], first: int, last: int):
         """The group's blocks in [first, last), cut at the chunk grid, without the leading null blocks of each cut."""
         size = group.chunk_blocks
-        hash_bytes = len(request.block_hashes[0])
+        hash_bytes = self._hash_bytes
         hashes = self._joined_hashes(state, request)
         for cell in range(first // size, -(-last // size)):
             begin, end = max(first, cell * size), min(last, (cell + 1) * size)
@@ -387,6 +428,10 @@ class SchedulerSide:
         """Loads first: a load that vLLM waits for must reach the workers whatever happens below."""
         loads, self._loads_due = self._loads_due, []
         metadata = KvernMetadata(loads=loads)
+        if self._skip_local:
+            for request in self._skip_local:
+                request.skip_reading_prefix_cache = True  # until vLLM asks about it again
+            self._skip_local = []
         self._plan_step(metadata, scheduler_output)
         self._describe_namespaces(metadata)
         return metadata
@@ -407,12 +452,13 @@ class SchedulerSide:
         own_tables = not compat.has_block_tables(scheduler_output)
         if own_tables:
             self._mirror_tables(scheduler_output)
-        if not self._ready():
-            return
-        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            state = self._states.get(request_id)
-            if state is not None:
-                self._plan_stores(metadata, scheduler_output, state, scheduled, own_tables)
+        if self._ready():
+            for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+                state = self._states.get(request_id)
+                if state is not None:
+                    self._plan_stores(metadata, scheduler_output, state, scheduled, own_tables)
+        if self._makings:
+            self._plan_makings(metadata, scheduler_output, own_tables)
 
     def _mirror_tables(self, scheduler_output) -> None:
         """Block tables from what is new in each step. They do not show blocks that a sliding window has given away, so
@@ -438,7 +484,7 @@ class SchedulerSide:
         request = state.request
         if state.epoch != self._epoch:
             state.reset_marks(self._epoch)
-        if not state.options.store or state.stale:
+        if not state.options.store or state.stale or state.decodes:
             return
         block_tokens = self._geometry.block_tokens
         computed = request.num_computed_tokens + scheduled
@@ -491,7 +537,7 @@ class SchedulerSide:
     def _store_spans(self, metadata, state, namespace: _Namespace, group: Group, table: list[int], spans) -> None:
         """One job for these blocks of the group; spans are (first block, end)."""
         request = state.request
-        hash_bytes = len(request.block_hashes[0])
+        hash_bytes = self._hash_bytes
         hashes = self._joined_hashes(state, request)
         chunks, tokens, notes = [], [], [] if self._events is not None else None
         for begin, end in spans:
@@ -514,6 +560,187 @@ class SchedulerSide:
         self._stores[job] = _Store(state, namespace, group.index, tokens, notes)
         metadata.stores.append(order)
 
+    # ---------------------------------------------------------------- compact caches: decoding from one
+
+    def _start_decoding(self, state: _RequestState, request) -> None:
+        state.decodes = True
+        try:
+            state.handle = compactions.handle_to_decode(request, state.options, self._wall_clock())
+            if not self._may_load:
+                raise HandleError("this engine does not load (kv_role)")
+            fails_on_its_own = self._vllm_config.kv_transfer_config.kv_load_failure_policy == "fail"
+            if not compat.can_fail_requests() and not fails_on_its_own:
+                raise HandleError("on this vLLM compact caches need kv_load_failure_policy 'fail'")
+        except HandleError as error:
+            self._fail(state, request, str(error))
+            return
+        blocks = -(-state.handle.slots // self._geometry.block_tokens)
+        state.joined = (blocks, state.handle.slot_hashes(blocks, self._hash_bytes))
+
+    def _match_handle(self, state: _RequestState, request, local_tokens: int) -> tuple[int | None, bool]:
+        """All of the cache's slots or none: what is not claimed would be computed from placeholders."""
+        handle, now = state.handle, self._clock()
+        reason = state.doomed
+        if not reason and state.failed:
+            reason = "its load failed"
+        if not reason and self._refused:
+            reason = f"this engine runs without the store: {self._refused}"
+        if not reason and local_tokens >= handle.slots:
+            self._release(state)
+            return 0, False
+        if not reason:
+            if state.answer is not None and (state.answer[0], state.answer[2]) == (local_tokens, self._client.session_count):
+                return state.answer[4]
+            limit = state.joined[0] * self._geometry.block_tokens
+            known, found, missing = self._find(state, request, local_tokens, limit, now)
+            if not known:
+                return None, False
+            if found < limit:
+                reason = f"it is not stored, or not any more: {missing or 'not found'}"
+            if handle.expires_at <= self._wall_clock():
+                reason = "the handle has expired"
+        if reason:
+            self._fail(state, request, reason)
+            return None, False
+        state.answered_local = local_tokens
+        answer = (handle.slots - local_tokens, True)
+        state.answer = (local_tokens, 0, self._client.session_count, now, answer)
+        return answer
+
+    def _fail(self, state: _RequestState, request, reason: str) -> None:
+        if not state.doomed:
+            name = f"the compact cache {state.handle.short}" if state.handle is not None else "a compact cache"
+            logger.warning("Kvern: request %s fails: it decodes from %s, and %s.", request.request_id, name, reason)
+            self._recorder.count("handles_failed", label=_label(reason))
+        state.doomed = reason
+        self._release(state)
+        compat.fail_request(request, reason)
+
+    # ---------------------------------------------------------------- compact caches: making one
+
+    def _start_making(self, state: _RequestState, request) -> None:
+        try:
+            if not self._may_store or self._refused:
+                raise ValueError(self._refused or "this engine does not store")
+            state.making = compactions.plan_making(request, state.options, self._geometry, self._plan_compaction)
+            self._makings[request.request_id] = state
+        except ValueError as error:
+            self._refuse_making(state, str(error))
+
+    def _refuse_making(self, state: _RequestState, reason: str) -> None:
+        state.making, state.refusal = None, reason
+        self._makings.pop(state.request.request_id, None)
+        self._recorder.count("compactions_refused", label=_label(reason))
+
+    def _leaves_queries(self, state: _RequestState, request, local_tokens: int) -> bool:
+        """Whether the queries that the method reads will be computed here; False: ask again. A local prefix hit cannot be
+        shortened, so one that leaves too little is passed over as a whole; what the store has is loaded up to there."""
+        making = state.making
+        if making.skip_local:
+            request.skip_reading_prefix_cache = False
+        if not making.query_rows:
+            return True
+        now = self._clock()
+        state.first_asked = state.first_asked or now
+        if len(self._no_capture) < self._geometry.ranks:  # they tell with their first step
+            if now - state.first_asked < self._setup_seconds:
+                return False
+            self._refuse_making(state, "the workers have not said whether they can capture queries")
+            return True
+        problem = next(filter(None, self._no_capture.values()), "")
+        if problem:
+            self._refuse_making(state, f"queries cannot be captured on this engine: {problem}")
+            return True
+        if making.prompt_tokens - local_tokens < making.query_rows:
+            making.skip_local = True
+            return False
+        return True
+
+    def _plan_makings(self, metadata: KvernMetadata, scheduler_output, own_tables: bool) -> None:
+        for request_id, state in list(self._makings.items()):
+            scheduled = scheduler_output.num_scheduled_tokens.get(request_id)
+            tables = state.tables if own_tables else None
+            if scheduled and tables is None:
+                tables = compat.block_tables(scheduler_output, request_id)
+            if tables is not None and scheduled:
+                self._plan_making(metadata, state, scheduled, tables[0])
+
+    @guarded()
+    def _plan_making(self, metadata: KvernMetadata, state: _RequestState, scheduled: int, table: list[int]) -> None:
+        request, making = state.request, state.making
+        if state.stale:
+            self._refuse_making(state, "the engine's cache was reset while the prompt was computed")
+            return
+        begin = request.num_computed_tokens
+        end = begin + scheduled
+        first = making.prompt_tokens - making.query_rows
+        if making.query_rows and first < end and begin < making.prompt_tokens:
+            last_block = table[(end - 1) // self._geometry.block_tokens]
+            metadata.captures.append(CaptureOrder(request.request_id, begin, end, last_block, first, making.query_rows))
+        if end >= making.prompt_tokens:
+            self._order_compaction(metadata, state, table)
+
+    def _order_compaction(self, metadata: KvernMetadata, state: _RequestState, table: list[int]) -> None:
+        """Stores the whole prompt once more, under names that only the handle gives, for the daemon to make the cache of.
+        Where something stands in the way now, the same is due again in the next step."""
+        request, making, group = state.request, state.making, self._geometry.groups[0]
+        namespace = self._registered_namespace(request)
+        if namespace is None:
+            making.obstacle = "the daemon was not there when the prompt had been computed"
+            return
+        if not self._holds.has_room(PageHolds.MAX_SHARE_COMPACT):
+            making.obstacle = "too many blocks waited to be stored when the prompt had been computed"
+            self._recorder.count("stores_deferred")
+            return
+        blocks = -(-making.prompt_tokens // group.block_tokens)
+        block_ids = list(table[:blocks])
+        expires_at = int(self._wall_clock()) + making.ttl_seconds
+        handle = Handle.make(namespace.facts, making.spec, making.prompt_tokens, making.slots, expires_at)
+        size = self._hash_bytes
+        hashes = handle.source_hashes(blocks, size)
+        chunks = []
+        for first in range(0, blocks, group.chunk_blocks):
+            last = min(first + group.chunk_blocks, blocks)
+            previous = hashes[(first - 1) * size : first * size] if first else b""
+            chunks.append((hashes[first * size : last * size], block_ids[first:last], first * group.block_tokens, previous))
+        store, job = next(self._jobs), next(self._jobs)
+        self._holds.take(store, block_ids)
+        self._stores[store] = _Store(state, namespace, group.index, [0] * len(chunks), None)
+        metadata.stores.append(StoreOrder(store, namespace.key, group.index, "raw", size, chunks))
+        metadata.compactions.append(
+            CompactOrder(
+                job=job,
+                store_job=store,
+                request=request.request_id,
+                namespace=namespace.key,
+                group=group.index,
+                handle=handle.text,
+                spec=making.spec,
+                prompt_tokens=making.prompt_tokens,
+                slots=making.slots,
+                expires_at=expires_at,
+                query_rows=making.query_rows,
+                hash_bytes=size,
+                source_hashes=hashes,
+                slot_hashes=handle.slot_hashes(-(-making.slots // group.block_tokens), size),
+            )
+        )
+        making.handle = handle
+        del self._makings[request.request_id]
+
+    def _told_of_making(self, state: _RequestState) -> dict:
+        making = state.making
+        if making is None or making.handle is None:
+            return {"state": "refused", "reason": state.refusal or self._refused or making.obstacle}
+        return {
+            "state": "pending",
+            "handle": making.handle.text,
+            "prompt_tokens": making.prompt_tokens,
+            "slots": making.slots,
+            "method": making.spec,
+            "expires_at": making.handle.expires_at,
+        }
+
     # ---------------------------------------------------------------- results
 
     @guarded()
@@ -533,6 +760,8 @@ class SchedulerSide:
             for rank, report in reports.reports.items():
                 if report.refusal:
                     self.refuse(report.refusal)
+                if report.no_capture is not None:
+                    self._no_capture[rank] = report.no_capture
                 for job in report.gathered:
                     self._holds.gathered(job, rank)
                 for job, chunks in report.stored.items():
@@ -549,7 +778,7 @@ class SchedulerSide:
         stored = set.intersection(*store.ranks.values())
         if store.group == 0:  # the tokens are the same in every group
             store.state.stored_tokens += sum(store.chunk_tokens[chunk] for chunk in stored)
-        if self._events is not None:
+        if self._events is not None and store.notes is not None:
             namespace_id = self._client.namespace_id(store.namespace.handle)
             if namespace_id is not None:
                 for chunk in sorted(stored):
@@ -566,11 +795,12 @@ class SchedulerSide:
         if not state.loading:
             del self._states[request.request_id]
         self._release(state)
+        self._makings.pop(request.request_id, None)
         if not state.options.asked:
             return False, None
         answer = {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}
-        if state.options.compact_refusal:
-            answer["compact"] = {"state": "refused", "reason": state.options.compact_refusal}
+        if state.making is not None or state.refusal:
+            answer["compact"] = self._told_of_making(state)
         return False, {"kvern": answer}
 
     def has_pending_push_work(self) -> bool:
@@ -632,3 +862,8 @@ class SchedulerSide:
     def shutdown(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._client.close()
+
+
+def _label(reason: str) -> str:
+    """Of a metric: numbers would make one for each request."""
+    return re.sub(r"\d+", "N", reason.split(":")[0])[:60]

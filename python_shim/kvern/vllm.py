@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from kvern import compat, groups, identity
+from kvern import compactions, compat, groups, identity
 from kvern.config import Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once, logger
@@ -114,6 +114,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             matcher,
             weights,
             hash_block_tokens=compat.hash_block_tokens(vllm_config, kv_cache_config, geometry.block_tokens),
+            plan_compaction=native.compaction_plan if hasattr(native.TransferWorker, "submit_compaction") else None,
         )
 
     def _make_worker_side(self, geometry: Geometry, options: Options) -> WorkerSide:
@@ -163,7 +164,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._scheduler is None:
-            return 0, False
+            return compactions.nothing_found(request, "this engine runs without the store")
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def get_external_cache_hit_sources(self, request, num_external_tokens: int) -> dict:
@@ -203,7 +204,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
     def register_kv_caches(self, kv_caches: dict) -> None:
         if self._worker is not None:
             layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
-            self._worker.register_kv_caches(kv_caches, layers)
+            self._worker.register_kv_caches(kv_caches, layers, self._vllm_config)
 
     def bind_connector_metadata(self, connector_metadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -241,7 +242,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
     def _take_transfers(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         if self._worker is None:
             return set(), set()
-        self._worker.cancel_loads_of(finished_req_ids)
+        self._worker.requests_ended(finished_req_ids)
         self._worker.poll()
         return self._worker.take_transfers()
 

@@ -5,11 +5,14 @@ import dataclasses
 import logging
 import time
 
+import torch
+
 from kvern import compat, layout
+from kvern.capture import QueryCapture
 from kvern.config import Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once
-from kvern.metadata import KvernMetadata, KvernWorkerMetadata, LoadOrder, RankReport, StoreOrder
+from kvern.metadata import CompactOrder, KvernMetadata, KvernWorkerMetadata, LoadOrder, RankReport, StoreOrder
 from kvern.stats import Recorder
 
 # Orders wait this long for their namespace to be registered with the daemon.
@@ -51,8 +54,13 @@ class WorkerSide:
         self._handles: dict[int, int] = {}
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._stores_due: list[StoreOrder] = []
+        self._compactions_due: list[CompactOrder] = []
         self._loads: dict[int, LoadOrder] = {}
         self._stores: dict[int, StoreOrder] = {}
+        self._capture: QueryCapture | None = None
+        self._capture_told = False
+        self._compactions: dict[int, tuple[CompactOrder, list]] = {}  # store job -> what waits for its end
+        self._compacting: dict[int, list] = {}  # job -> queries that the native side may still read
         self._on_device = False
         # CUDA events by job: what was queued on the engine's stream when the job was handed over. The native threads
         # wait for them before the pages are touched, so they live until the job is done with the pages.
@@ -66,11 +74,11 @@ class WorkerSide:
 
     # ---------------------------------------------------------------- set-up
 
-    def _cannot_register(self, kv_caches, attention_layers) -> None:
+    def _cannot_register(self, kv_caches, attention_layers, vllm_config) -> None:
         self._refuse("its KV cache could not be registered")
 
     @guarded(_cannot_register)
-    def register_kv_caches(self, kv_caches: dict, attention_layers: dict) -> None:
+    def register_kv_caches(self, kv_caches: dict, attention_layers: dict, vllm_config) -> None:
         if self._client is None:
             return
         try:
@@ -103,6 +111,7 @@ class WorkerSide:
             self._refuse(str(refusal))
             return
         self._transfer, self._refusal = transfer, ""
+        self._capture = QueryCapture(self._geometry, kv_caches, attention_layers, vllm_config)
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -114,6 +123,9 @@ class WorkerSide:
     def bind(self, metadata: KvernMetadata) -> None:
         # Stores wait for the end of the forward pass: only then are the pages complete.
         self._stores_due += metadata.stores
+        if self._capture is not None:
+            self._capture.begin_step(metadata.captures)
+        self._compactions_due += metadata.compactions
         for key, facts in metadata.namespaces.items():
             if key not in self._handles and self._client is not None:
                 self._handles[key] = self._client.add_namespace(facts)
@@ -124,8 +136,45 @@ class WorkerSide:
 
     def submit_stores(self) -> None:
         due, self._stores_due = self._stores_due, []
+        compactions, self._compactions_due = self._compactions_due, []
+        for order in compactions:
+            self._take_queries(order)
         for order in due:
             self._submit(order)
+
+    @guarded()
+    def _take_queries(self, order: CompactOrder) -> None:
+        """The forward pass that captured the last of them has just ended; the request may be gone with this step."""
+        queries = []
+        if order.query_rows and self._capture is not None:
+            queries = self._capture.take(order.request, getattr(torch, self._geometry.groups[order.group].dtype))
+        self._compactions[order.store_job] = (order, queries)
+
+    @guarded()
+    def _compact(self, store_job: int) -> None:
+        """Hands a prompt over whose blocks are with the daemon. Where some are not, or queries are missing, the daemon
+        fails the cache and keeps the reason for those who ask for it."""
+        waiting = self._compactions.pop(store_job, None)
+        if waiting is None or self._transfer is None:
+            return
+        order, queries = waiting
+        self._compacting[order.job] = queries
+        self._transfer.submit_compaction(
+            job=order.job,
+            namespace=self._handles[order.namespace],
+            handle=order.handle,
+            spec=order.spec,
+            group=order.group,
+            prompt_tokens=order.prompt_tokens,
+            slots=order.slots,
+            expires_at=order.expires_at,
+            hash_bytes=order.hash_bytes,
+            source_hashes=order.source_hashes,
+            slot_hashes=order.slot_hashes,
+            query_rows=order.query_rows,
+            query_heads=queries[0].shape[1] if queries else 0,
+            queries=[_bytes_of(layer) for layer in queries],
+        )
 
     def _drop(self, order: LoadOrder | StoreOrder, until: float | None = None) -> None:
         """Gives the order the end that vLLM waits for."""
@@ -139,6 +188,7 @@ class WorkerSide:
             self._report.gathered.append(order.job)
             self._report.stored[order.job] = []
             self._recorder.count("store_failures", label=self._why())
+            self._compact(order.job)
 
     def _why(self) -> str:
         return "worker refused" if self._refusal else "namespace not registered"
@@ -183,8 +233,6 @@ class WorkerSide:
         """An event after all that the engine has queued so far; 0 where its pages are in host memory."""
         if not self._on_device:
             return 0
-        import torch
-
         event = torch.cuda.Event(blocking=True)
         event.record()
         self._ready[job] = event
@@ -212,6 +260,12 @@ class WorkerSide:
                 if order is not None:
                     self._report.stored[job] = list(chunks)
                     self._count_store(order, chunks, reason, seconds, raw_bytes)
+                    self._compact(job)
+            elif event in ("compacting", "compaction_failed") and self._compacting.pop(job, None) is not None:
+                self._recorder.count("compactions")
+                if event != "compacting":
+                    self._recorder.count("compaction_failures", label=_short(reason))
+                    log_once(logging.WARNING, "Kvern: a compact cache is not made: %s.", _short(reason))
 
     def _load_ended(self, order: LoadOrder, failed: bool) -> None:
         self._received.add(order.request)
@@ -239,8 +293,10 @@ class WorkerSide:
             log_once(logging.WARNING, "Kvern: some chunks were not stored: %s.", _short(reason))
 
     @guarded()
-    def cancel_loads_of(self, finished_requests: set[str]) -> None:
-        """Requests that were aborted while they wait for their load: its pages go to others as soon as it has ended."""
+    def requests_ended(self, finished_requests: set[str]) -> None:
+        """Those that were aborted while they wait for their load: its pages go to others as soon as it has ended."""
+        if self._capture is not None and finished_requests:
+            self._capture.forget(finished_requests)
         if not finished_requests or not self._loads:
             return
         for job, order in self._loads.items():
@@ -265,7 +321,10 @@ class WorkerSide:
         report, self._report = self._report, RankReport()
         if self._refusal and not self._refusal_told:
             report.refusal, self._refusal_told = self._refusal, True
-        if not report.gathered and not report.stored and not report.refusal:
+        if not self._capture_told:
+            self._capture_told = True
+            report.no_capture = self._capture.problem if self._capture is not None else "this worker has no cache to watch"
+        elif not report.gathered and not report.stored and not report.refusal:
             return None
         return KvernWorkerMetadata({self.rank: report})
 
@@ -284,6 +343,11 @@ class WorkerSide:
             self._refusal = "the worker is shutting down"
         if self._client is not None:
             self._client.close()
+
+
+def _bytes_of(tensor):
+    """The tensor's memory as a flat buffer; NumPy does not know all of its dtypes."""
+    return tensor.view(torch.uint8).reshape(-1).numpy()
 
 
 def _short(reason: str) -> str:

@@ -7,6 +7,7 @@ and then "stored", every load with one of "loaded" and "load_failed". What ends 
 import ctypes
 import dataclasses
 import hashlib
+import re
 
 
 @dataclasses.dataclass
@@ -30,6 +31,7 @@ class Store:
         self.drop_stores = False
         self.session_count = 1
         self.matches = 0
+        self.compactions: dict[str, dict] = {}  # handle -> arguments of submit_compaction
 
     def add(self, namespace: bytes, group: int, hashes: list[bytes], planes: dict) -> None:
         key = (namespace, group, hashes[-1])
@@ -49,6 +51,18 @@ class Store:
         for _, group, _ in self.blocks:
             counts[group] = counts.get(group, 0) + 1
         return counts
+
+
+def compaction_plan(spec, prompt_tokens):
+    """streaming(slots=M) and snapkv(slots=M,window=W) stand for methods without and with queries."""
+    match = re.match(r"(streaming|snapkv)\(slots=(\d+)(?:,window=(\d+))?\)", spec)
+    if match is None:
+        raise ValueError("compact cache: the daemon knows no such method")
+    slots = min(int(match[2]), prompt_tokens)
+    window = int(match[3] or 0)
+    if window >= slots:
+        raise ValueError(f"the budget of {slots} tokens does not hold the {window} that are always kept")
+    return spec.replace(" ", ""), slots, window
 
 
 class Client:
@@ -208,6 +222,42 @@ class TransferWorker:
         reason = "dropped by the test" if store.drop_stores else ""
         self._events.append((job, "stored", stored, reason, 0.002, 100, 50))
 
+    def submit_compaction(self, **arguments):
+        self._jobs.append(("compact", arguments.pop("job"), arguments))
+
+    def _run_compaction(self, job, arguments):
+        """Keeps the last M rows of each plane. All that it needs must have been stored by now."""
+        store, size = self.client.store, arguments["hash_bytes"]
+        mine = self.client.id_of(arguments["namespace"])
+        facts = self.registered[arguments["group"]]
+        row = {"float32": 4}.get(facts["dtype"], 2) * (facts["key_dim"] + facts["value_dim"])
+        store.compactions[arguments["handle"]] = arguments
+        sources = [arguments["source_hashes"][i : i + size] for i in range(0, len(arguments["source_hashes"]), size)]
+        slots = [arguments["slot_hashes"][i : i + size] for i in range(0, len(arguments["slot_hashes"]), size)]
+        if not all(store.has(mine, arguments["group"], block) for block in sources):
+            self._events.append((job, "compaction_failed", [], "some of the prompt's chunks are missing", 0.001, 0, 0))
+            return
+        chunk_blocks = max(1, 256 // facts["block_tokens"])
+        planes = {}
+        for _, _, key in self._planes(arguments["group"]):
+            rows = b""
+            for block in sources:
+                chunk, offset = store.blocks[mine, arguments["group"], block]
+                rows += store.chunks[chunk].planes[key][offset]
+            kept = rows[: arguments["prompt_tokens"] * row][-arguments["slots"] * row :]
+            page = facts["block_tokens"] * row
+            kept += bytes(-len(kept) % page)
+            planes[key] = [kept[i : i + page] for i in range(0, len(kept), page)]
+        for first in range(0, len(slots), chunk_blocks):
+            part = slots[first : first + chunk_blocks]
+            store.add(
+                mine, arguments["group"], part, {key: pages[first : first + len(part)] for key, pages in planes.items()}
+            )
+        for block in sources:
+            key, _ = store.blocks.pop((mine, arguments["group"], block))
+            store.chunks.pop(key, None)
+        self._events.append((job, "compacting", [], "", 0.001, 0, 0))
+
     def _run_load(self, job, namespace, hash_bytes, pieces):
         store = self.client.store
         if store.fail_loads or job in self.cancelled:
@@ -234,6 +284,8 @@ class TransferWorker:
                 keep.append((kind, job, *arguments))
             elif kind == "store":
                 self._run_store(job, *arguments)
+            elif kind == "compact":
+                self._run_compaction(job, *arguments)
             else:
                 self._run_load(job, *arguments)
         self._jobs = keep

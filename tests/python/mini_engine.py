@@ -7,6 +7,7 @@ row that attention would read. A row that was not loaded, loaded wrongly, or ove
 import json
 import pathlib
 import pickle
+import types
 
 import torch
 from vllm import SamplingParams
@@ -74,6 +75,29 @@ def token_row(state: int, layer: int, head: int) -> torch.Tensor:
     return torch.tensor([float((state + layer * 7 + head * 13 + dim * 17) % MODULUS) for dim in range(2 * DIM)])
 
 
+def query_row(state: int) -> torch.Tensor:
+    return torch.tensor([[float((state + head * 3 + dim) % MODULUS) for dim in range(DIM)] for head in range(2 * HEADS)])
+
+
+class AttentionImpl:
+    """Of a make-believe layer, with the arguments of vLLM's own."""
+
+    scale = DIM**-0.5
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output=None):
+        return output
+
+
+class AttentionLayer:
+    num_heads, num_kv_heads, head_size = 2 * HEADS, HEADS, DIM
+
+    def __init__(self):
+        self.impl = AttentionImpl()
+
+    def __call__(self, query, key, value):
+        return self.impl.forward(self, query.view(-1, self.num_heads, DIM), key, value, None, None, output=None)
+
+
 class MiniEngine:
     def __init__(
         self,
@@ -90,6 +114,7 @@ class MiniEngine:
         options: dict | None = None,
         events: bool = False,
         caching: bool = True,
+        attention: bool = True,  # False: vLLM shows no attention layers
         set_rank=lambda rank: None,
         transfer: KVTransferConfig | None = None,
     ):
@@ -138,6 +163,8 @@ class MiniEngine:
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         self.config.cache_config.num_gpu_blocks = blocks
+        self.attention = {names[0]: AttentionLayer() for names in self.layer_names} if attention else {}
+        self.config.compilation_config.static_forward_context.update(self.attention)
         self.pages, self.workers = [], []
         for rank in range(ranks):
             set_rank(rank)
@@ -161,6 +188,7 @@ class MiniEngine:
         self.steps = 0
         self.tells_failures_by_block = False  # as vLLM 0.29 does it
         self.numbers = 0
+        self.compact_prompts: dict[str, list[int]] = {}  # handle -> the prompt that its cache was made of
         self.forwarded: dict[str, int] = {}  # request -> tokens that were computed rather than loaded
         self.finish_params: dict[str, dict | None] = {}
 
@@ -172,6 +200,7 @@ class MiniEngine:
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **extra)
         if options.pop("skip_reading", False):
             sampling.skip_reading_prefix_cache = True
+        sampling.prompt_logprobs = options.pop("prompt_logprobs", None)
         request = Request(
             f"r{self.numbers}", list(prompt), sampling, None, block_hasher=self.hasher, **options
         )
@@ -235,6 +264,7 @@ class MiniEngine:
     def _rank_step(self, rank, worker, metadata, output, sampled) -> ModelRunnerOutput:
         worker.handle_preemptions(metadata)
         worker.bind_connector_metadata(metadata)
+        self._attend(sampled)
         next_tokens = []
         for request, begin, end in sampled.values():
             self._forward(rank, request, begin, end)
@@ -266,6 +296,27 @@ class MiniEngine:
 
     # ---------------------------------------------------------------- the model
 
+    def _attend(self, sampled) -> None:
+        """Hands each layer the batch's queries as vLLM does: rows of all requests, in an order that nobody is told."""
+        batch = list(sampled.values())[::-1]
+        if not batch or not self.attention:
+            return
+        queries, starts, lengths = [], [0], []
+        for request, begin, end in batch:
+            states = self._states(request.all_token_ids[:end])
+            queries += [query_row(state) for state in states[begin:end]]
+            starts.append(len(queries))
+            lengths.append(end)
+        tables = [self.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0] for request, _, _ in batch]
+        width = max(map(len, tables))
+        metadata = types.SimpleNamespace(
+            query_start_loc=torch.tensor(starts),
+            seq_lens=torch.tensor(lengths),
+            block_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
+        )
+        for layer in self.attention.values():
+            layer.impl.forward(layer, torch.stack(queries), None, None, None, metadata, output=None)
+
     @staticmethod
     def _states(tokens) -> list[int]:
         states, state = [], 1
@@ -274,12 +325,21 @@ class MiniEngine:
             states.append(state)
         return states
 
+    def _states_of(self, request: Request, end: int) -> list[int]:
+        """What the rows of the request must say. Behind a handle they are the last of the prompt's own."""
+        states = self._states(request.all_token_ids[:end])
+        prompt = self.compact_prompts.get(request.cache_salt)
+        if prompt is not None:
+            slots = int(request.cache_salt.split(".")[2])
+            states[:slots] = self._states(prompt)[-slots:][:end]
+        return states
+
     def _next_token(self, request: Request, end: int) -> int:
         return self._states(request.all_token_ids[:end])[-1] % 500
 
     def _forward(self, rank: int, request: Request, begin: int, end: int) -> None:
         tables = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
-        states = self._states(request.all_token_ids[:end])
+        states = self._states_of(request, end)
         pages, size = self.pages[rank], self.block_size
         heads = pages.shape[1]
         if rank == 0:

@@ -572,13 +572,6 @@ def test_a_request_limits_what_is_stored_of_it(engine, limit, stored):
     assert_at_rest(one)
 
 
-def test_a_request_for_a_compact_cache_is_told_that_there_is_none(engine):
-    one = engine()
-    told = one.generate(prompt_of(500), params={"kvern": {"compact": "cake(budget=12%) | int8"}})
-    answer = one.finish_params[told.request_id]["kvern"]
-    assert answer["compact"]["state"] == "refused" and "full cache" in answer["compact"]["reason"]
-
-
 def test_a_request_that_asks_is_told_what_happened(engine):
     one = engine()
     prompt = prompt_of(500)

@@ -1,0 +1,94 @@
+"""What a request may ask for around compact caches, judged before anything is computed: to make one of its prompt, or to
+decode from one."""
+
+import dataclasses
+import logging
+import re
+
+from kvern import compat
+from kvern.config import RequestOptions
+from kvern.groups import Geometry
+from kvern.guard import log_once
+from kvern.handles import Handle, HandleError, is_handle_salt
+
+
+@dataclasses.dataclass
+class Making:
+    """A compact cache that is to be made of a request's prompt."""
+
+    spec: str  # canonical
+    prompt_tokens: int
+    slots: int
+    query_rows: int  # last queries of the prompt that the method reads
+    ttl_seconds: int
+    skip_local: bool = False  # the local prefix hit left too few tokens to compute
+    obstacle: str = "the request ended before its prompt was computed"  # why nothing has been handed over yet
+    handle: Handle | None = None  # once the order has gone out
+
+
+def plan_making(request, options: RequestOptions, geometry: Geometry, plan_compaction) -> Making:
+    """plan_compaction: of the native binding. Throws ValueError with the reason of a refusal."""
+    if plan_compaction is None:
+        raise ValueError("this build makes no compact caches")
+    if len(geometry.groups) > 1 or geometry.groups[0].window:
+        raise ValueError("compact caches are made for models whose layers all have full attention")
+    if geometry.ranks > 1:
+        raise ValueError("compact caches are made by engines of one rank; this one has more")
+    if getattr(request, "sampling_params", None) is None or getattr(request, "resumable", False):
+        raise ValueError("compact caches are made of prompts of ordinary generation requests")
+    spec, slots, query_rows = plan_compaction(options.compact, request.num_prompt_tokens)
+    if options.task:
+        spec, slots, query_rows = plan_compaction(_for_task(spec, options), request.num_prompt_tokens)
+    return Making(spec, request.num_prompt_tokens, slots, query_rows, options.ttl_seconds)
+
+
+def _for_task(spec: str, options: RequestOptions) -> str:
+    """The canonical spec as WindowKV wants it for the task: for localisation a window's score is that of all its tokens,
+    for aggregation that of the better half. A request that says `top` itself is left alone."""
+    omega = re.match(r"windowkv\(.*?\bomega=(\d+)", spec)
+    if omega is None:
+        raise ValueError("task is for windowkv alone")
+    if options.task == "localisation" or re.search(r"\btop=", options.compact):
+        return spec
+    return re.sub(r"\btop=\d+", f"top={max(1, int(omega[1]) // 2)}", spec)
+
+
+def names_handle(request, options: RequestOptions) -> bool:
+    return options.handle is not None or is_handle_salt(getattr(request, "cache_salt", None))
+
+
+def handle_to_decode(request, options: RequestOptions, now: float) -> Handle:
+    """The handle of a request that names one, when its placeholders can be trusted never to be computed. Throws
+    HandleError, and the request must fail. now: unix seconds."""
+    if options.handle is None:
+        raise HandleError("its cache_salt is a handle, but kv_transfer_params['kvern']['handle'] names none")
+    handle = Handle.parse(options.handle)
+    if request.cache_salt != handle.text:
+        raise HandleError("its cache_salt must be the handle itself, which keeps prefix caches apart")
+    if handle.expires_at <= now:
+        raise HandleError("the handle has expired")
+    if options.compact or options.compact_refusal:
+        raise HandleError("a request that decodes from a compact cache cannot ask for one")
+    sampling = getattr(request, "sampling_params", None)
+    if sampling is None or getattr(request, "resumable", False):
+        raise HandleError("only ordinary generation requests decode from a compact cache")
+    if getattr(sampling, "prompt_logprobs", None) is not None:
+        raise HandleError("prompt_logprobs (echo with logprobs) would need the prompt's tokens, and there are placeholders")
+    if request.skip_reading_prefix_cache:
+        raise HandleError("a request that does not read caches cannot decode from one")
+    if request.num_prompt_tokens <= handle.slots:
+        raise HandleError(
+            f"the prompt must be {handle.slots} placeholders and at least one token after them; it has "
+            f"{request.num_prompt_tokens} tokens"
+        )
+    return handle
+
+
+def nothing_found(request, trouble: str) -> tuple[int | None, bool]:
+    """The answer of an engine in trouble to how many of the request's tokens are stored: none, unless it decodes from a
+    compact cache, which must then fail rather than have its placeholders computed."""
+    if not names_handle(request, RequestOptions.from_request(getattr(request, "kv_transfer_params", None))):
+        return 0, False
+    log_once(logging.WARNING, "Kvern: requests that decode from compact caches fail: %s.", trouble)
+    compat.fail_request(request, trouble)
+    return None, False
