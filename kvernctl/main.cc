@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kvernctl/commands.h"
+#include "kvernctl/top.h"
 
 namespace {
 
@@ -36,6 +37,13 @@ int main(int argc, char** argv) {
   bool json = false;
   auto* status = app.add_subcommand("status", "sessions, tiers, namespaces and rates at this moment");
   status->add_flag("--json", json, "the whole report as one JSON object");
+
+  kvern::TopOptions top_options;
+  auto* top = app.add_subcommand("top", "a live view of tiers, codecs, sessions and slowest operations");
+  top->add_option("--interval", top_options.interval_seconds, "seconds between readings")
+      ->capture_default_str()
+      ->check(CLI::Range(0.2, 3600.0));
+  top->add_flag("--once", top_options.once, "one screen of text after one interval, for scripts");
 
   std::string hash;
   auto* explain = app.add_subcommand("explain", "why a block is found or not");
@@ -106,6 +114,7 @@ int main(int argc, char** argv) {
 
   CLI11_PARSE(app, argc, argv);
   if (status->parsed()) return kvern::run_status(address, json, std::cout);
+  if (top->parsed()) return kvern::run_top(address, top_options, std::cout);
   if (explain->parsed()) return kvern::run_explain(address, hash, std::cout);
   if (inspect->parsed()) {
     return file.empty() ? kvern::run_inspect(address, namespace_hex, limit, std::cout)

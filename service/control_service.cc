@@ -360,6 +360,7 @@ Status ControlService::snapshot(const Session& session, const wire::SnapshotQuer
 Status ControlService::administrate(const wire::ControlRequest& request, wire::ControlReply* reply) {
   if (request.has_status()) {
     reply->mutable_status_report()->set_json(parts_.inspector.status_json(stopping_.load()));
+    if (request.status().with_metrics()) reply->mutable_status_report()->set_metrics(parts_.metrics_text());
     return Status::ok();
   }
   const auto id =

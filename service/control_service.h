@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -50,6 +51,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
     Executor& administration;  ///< for what takes long
     Metrics& metrics;
     DeviceService* devices = nullptr;  ///< nullptr: pages on devices are refused
+    std::function<std::string()> metrics_text = [] { return std::string(); };  ///< for StatusQuery.with_metrics
   };
   explicit ControlService(Parts parts) : parts_(std::move(parts)) {}
 

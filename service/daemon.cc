@@ -142,6 +142,7 @@ struct Daemon::State {
   void watch();
   void wake();
   HttpServer::Pages pages();
+  std::string metrics_text() const;
   ControlService::UcxEndpoint ucx_endpoint() const;
 
   const ServiceConfig config;
@@ -173,6 +174,7 @@ struct Daemon::State {
   RemoteData remote;
   Inspector inspector;
   std::atomic<bool> ready{false};
+  std::atomic<bool> collecting{false};  ///< the collector is made
   std::atomic<bool> abandoned{false};
 
   // Those that call into all of the above. Made last, gone first.
@@ -331,7 +333,8 @@ void Daemon::State::start_servers() {
                                                                    .hot = hot,
                                                                    .administration = administration,
                                                                    .metrics = metrics,
-                                                                   .devices = &devices});
+                                                                   .devices = &devices,
+                                                                   .metrics_text = [this] { return metrics_text(); }});
   rings = std::make_unique<RingServer>(
       RingServer::Config{.spin_us = static_cast<std::uint32_t>(config.pipeline.ring_spin_us)}, hot);
   admission = std::make_unique<AdmissionServer>(config.admission_path(), config.socket_mode(), *control,
@@ -348,6 +351,7 @@ void Daemon::State::start_servers() {
                        .index_slots = config.index_slots(),
                        .dropped_replies = [this] { return control_server->dropped_replies(); },
                        .devices = devices});
+  collecting.store(true);
   watcher = std::thread([this] { watch(); });
   if (!config.metrics.listen.empty()) http = std::make_unique<HttpServer>(config.metrics.listen, pages());
   ready.store(true);
@@ -359,13 +363,17 @@ void Daemon::State::start_servers() {
                                {"tcp", config.server.tcp_listen.empty() ? "off" : control_server->tcp_endpoint()}});
 }
 
+std::string Daemon::State::metrics_text() const {
+  if (!collecting.load()) return "";  // the control plane answers a moment earlier
+  auto families = metrics.registry().Collect();
+  std::ranges::move(collector->Collect(), std::back_inserter(families));
+  return prometheus::TextSerializer().Serialize(families);
+}
+
 HttpServer::Pages Daemon::State::pages() {
   return {{"/metrics",
            [this] {
-             auto families = metrics.registry().Collect();
-             std::ranges::move(collector->Collect(), std::back_inserter(families));
-             return HttpAnswer{.content_type = "text/plain; version=0.0.4; charset=utf-8",
-                               .body = prometheus::TextSerializer().Serialize(families)};
+             return HttpAnswer{.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = metrics_text()};
            }},
           {"/healthz", [] { return HttpAnswer{.body = "ok\n"}; }},
           {"/readyz", [this] {
