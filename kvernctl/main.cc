@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kvernctl/commands.h"
+#include "kvernctl/report.h"
 #include "kvernctl/top.h"
 
 namespace {
@@ -44,6 +45,21 @@ int main(int argc, char** argv) {
       ->capture_default_str()
       ->check(CLI::Range(0.2, 3600.0));
   top->add_flag("--once", top_options.once, "one screen of text after one interval, for scripts");
+
+  kvern::ReportOptions report_options;
+  auto* report = app.add_subcommand("report", "one HTML page about what the cache did over a period");
+  auto* since = report->add_option("--since", report_options.since,
+                                   "the period begins with this file, a saved /metrics; several: the oldest first");
+  report->add_option("--for", report_options.for_seconds, "seconds to look at the daemon from now on, without --since")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 86'400.0))
+      ->excludes(since);
+  report->add_option("--output", report_options.output, "the file to write")->capture_default_str();
+  report
+      ->add_option("--prefill", report_options.prefill_tokens_per_second,
+                   "prompt tokens that an engine computes a second")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
 
   std::string hash;
   auto* explain = app.add_subcommand("explain", "why a block is found or not");
@@ -115,6 +131,7 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   if (status->parsed()) return kvern::run_status(address, json, std::cout);
   if (top->parsed()) return kvern::run_top(address, top_options, std::cout);
+  if (report->parsed()) return kvern::run_report(address, report_options, std::cout);
   if (explain->parsed()) return kvern::run_explain(address, hash, std::cout);
   if (inspect->parsed()) {
     return file.empty() ? kvern::run_inspect(address, namespace_hex, limit, std::cout)
