@@ -64,7 +64,7 @@ def _parse_text(key: str, value) -> str:
     return value
 
 
-def _parse_address(key: str, value) -> str:
+def parse_address(key: str, value) -> str:
     text = _parse_text(key, value)
     if re.match(r"^unix:///.+$", text) or re.match(r"^tcp://[^/\s]+:\d{1,5}$", text):
         return text
@@ -90,7 +90,7 @@ def _parse_codec(key: str, value) -> str:
     return value
 
 
-def _parse_key_file(key: str, value) -> str:
+def parse_key_file(key: str, value) -> str:
     text = _parse_text(key, value)
     if not os.path.isfile(text):
         raise OptionError(f"{key} names {text!r}, which is not a file. Make keys with `kvernctl keygen`.")
@@ -112,10 +112,10 @@ def _option(default, parse, help_text: str):
 class Options:
     """One field per key; the key is the field's name with "kvern." before it."""
 
-    address: str = _option("", _parse_address, "daemon, unix:///path or tcp://host:port; absent: embedded")
+    address: str = _option("", parse_address, "daemon, unix:///path or tcp://host:port; absent: embedded")
     data_plane: str = _option("auto", _parse_data_plane, "auto, shm or ucx")
-    server_key_file: str = _option("", _parse_key_file, "public CURVE key of the daemon (tcp)")
-    client_key_file: str = _option("", _parse_key_file, "own CURVE key pair (tcp)")
+    server_key_file: str = _option("", parse_key_file, "public CURVE key of the daemon (tcp)")
+    client_key_file: str = _option("", parse_key_file, "own CURVE key pair (tcp)")
     insecure: bool = _option(False, _parse_bool, "tcp without keys")
     codec: str = _option("", _parse_codec, "codec chain of what this engine stores; absent: the daemon's choice")
     profiles: str = _option("", _parse_folder, "folder of model profiles (`kvern calibrate`); absent: $KVERN_PROFILES")

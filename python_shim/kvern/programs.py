@@ -1,5 +1,6 @@
 """The programs that the package brings along: kvernd and kvernctl, and the commands of kvern."""
 
+import importlib
 import os
 import pathlib
 import shutil
@@ -37,9 +38,15 @@ def kvernctl() -> None:
     _run("kvernctl")
 
 
-def kvern() -> None:
-    if sys.argv[1:2] != ["calibrate"]:
-        sys.exit("usage: kvern calibrate MODEL --text FILE    (see kvern calibrate --help)")
-    from kvern import calibrate
+_COMMANDS = {
+    "calibrate": "learns how keys of adjacent layers are brought together",
+    "proxy": "an OpenAI-compatible front that lets ordinary clients decode from compact caches",
+}
 
-    calibrate.main(sys.argv[2:])
+
+def kvern() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in _COMMANDS:
+        known = "\n".join(f"  {name:10} {purpose}" for name, purpose in _COMMANDS.items())
+        sys.exit(f"usage: kvern COMMAND …    (kvern COMMAND --help)\n{known}")
+    importlib.import_module(f"kvern.{command}").main(sys.argv[2:])

@@ -1,0 +1,113 @@
+"""Compact caches as the proxy sees them: made by a prefill server, waited for and deleted through the daemon."""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import logging
+import time
+
+from kvern.handles import Handle, HandleError
+from kvern.proxy_settings import Settings
+
+logger = logging.getLogger("kvern.proxy")
+
+_WAIT_MS = 500  # of one call of the daemon, so that a client that left is not waited for
+_DAEMON_THREADS = 64  # as many requests wait for their caches at once
+
+
+class NotCompact(Exception):
+    """Why this answer does not come from a compact cache. code: a word for the metrics."""
+
+    def __init__(self, code: str, reason: str):
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True)
+class Compact:
+    """A compact cache that a prefill server has promised."""
+
+    handle: Handle
+    method: str
+
+    @classmethod
+    def promised(cls, answer: dict, prompt_tokens: int) -> "Compact":
+        """By the answer to the request for the first token. Throws NotCompact."""
+        told = answer.get("kv_transfer_params")
+        for key in ("kvern", "compact"):
+            told = told.get(key) if isinstance(told, dict) else None
+        if not isinstance(told, dict):
+            raise NotCompact("refused", "the prefill server says nothing of a compact cache; does it run the KvernConnector?")
+        if told.get("state") == "refused":
+            raise NotCompact("refused", f"refused by the prefill server: {told.get('reason')}")
+        try:
+            handle = Handle.parse(told.get("handle"))
+        except HandleError as error:
+            raise NotCompact("refused", f"the prefill server's answer: {error}") from None
+        if handle.prompt_tokens != prompt_tokens:
+            raise NotCompact("refused", f"the handle is for {handle.prompt_tokens} tokens, the prompt has {prompt_tokens}")
+        return cls(handle, str(told.get("method", "")))
+
+    def told(self) -> dict:
+        """What the client is told of it; the handle is gone by then."""
+        return {
+            "state": "ready",
+            "prompt_tokens": self.handle.prompt_tokens,
+            "slots": self.handle.slots,
+            "method": self.method,
+        }
+
+
+class Caches:
+    """The daemon's side of handles, on threads of its own."""
+
+    def __init__(self, client):
+        """client: of the native binding, or anything with its compaction() and delete_compaction()."""
+        self._client = client
+        self._threads = concurrent.futures.ThreadPoolExecutor(_DAEMON_THREADS, thread_name_prefix="kvern-caches")
+
+    @classmethod
+    def connect(cls, settings: Settings) -> "Caches":
+        from kvern import _kvern, embedded
+
+        address = settings.daemon or f"unix://{embedded.runtime_folder()}/kvernd.sock"
+        return cls(
+            _kvern.Client(
+                address,
+                scheduler=True,
+                client_name="kvern proxy",
+                server_key_file=settings.server_key_file,
+                client_key_file=settings.client_key_file,
+                insecure=settings.insecure,
+            )
+        )
+
+    async def wait(self, handle: str, seconds: float) -> None:
+        """Until the compact cache is ready. Throws NotCompact."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0, min(_WAIT_MS, int((deadline - time.monotonic()) * 1000)))
+            state = await self._call("compaction", handle, left)
+            if state["state"] == "ready":
+                return
+            if state["state"] != "pending":
+                raise NotCompact("failed", f"the compact cache was not made: {state.get('reason') or state['state']}")
+            if time.monotonic() >= deadline:
+                raise NotCompact("late", f"the compact cache was not ready after {seconds:g} s (ready_timeout_seconds)")
+
+    async def delete(self, handle: str) -> None:
+        try:
+            await self._call("delete_compaction", handle)
+        except NotCompact as error:
+            logger.warning("A compact cache stays until it expires: %s", error)
+
+    async def _call(self, name: str, *arguments):
+        try:
+            function = getattr(self._client, name)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        except Exception as error:  # the binding's errors are told apart by their text alone
+            raise NotCompact("daemon", f"the daemon did not answer: {error}") from error
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
