@@ -18,9 +18,9 @@
 namespace kvern {
 namespace {
 
-// A chart of sixty points is smooth; more often than twice a second the daemon need not be asked.
+// A chart of sixty points is smooth. Engines report once a second: readings that lie closer would show teeth.
 constexpr double kReadings = 60;
-constexpr double kShortestSeconds = 0.5;
+constexpr double kShortestSeconds = 2;
 // Above these a figure is worth a sentence.
 constexpr double kFull = 0.95;
 constexpr double kManyGivenUp = 0.1;
@@ -378,7 +378,7 @@ Result<std::vector<Scrape>> collect(const DaemonAddress& address, const ReportOp
     if (!options.since.empty()) return readings;
     const double left = static_cast<double>(deadline - Clock::system().now_ns()) * 1e-9;
     if (left <= 0 && readings.size() >= 2) return readings;
-    std::this_thread::sleep_for(std::chrono::duration<double>(left > 0 ? std::min(step, left) : kShortestSeconds));
+    std::this_thread::sleep_for(std::chrono::duration<double>(left > 0 ? std::min(step, left) : 1.0));
   }
 }
 
@@ -406,11 +406,13 @@ std::vector<std::string> advice(const Scrape& last, const Scrape& change) {
   }
   if (full) {
     const auto forms = last.by("kvern_form_bytes", "codec");
+    const bool has_lower = last.by("kvern_tier_used_bytes", "tier").size() > 1;
     const bool raw = share(at(forms, "raw"), last.sum("kvern_form_bytes")) > 0.5;
     result.push_back(
         "The DRAM tier is full and " + short_number(evicted) + " chunks had to leave. " +
         (raw ? "They are stored raw: ladder.default = \"balanced\" makes room for about twice as many. " : "") +
-        "A larger store.dram_bytes or an NVMe tier keeps more; kvernctl plan says what pays.");
+        "A larger store.dram_bytes " + std::string(has_lower ? "" : "or an NVMe tier ") +
+        "keeps more there; kvernctl plan says what pays.");
   }
   for (const auto& [tier, state] : last.by("kvern_tier_breaker_state", "tier")) {
     if (state > 0)
