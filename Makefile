@@ -17,6 +17,8 @@ export CCACHE_NOHASHDIR := 1
 export KVERN_GOLDEN ?= $(patsubst %/manifest.json,%,$(abspath $(wildcard ../shared/golden/manifest.json)))
 # Each fuzzer runs so long in `make test` and `make fuzz`.
 FUZZ_SECONDS ?= 30
+# Modules of end-to-end tests that run at once: each has an engine or two, of one thread, and about 4 GiB.
+E2E_JOBS ?= 2
 PYTEST := PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(abspath $(PYTHON)) -m pytest
 
 .PHONY: help
@@ -48,7 +50,7 @@ test-full: build fuzz ## All tests, with the long matrix of engines; writes docs
 	@KVERN_CRASH_ROUNDS=300 ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS) --output-junit $(abspath $(REPORTS))/ctest.xml
 	@$(PYTEST) tests/python --junitxml $(REPORTS)/python.xml
 	@$(PYTEST) tests/deploy --junitxml $(REPORTS)/deploy.xml
-	@$(PYTEST) tests/e2e --run-full --junitxml $(REPORTS)/e2e.xml
+	@$(PYTEST) tests/e2e -n $(E2E_JOBS) --dist loadfile --run-full --junitxml $(REPORTS)/e2e.xml
 	@$(PYTHON) tools/test_summary.py $(REPORTS)/*.xml >$(REPORTS)/test-full.md && cp $(REPORTS)/test-full.md docs/
 
 .PHONY: test-cpp
@@ -61,7 +63,7 @@ test-python: build
 
 .PHONY: test-e2e
 test-e2e: build
-	@$(PYTEST) tests/e2e
+	@$(PYTEST) tests/e2e -n $(E2E_JOBS) --dist loadfile
 
 .PHONY: check-deploy
 check-deploy: build ## Dashboards, rules and alerts against a real kvernd and a real Prometheus
