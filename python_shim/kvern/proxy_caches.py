@@ -12,6 +12,10 @@ from kvern.proxy_settings import Settings
 logger = logging.getLogger("kvern.proxy")
 
 _WAIT_MS = 500  # of one call of the daemon, so that a client that left is not waited for
+# The prefill server answers before the daemon has been asked: the prompt's chunks are stored in between.
+_APPEAR_SECONDS = 10.0
+_APPEAR_POLL_SECONDS = 0.005
+_CONNECT_MS = 2000  # at the start, to tell of a daemon that is not there
 _DAEMON_THREADS = 64  # as many requests wait for their caches at once
 
 
@@ -71,28 +75,33 @@ class Caches:
         from kvern import _kvern, embedded
 
         address = settings.daemon or f"unix://{embedded.runtime_folder()}/kvernd.sock"
-        return cls(
-            _kvern.Client(
-                address,
-                scheduler=True,
-                client_name="kvern proxy",
-                server_key_file=settings.server_key_file,
-                client_key_file=settings.client_key_file,
-                insecure=settings.insecure,
-            )
+        client = _kvern.Client(
+            address,
+            scheduler=True,
+            client_name="kvern proxy",
+            server_key_file=settings.server_key_file,
+            client_key_file=settings.client_key_file,
+            insecure=settings.insecure,
         )
+        if not client.wait_ready(_CONNECT_MS):
+            logger.warning("No daemon at %s yet (%s); until there is one, answers are not compact.", address, client.problem)
+        return cls(client)
 
     async def wait(self, handle: str, seconds: float) -> None:
         """Until the compact cache is ready. Throws NotCompact."""
-        deadline = time.monotonic() + seconds
+        start = time.monotonic()
         while True:
-            left = max(0, min(_WAIT_MS, int((deadline - time.monotonic()) * 1000)))
-            state = await self._call("compaction", handle, left)
+            waited = time.monotonic() - start
+            state = await self._call("compaction", handle, max(0, min(_WAIT_MS, int((seconds - waited) * 1000))))
             if state["state"] == "ready":
                 return
-            if state["state"] != "pending":
-                raise NotCompact("failed", f"the compact cache was not made: {state.get('reason') or state['state']}")
-            if time.monotonic() >= deadline:
+            if state["state"] == "failed":
+                raise NotCompact("failed", f"the compact cache was not made: {state.get('reason') or 'no reason given'}")
+            if state["state"] == "unknown":
+                if waited >= min(seconds, _APPEAR_SECONDS):
+                    raise NotCompact("failed", f"the daemon knows of no such compact cache: {state.get('reason')}")
+                await asyncio.sleep(_APPEAR_POLL_SECONDS)
+            elif waited >= seconds:
                 raise NotCompact("late", f"the compact cache was not ready after {seconds:g} s (ready_timeout_seconds)")
 
     async def delete(self, handle: str) -> None:

@@ -275,7 +275,7 @@ async def test_what_cannot_be_cut_in_two_goes_to_the_server_untouched_or_is_refu
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("trouble", ["refused", "failed", "late", "lost", "daemon"])
+@pytest.mark.parametrize("trouble", ["refused", "failed", "late", "never", "lost", "daemon"])
 @asynchronous
 async def test_without_a_compact_cache_the_answer_comes_in_full_or_not_at_all(setup, trouble, stream):
     def cause(setup):
@@ -285,6 +285,8 @@ async def test_without_a_compact_cache_the_answer_comes_in_full_or_not_at_all(se
             setup.caches.state, setup.caches.reason = "failed", "a chunk went missing"
         elif trouble == "late":
             setup.caches.state = "pending"
+        elif trouble == "never":
+            setup.caches.unknown = 1_000_000
         elif trouble == "lost":
             setup.caches.make = lambda prompt, slots: f"kvc1.{len(prompt)}.{slots}.1.{0:064x}"
         else:
