@@ -13,9 +13,10 @@ namespace {
 
 std::string default_address() {
   if (const char* address = std::getenv("KVERN_ADDRESS")) return address;
-  if (const char* directory = std::getenv("XDG_RUNTIME_DIR"))
-    return std::string("unix://") + directory + "/kvernd.sock";
-  return "unix:///run/kvern/kvernd.sock";
+  // Where kvernd is without [server] socket.
+  const char* directory = std::getenv("XDG_RUNTIME_DIR");
+  return std::string("unix://") + (directory != nullptr && *directory != '\0' ? directory : "/run") +
+         "/kvern/kvernd.sock";
 }
 
 }  // namespace

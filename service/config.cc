@@ -45,14 +45,15 @@ using Config = ServiceConfig;
 
 constexpr ConfigKey kKeys[] = {
     {"server.socket", KeyType::kText, "", "", 0, kNoLimit,
-     "Unix socket of the control plane. Descriptors are handed out at the same path with \".fds\".",
+     "Unix socket of the control plane. Descriptors are handed out at the same path with \".fds\". Empty: "
+     "$XDG_RUNTIME_DIR/kvern/kvernd.sock, or /run/kvern/kvernd.sock where that variable is not set.",
      KVERN_SLOT(server.socket)},
     {"server.socket_mode", KeyType::kText, "", "", 0, kNoLimit,
      "Permissions of both socket files, in octal: who may open them may read and write the cache.",
      KVERN_SLOT(server.socket_mode)},
     {"server.run_dir", KeyType::kText, "", "", 0, kNoLimit,
      "Folder in tmpfs for the slab and the index. Made if it is missing; removed at the end without "
-     "store.warm_restart.",
+     "store.warm_restart. Empty: /dev/shm/kvern-<uid>-<hash of the socket's path>.",
      KVERN_SLOT(server.run_dir)},
     {"server.tcp_listen", KeyType::kText, "", "", 0, kNoLimit,
      "Control plane for other hosts, host:port (\"*:7070\" for all addresses); empty: off.",
@@ -222,6 +223,27 @@ constexpr ConfigKey kKeys[] = {
      KVERN_SLOT(log.lines_per_second)},
 };
 #undef KVERN_SLOT
+
+/// The keys of tables in arrays, for the reference.
+struct RuleKey {
+  std::string_view array;
+  std::string_view name;
+  std::string_view values;
+  std::string_view help;
+};
+constexpr RuleKey kRuleKeys[] = {
+    {"namespace", "match", "a table of patterns, as of file names",
+     "Facts of the namespaces that the rule is for, such as model, lora, quantization, tenant; all must fit."},
+    {"namespace", "codec", "a codec chain", "Codec of these namespaces; not together with a ladder."},
+    {"namespace", "ladder", "off, exact, balanced or compact", "Forms that their chunks step down through."},
+    {"namespace", "max_relative_error", "0 to 1",
+     "No form with a larger error of the attention output is kept or served."},
+    {"tenant", "name", "a pattern, as of file names", "The tenants that the rule is for."},
+    {"tenant", "ladder", "off, exact, balanced or compact", "As in [[namespace]]."},
+    {"tenant", "max_relative_error", "0 to 1", "As in [[namespace]]; of both the stricter holds."},
+    {"tenant", "dram_bytes", "a size such as \"4GiB\"", "What each of these tenants may hold of the DRAM tier."},
+    {"tenant", "dram_share", "above 0, at most 1", "The same as a share of the tier; of both the smaller holds."},
+};
 
 const ConfigKey* find_key(std::string_view name) {
   const auto* found = std::ranges::find(kKeys, name, &ConfigKey::name);
@@ -706,6 +728,70 @@ std::string dump_config(const ServiceConfig& config) {
     if (rule.dram_bytes > 0) out += "dram_bytes = " + toml_text(format_bytes(rule.dram_bytes)) + "\n";
     if (rule.dram_share < 1) out += "dram_share = " + toml_number(rule.dram_share) + "\n";
     show_rule(rule);
+  }
+  return out;
+}
+
+namespace {
+
+/// A cell of a table in Markdown.
+std::string cell(std::string_view text) {
+  std::string result;
+  for (const char c : text) {
+    if (c == '|' || c == '<') result += '\\';
+    result += c;
+  }
+  return result;
+}
+
+std::string values_of(const ConfigKey& key) {
+  const auto show = [&](std::uint64_t limit) {
+    return key.type == KeyType::kBytes ? format_bytes(limit) : std::to_string(limit);
+  };
+  switch (key.type) {
+    case KeyType::kText: {
+      std::string words = key.choices.empty() ? "text" : "`" + std::string(key.choices) + "`";
+      for (auto bar = words.find('|'); bar != std::string::npos; bar = words.find('|')) words.replace(bar, 1, "`, `");
+      return words;
+    }
+    case KeyType::kFlag:
+      return "`true`, `false`";
+    case KeyType::kNumber:
+    case KeyType::kBytes:
+      break;
+  }
+  const bool has_unit = !key.unit.empty() && key.type == KeyType::kNumber;
+  return (key.max == kNoLimit ? "from " + show(key.min) : show(key.min) + " to " + show(key.max)) +
+         (has_unit                      ? " " + std::string(key.unit)
+          : key.type == KeyType::kBytes ? ", a size"
+                                        : "");
+}
+
+}  // namespace
+
+std::string config_reference() {
+  std::string out;
+  std::string_view last;
+  const ServiceConfig defaults;
+  for (const ConfigKey& key : kKeys) {
+    const auto dot = key.name.find('.');
+    const auto section = key.name.substr(0, dot);
+    if (section != last) {
+      out += std::string(out.empty() ? "" : "\n") + "### [" + std::string(section) +
+             "]\n\n| Key | Default | Values | What it does |\n| --- | --- | --- | --- |\n";
+    }
+    last = section;
+    const std::string value = key.get(defaults);
+    out += "| `" + std::string(key.name.substr(dot + 1)) + "` | " + (value.empty() ? "empty" : "`" + value + "`") +
+           " | " + values_of(key) + " | " + cell(key.help) + " |\n";
+  }
+  last = {};
+  for (const RuleKey& key : kRuleKeys) {
+    if (key.array != last) {
+      out += "\n### [[" + std::string(key.array) + "]]\n\n| Key | Values | What it does |\n| --- | --- | --- |\n";
+    }
+    last = key.array;
+    out += "| `" + std::string(key.name) + "` | " + cell(key.values) + " | " + cell(key.help) + " |\n";
   }
   return out;
 }

@@ -190,6 +190,8 @@ LoadedConfig load_config(const ConfigSources& sources);
 LoadedConfig parse_config(std::string_view toml, const std::string& file_name);
 /// The effective configuration as a TOML file with the documentation of each key.
 std::string dump_config(const ServiceConfig& config);
+/// All keys with their defaults, what they may be, and what they do, in Markdown: docs/configuration.md.
+std::string config_reference();
 
 /// "4GiB", "512 MiB", "100kB", "4096". kInvalid says what is accepted.
 Result<std::uint64_t> parse_bytes(std::string_view text);

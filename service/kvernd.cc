@@ -23,6 +23,7 @@ struct Arguments {
   std::string config_file;
   std::string check_file;
   bool dump = false;
+  bool reference = false;
   std::map<std::string, std::string> flags;
 };
 
@@ -96,6 +97,7 @@ int main(int argc, char** argv) {
   app.add_option("--config", arguments.config_file, "TOML file to read");
   app.add_option("--check-config", arguments.check_file, "check this TOML file, explain its errors, and end");
   app.add_flag("--dump-config", arguments.dump, "print the effective configuration as a TOML file, and end");
+  app.add_flag("--config-reference", arguments.reference, "print what all keys do, in Markdown, and end");
   for (const ConfigKey& key : config_keys()) {
     const std::string name(key.name);
     app.add_option_function<std::string>(
@@ -108,6 +110,10 @@ int main(int argc, char** argv) {
   }
   CLI11_PARSE(app, argc, argv);
 
+  if (arguments.reference) {
+    std::cout << config_reference();
+    return 0;
+  }
   ConfigSources sources;
   if (!arguments.check_file.empty()) {
     sources.file = arguments.check_file;

@@ -264,6 +264,30 @@ TEST(Config, DerivedSizesFollowTheTier) {
   EXPECT_EQ(config.chunk_capacity(), 16384U);
 }
 
+// Whoever adds a key to a rule must say what it does.
+TEST(Config, TheReferenceHasEveryKeyAndEveryKeyOfRules) {
+  const std::string reference = config_reference();
+  for (const ConfigKey& key : config_keys()) {
+    EXPECT_THAT(reference, HasSubstr("| `" + std::string(key.name.substr(key.name.find('.') + 1)) + "` | "))
+        << key.name;
+    EXPECT_THAT(reference, HasSubstr("### [" + std::string(key.name.substr(0, key.name.find('.'))) + "]\n"));
+  }
+  for (const std::string array : {"namespace", "tenant"}) {
+    const auto at = reference.find("### [[" + array + "]]\n");
+    ASSERT_NE(at, std::string::npos);
+    std::string known;
+    std::istringstream lines(reference.substr(at, reference.find("\n###", at) - at));
+    std::vector<std::string> names;
+    for (std::string line; std::getline(lines, line);) {
+      if (line.starts_with("| `")) names.push_back(line.substr(3, line.find('`', 3) - 3));
+    }
+    std::ranges::sort(names);
+    for (const auto& name : names) known += (known.empty() ? "" : ", ") + name;
+    const auto loaded = parse_config("[[" + array + "]]\nno_such_key = 1\n", "f");
+    EXPECT_THAT(loaded.errors, Contains(HasSubstr("it has " + known))) << "the reference and the parser differ";
+  }
+}
+
 // The file that people copy must be one that the daemon takes, and must name every key.
 TEST(Config, TheExampleIsGoodAndComplete) {
   const std::string path = std::string(KVERN_SOURCE_DIR) + "/deploy/kvernd.toml";
