@@ -1,12 +1,20 @@
 #pragma once
 
+#include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "base/keys.h"
 #include "base/status.h"
+#include "connector/cache_layout.h"
 
 namespace kvern {
+
+struct Session;
 
 /// What is known of a compact cache before its prompt is computed; follows from the spec and the prompt's length alone.
 struct CompactionTerms {
@@ -16,5 +24,65 @@ struct CompactionTerms {
 };
 /// kInvalid or kRefused with the reason, see CompactionPlan::make().
 Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens);
+
+/// Asks the daemon for a compact cache of a prompt whose blocks are stored, raw, under the source hashes of the handle
+/// (transport/compact_handle.h). Every rank asks for its shard.
+struct CompactionJob {
+  std::uint64_t id = 0;  ///< caller's, unique
+  int namespace_handle = 0;
+  std::string handle;
+  std::string spec;  ///< canonical
+  std::uint16_t group = 0;
+  std::uint32_t prompt_tokens = 0;
+  std::uint32_t slots = 0;
+  std::int64_t expires_at = 0;   ///< unix seconds
+  std::uint32_t hash_bytes = 0;  ///< of the engine's block hashes
+  std::vector<BlockHash> source_hashes;
+  std::vector<BlockHash> slot_hashes;
+  std::uint32_t query_rows = 0;
+  std::uint32_t query_heads = 0;  ///< of this rank
+  /// One per layer of this shard, [query_rows][query_heads][key_dim] of the group's dtype; none without query_rows.
+  std::vector<std::string> queries;
+};
+
+/// Whether the job agrees with itself and with the pages: kInvalid with a sentence. The hashes must be those that the
+/// handle stands for, which the daemon derives itself.
+Status check_compaction(const CompactionJob& job, const GroupPages& pages);
+
+/// Sends the job, its queries in pieces, and returns the daemon's answer; blocks. The daemon refuses a job whose
+/// queries are not all there.
+Status send_compaction(const Session& session, const NamespaceId& namespace_id, const CompactionJob& job,
+                       const GroupPages& pages, std::chrono::milliseconds timeout);
+
+enum class CompactionState : std::uint8_t { kUnknown, kPending, kReady, kFailed };
+
+/// What the daemon says of a compact cache.
+struct CompactionInfo {
+  std::string handle;
+  CompactionState state = CompactionState::kUnknown;
+  std::string reason;  ///< why it failed or is not known
+  std::uint32_t prompt_tokens = 0;
+  std::uint32_t slots = 0;
+  std::string method;  ///< canonical spec
+  NamespaceId namespace_id;
+  std::uint16_t group = 0;
+  std::uint64_t stored_bytes = 0;
+  std::uint64_t raw_bytes = 0;  ///< of the prompt's keys and values as the engine holds them
+  /// ||O' - O|| / ||O|| of the attention outputs of the captured queries, over the layers; absent without queries.
+  std::optional<double> error_mean;
+  std::optional<double> error_max;
+  std::int64_t expires_at = 0;  ///< unix seconds
+  std::string owner;            ///< tenant and client
+  double seconds = 0;           ///< that the daemon worked on it
+};
+
+/// Waits for at most `wait` while it is pending. kUnknown, with the reason, when there is no such handle, it has
+/// expired, belongs to somebody else or no daemon answers. session may be null.
+CompactionInfo ask_compaction(const Session* session, const std::string& handle, std::chrono::milliseconds wait,
+                              std::chrono::milliseconds call_timeout);
+/// True when it was there; its chunks leave all tiers.
+Result<bool> delete_compaction(const Session& session, const std::string& handle, std::chrono::milliseconds timeout);
+/// Those of the client's tenant.
+Result<std::vector<CompactionInfo>> list_compactions(const Session& session, std::chrono::milliseconds timeout);
 
 }  // namespace kvern

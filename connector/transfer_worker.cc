@@ -154,6 +154,7 @@ struct TransferWorker::State {
   void commit(const std::shared_ptr<Store>& store, const std::vector<GatheredChunk>& gathered);
   void end_store_locked(Store& store);
   void drop_store_locked(const StoreJob& job, const std::string& reason);
+  void end_compaction_locked(std::uint64_t id, const Status& status, double seconds);
 };
 
 // ---------------------------------------------------------------- threads
@@ -516,6 +517,46 @@ void TransferWorker::submit_store(StoreJob job) {
   ++state.jobs;
   state.stores.push_back(std::move(store));
   state.work.notify_one();
+}
+
+// ---------------------------------------------------------------- compact caches
+
+void TransferWorker::State::end_compaction_locked(std::uint64_t id, const Status& status, double seconds) {
+  JobResult event;
+  event.id = id;
+  event.event = status ? JobEvent::kCompacting : JobEvent::kCompactionFailed;
+  event.reason = status.message();
+  event.seconds = seconds;
+  push_event_locked(std::move(event));
+}
+
+void TransferWorker::submit_compaction(CompactionJob job) {
+  State& state = *state_;
+  auto session = state.client->session();
+  const std::lock_guard lock(state.mutex);
+  const auto fail = [&](Code code, std::string why) {
+    state.end_compaction_locked(job.id, Status(code, std::move(why)), 0);
+  };
+  if (!session || !session->alive()) return fail(Code::kUnavailable, "no daemon: " + state.client->problem());
+  const auto namespace_id = session->namespace_id(job.namespace_handle);
+  if (!namespace_id) return fail(Code::kRefused, session->refusal(job.namespace_handle));
+  const GroupPages* pages = state.pages(job.group);
+  if (pages == nullptr) {
+    return fail(Code::kInvalid, "KV-cache group " + std::to_string(job.group) + " is not registered");
+  }
+  if (state.stopping || state.jobs >= state.config.max_queued_jobs) {
+    return fail(Code::kBusy, "dropped: too many jobs wait");
+  }
+  if (const Status good = check_compaction(job, *pages); !good) return fail(good.code(), good.message());
+  ++state.jobs;
+  state.add_errand_locked([&state, pages, session = std::move(session), id = *namespace_id, job = std::move(job)] {
+    const auto start = SteadyClock::now();
+    const Status sent = send_compaction(*session, id, job, *pages, state.call_timeout());
+    const std::lock_guard done(state.mutex);
+    state.end_compaction_locked(job.id, sent, seconds_since(start));
+    --state.jobs;
+    state.settled.notify_all();
+  });
 }
 
 // ---------------------------------------------------------------- the rest

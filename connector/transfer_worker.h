@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "connector/cache_layout.h"
 #include "connector/client.h"
+#include "connector/compaction.h"
 
 namespace kvern {
 
@@ -56,10 +57,12 @@ struct LoadJob {
 };
 
 enum class JobEvent : std::uint8_t {
-  kGathered,    ///< store: the pages are not read any more (always exactly once per store job, also on failure)
-  kStored,      ///< store: finished; stored_chunks tells which chunks others can read now (after kGathered)
-  kLoaded,      ///< load: all bytes are verified and in the pages
-  kLoadFailed,  ///< load: pages that had been written are zeroed again; reason says why
+  kGathered,          ///< store: the pages are not read any more (always exactly once per store job, also on failure)
+  kStored,            ///< store: finished; stored_chunks tells which chunks others can read now (after kGathered)
+  kLoaded,            ///< load: all bytes are verified and in the pages
+  kLoadFailed,        ///< load: pages that had been written are zeroed again; reason says why
+  kCompacting,        ///< compaction: the daemon has taken this rank's part
+  kCompactionFailed,  ///< compaction: it has not; reason says why
 };
 struct JobResult {
   std::uint64_t id = 0;
@@ -87,6 +90,8 @@ class TransferWorker {
   /// kLoadFailed).
   void submit_store(StoreJob job);
   void submit_load(LoadJob job);
+  /// The blocks of the prompt are stored. Always followed by kCompacting or kCompactionFailed.
+  void submit_compaction(CompactionJob job);
   /// Takes the events that are there; cheap when there are none (one atomic load).
   std::vector<JobResult> poll();
   /// Waits until the pages of these stores are not read any more; for preemption fences. False after the time-out.

@@ -43,6 +43,11 @@ int run_explain(const DaemonAddress& address, const std::string& block_hash_hex,
 int run_inspect(const DaemonAddress& address, const std::string& namespace_hex, std::uint64_t limit, std::ostream& out);
 int run_inspect_file(const std::string& path, std::ostream& out);
 int run_flush(const DaemonAddress& address, const std::string& namespace_hex, std::ostream& out);
+int run_compact_list(const DaemonAddress& address, std::ostream& out);
+/// Waits while it is pending; 1 when it has failed or there is none.
+int run_compact_show(const DaemonAddress& address, const std::string& handle, std::uint32_t wait_seconds,
+                     std::ostream& out);
+int run_compact_delete(const DaemonAddress& address, const std::string& handle, std::ostream& out);
 int run_keygen(const std::string& directory, const std::string& name, std::ostream& out);
 int run_doctor(const DaemonAddress& address, std::ostream& out);
 

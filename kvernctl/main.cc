@@ -81,6 +81,17 @@ int main(int argc, char** argv) {
   what->add_flag("--all", all, "everything");
   what->require_option(1);
 
+  std::string compact_handle;
+  std::uint32_t compact_wait_seconds = 0;
+  auto* compact = app.add_subcommand("compact", "compact caches: prompts cut to fewer slots");
+  compact->require_subcommand(1);
+  compact->add_subcommand("ls", "all of them");
+  auto* compact_show = compact->add_subcommand("show", "what one keeps, and what became of it");
+  compact_show->add_option("handle", compact_handle, "kvc1.…")->required();
+  compact_show->add_option("--wait", compact_wait_seconds, "so many seconds at most, while it is pending");
+  auto* compact_rm = compact->add_subcommand("rm", "deletes one from all tiers");
+  compact_rm->add_option("handle", compact_handle, "kvc1.…")->required();
+
   std::string directory = ".";
   std::string key_name = "kvern";
   auto* keygen = app.add_subcommand("keygen", "makes a CURVE key pair for TCP");
@@ -139,6 +150,11 @@ int main(int argc, char** argv) {
                         : kvern::run_inspect_file(file, std::cout);
   }
   if (flush->parsed()) return kvern::run_flush(address, namespace_hex, std::cout);
+  if (compact_show->parsed()) {
+    return kvern::run_compact_show(address, compact_handle, compact_wait_seconds, std::cout);
+  }
+  if (compact_rm->parsed()) return kvern::run_compact_delete(address, compact_handle, std::cout);
+  if (compact->parsed()) return kvern::run_compact_list(address, std::cout);
   if (keygen->parsed()) return kvern::run_keygen(directory, key_name, std::cout);
   if (doctor->parsed()) return kvern::run_doctor(address, std::cout);
   if (plan->parsed()) return kvern::run_plan(trace, model, plan_options, chart, std::cout);

@@ -135,6 +135,13 @@ std::vector<MetricFamily> Collector::Collect() const {
     out.counter("kvern_tenant_refused_total", "Containers for which a tenant had no room left", tenant.refused,
                 {{"tenant", tenant.tenant}});
   }
+  const auto compact = parts_.compactions.figures();
+  const char* handles = "Compact caches by state";
+  out.gauge("kvern_compact_caches", handles, number(compact.pending), {{"state", "pending"}});
+  out.gauge("kvern_compact_caches", handles, number(compact.ready), {{"state", "ready"}});
+  out.gauge("kvern_compact_caches", handles, number(compact.failed), {{"state", "failed"}});
+  out.gauge("kvern_compact_bytes", "Bytes of compact caches that are ready, as they were stored",
+            number(compact.stored_bytes));
   out.gauge("kvern_incomplete_chunks", "Chunks of which some ranks have not stored their part",
             number(stats.incomplete_chunks));
   out.gauge("kvern_pinned_chunks", "Chunks that a lease holds", number(stats.pinned_chunks));

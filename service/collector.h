@@ -7,6 +7,7 @@
 
 #include "base/clock.h"
 #include "base/executor.h"
+#include "service/compactions.h"
 #include "service/device_service.h"
 #include "service/in_flight.h"
 #include "service/sessions.h"
@@ -29,6 +30,7 @@ class Collector final : public prometheus::Collectable {
     std::uint64_t index_slots;
     std::function<std::uint64_t()> dropped_replies;
     const DeviceService& devices;
+    const Compactions& compactions;
   };
   explicit Collector(Parts parts) : parts_(std::move(parts)) {}
   std::vector<prometheus::MetricFamily> Collect() const override;

@@ -211,6 +211,25 @@ constexpr ConfigKey kKeys[] = {
     {"ladder.free_bytes", KeyType::kBytes, "bytes", "", 0, kTiB,
      "Chunks step down when less of the DRAM tier is free; 0: a thirty-second of it, at most 1 GiB.",
      KVERN_SLOT(ladder.free_bytes)},
+
+    {"compact.state_dir", KeyType::kText, "", "", 0, kNoLimit,
+     "Folder for what is known of compact caches; empty: \"compact\" in server.run_dir. With a lower tier name one "
+     "that "
+     "survives a reboot as that does.",
+     KVERN_SLOT(compact.state_dir)},
+    {"compact.threads", KeyType::kNumber, "threads", "", 1, 64,
+     "Threads that make compact caches, of low priority; one cache keeps one busy.", KVERN_SLOT(compact.threads)},
+    {"compact.job_bytes", KeyType::kBytes, "bytes", "", kMiB, kTiB,
+     "Most memory for one of them, which holds a layer of the prompt and all slots; and for the queries of all that "
+     "wait.",
+     KVERN_SLOT(compact.job_bytes)},
+    {"compact.max_pending", KeyType::kNumber, "", "", 1, 65'536,
+     "Most compact caches that wait to be made; more are refused as busy.", KVERN_SLOT(compact.max_pending)},
+    {"compact.max_handles", KeyType::kNumber, "", "", 1, 1'000'000, "Most compact caches at a time.",
+     KVERN_SLOT(compact.max_handles)},
+    {"compact.max_ttl_seconds", KeyType::kNumber, "s", "", 1, 1ULL << 31, "Longest life that one may ask for.",
+     KVERN_SLOT(compact.max_ttl_seconds)},
+
     {"metrics.listen", KeyType::kText, "", "", 0, kNoLimit,
      "host:port of /metrics, /healthz and /readyz; port 0: chosen by the system; empty: off.",
      KVERN_SLOT(metrics.listen)},
@@ -605,6 +624,12 @@ Status ServiceConfig::validate() const {
   if (std::error_code error; !codec.profiles.empty() && !std::filesystem::is_directory(codec.profiles, error)) {
     return invalid("codec.profiles must be a folder, which \"" + codec.profiles + "\" is not");
   }
+  if (compact.max_pending > compact.max_handles) {
+    return invalid("compact.max_pending must not be larger than compact.max_handles: those that wait count, too");
+  }
+  if (!compact.state_dir.empty() && compact.state_dir == server.run_dir) {
+    return invalid("compact.state_dir must be a folder of its own, not server.run_dir");
+  }
   if (demotion_free_bytes() >= store.dram_bytes) return invalid("ladder.free_bytes must be less than store.dram_bytes");
   return Status::ok();
 }
@@ -638,6 +663,10 @@ std::uint64_t ServiceConfig::demotion_free_bytes() const {
 unsigned ServiceConfig::socket_mode() const { return parse_mode(server.socket_mode).value_or(0600); }
 
 std::string ServiceConfig::admission_path() const { return server.socket + std::string(kAdmissionSuffix); }
+
+std::string ServiceConfig::compact_state_dir() const {
+  return compact.state_dir.empty() ? server.run_dir + "/compact" : compact.state_dir;
+}
 
 std::uint32_t ServiceConfig::chunk_capacity() const {
   if (store.chunk_capacity != 0) return static_cast<std::uint32_t>(store.chunk_capacity);

@@ -124,6 +124,14 @@ struct ServiceConfig {
     std::uint64_t threads = 1;
     std::uint64_t free_bytes = 0;
   } ladder;
+  struct Compact {
+    std::string state_dir;  ///< empty: compact_state_dir() makes one in run_dir
+    std::uint64_t threads = 1;
+    std::uint64_t job_bytes = 4ULL << 30;
+    std::uint64_t max_pending = 64;
+    std::uint64_t max_handles = 4096;
+    std::uint64_t max_ttl_seconds = 7 * 86'400;
+  } compact;
   std::vector<NamespaceRule> namespaces;
   std::vector<TenantRule> tenants;
   struct Metrics {
@@ -143,6 +151,7 @@ struct ServiceConfig {
   std::uint64_t demotion_free_bytes() const;  ///< 0 without ladders; derived from dram_bytes unless set
   unsigned socket_mode() const;               ///< the octal text as a number
   std::string admission_path() const;         ///< where descriptors are handed out: the socket's path and ".fds"
+  std::string compact_state_dir() const;      ///< where manifests of compact caches are kept
   std::uint32_t chunk_capacity() const;       ///< derived from dram_bytes unless set
   std::uint32_t index_slots() const;          ///< derived from chunk_capacity() unless set; a power of two
   std::uint64_t encode_threads() const;       ///< one per core but one, unless set

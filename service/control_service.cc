@@ -55,6 +55,14 @@ void tell_refused(const wire::Hello& hello, const Status& why) {
   log_warn("a client was refused", {{"client", plain(hello.client_name(), kMaxNameBytes)}, {"why", why.message()}});
 }
 
+CompactionAsker asker_of(const Session& session) {
+  const SessionIdentity& identity = session.identity();
+  return {.session = session.id(),
+          .tenant = identity.tenant,
+          .client_name = identity.client_name,
+          .sees_all = identity.role == SessionRole::kTool && identity.local};
+}
+
 std::string version_or_none(const std::string& version) { return version.empty() ? "none" : version; }
 
 }  // namespace
@@ -111,6 +119,25 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
       return later([this](const Session& of, const wire::ControlRequest& asked, wire::ControlReply* to) {
         return snapshot(of, asked.snapshot(), to->mutable_snapshot());
       });
+    case wire::ControlRequest::kCompact:
+    case wire::ControlRequest::kCompactQueries:
+    case wire::ControlRequest::kCompaction:
+    case wire::ControlRequest::kDeleteCompaction:
+      if (parts_.compactions == nullptr) return finish(refused("this daemon makes no compact caches"));
+      if (request.has_compact()) {
+        return later([this](const Session& of, const wire::ControlRequest& asked, wire::ControlReply*) {
+          return compact(of, asked.compact());
+        });
+      }
+      if (request.has_compact_queries()) {
+        return finish(parts_.compactions->add_queries(asker_of(**session), request.compact_queries()));
+      }
+      if (request.has_delete_compaction()) {
+        return later([this](const Session& of, const wire::ControlRequest& asked, wire::ControlReply*) {
+          return parts_.compactions->erase(asker_of(of), asked.delete_compaction().handle());
+        });
+      }
+      return find_compactions(**session, request, std::move(reply));
     case wire::ControlRequest::kExplain:
     case wire::ControlRequest::kFlush:
     case wire::ControlRequest::kStatus: {
@@ -294,6 +321,34 @@ Status ControlService::register_device_pages(Session& session, const wire::Regis
   }
   answer->set_pages_id(*id);
   return Status::ok();
+}
+
+Status ControlService::compact(const Session& session, const wire::Compact& request) {
+  if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
+  const auto id = optional_namespace(request.namespace_id());
+  if (!id) return id.error();
+  const auto space = *id ? session.find_namespace(**id) : nullptr;
+  if (!space) return Status(Code::kInvalid, "this session has not registered the namespace of the compact cache");
+  return parts_.compactions->begin(asker_of(session), space, request);
+}
+
+void ControlService::find_compactions(const Session& session, const wire::ControlRequest& request,
+                                      ControlReplyFunction reply) {
+  const auto answer = [sequence = request.sequence(),
+                       reply = std::move(reply)](Result<std::vector<wire::CompactionReport>> reports) {
+    wire::ControlReply to;
+    to.set_sequence(sequence);
+    set_status(status_of(reports), to.mutable_status());
+    if (reports) to.mutable_compactions()->mutable_items()->Assign(reports->begin(), reports->end());
+    reply(std::move(to));
+  };
+  if (!request.compaction().handle().empty()) {
+    return parts_.compactions->find(asker_of(session), request.compaction(), answer);
+  }
+  // To look at the chunks of all of them takes a while.
+  const bool queued = parts_.administration.submit([this, asker = asker_of(session), query = request.compaction(),
+                                                    answer] { parts_.compactions->find(asker, query, answer); });
+  if (!queued) answer(failure(Code::kBusy, "too many questions wait: ask again later"));
 }
 
 Status ControlService::offer(const wire::Admit& request, std::vector<UniqueFd> descriptors) {

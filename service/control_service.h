@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/executor.h"
+#include "service/compactions.h"
 #include "service/config.h"
 #include "service/device_service.h"
 #include "service/event_log.h"
@@ -50,7 +51,8 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
     HotHandler& hot;
     Executor& administration;  ///< for what takes long
     Metrics& metrics;
-    DeviceService* devices = nullptr;  ///< nullptr: pages on devices are refused
+    DeviceService* devices = nullptr;    ///< nullptr: pages on devices are refused
+    Compactions* compactions = nullptr;  ///< nullptr: compact caches are refused
     std::function<std::string()> metrics_text = [] { return std::string(); };  ///< for StatusQuery.with_metrics
   };
   explicit ControlService(Parts parts) : parts_(std::move(parts)) {}
@@ -74,6 +76,8 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
                             wire::NamespaceRegistered* answer);
   Status poll_events(const Session& session, const wire::PollEvents& request, wire::Events* answer) const;
   Status snapshot(const Session& session, const wire::SnapshotQuery& request, wire::Snapshot* answer) const;
+  Status compact(const Session& session, const wire::Compact& request);
+  void find_compactions(const Session& session, const wire::ControlRequest& request, ControlReplyFunction reply);
   /// Status, explain and flush: for local peers and for tools with a key.
   Status administrate(const wire::ControlRequest& request, wire::ControlReply* reply);
 

@@ -18,6 +18,7 @@
 #include "base/clock.h"
 #include "base/executor.h"
 #include "service/collector.h"
+#include "service/compactions.h"
 #include "service/control_service.h"
 #include "service/device_service.h"
 #include "service/event_log.h"
@@ -129,6 +130,19 @@ std::vector<AllowedClient> allowed_clients(const ServiceConfig& config) {
   return or_throw(read_allowed_clients_file(config.server.allowed_clients_file));
 }
 
+std::int64_t unix_seconds() {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::seconds>(now).count();
+}
+
+CompactionLimits compaction_limits(const ServiceConfig& config) {
+  return {.max_pending = config.compact.max_pending,
+          .job_bytes = config.compact.job_bytes,
+          .max_handles = config.compact.max_handles,
+          .max_ttl_seconds = static_cast<std::int64_t>(config.compact.max_ttl_seconds),
+          .collect_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000};
+}
+
 bool is_any_address(const std::string& address) { return address == "*" || address == "0.0.0.0" || address == "::"; }
 
 }  // namespace
@@ -170,6 +184,8 @@ struct Daemon::State {
   ThreadPool administration{"kvern-admin", 1, kAdministrationQueue};
   StorePipeline pipeline;
   DeviceService devices;
+  ThreadPool compactors;
+  std::unique_ptr<Compactions> compactions;
   HotService hot;
   RemoteData remote;
   Inspector inspector;
@@ -229,6 +245,16 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                .usable_bytes = [this] { return slab.usable_bytes(); },
                .open = std::move(open_device),
                .threads = config.pipeline.device_threads}),
+      compactors("kvern-compact", config.compact.threads, config.compact.max_pending),
+      compactions(std::make_unique<Compactions>(Compactions::Parts{.store = *store,
+                                                                   .tiers = *tiers,
+                                                                   .pipeline = pipeline,
+                                                                   .in_flight = in_flight,
+                                                                   .metrics = metrics,
+                                                                   .clock = clock,
+                                                                   .unix_seconds = unix_seconds,
+                                                                   .executor = compactors},
+                                                compaction_limits(config), config.compact_state_dir())),
       hot({.sessions = sessions,
            .store = *store,
            .tiers = *tiers,
@@ -251,7 +277,8 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                  .clock = clock,
                  .epoch = epoch,
                  .started_ns = started_ns,
-                 .devices = &devices}) {
+                 .devices = &devices,
+                 .compactions = compactions.get()}) {
   if (const ChunkStoreStats found = store->stats(); found.recovered_chunks + found.dropped_containers > 0) {
     log_info("took chunks over from the run before", {{"chunks", found.recovered_chunks},
                                                       {"bytes", found.recovered_bytes},
@@ -334,6 +361,7 @@ void Daemon::State::start_servers() {
                                                                    .administration = administration,
                                                                    .metrics = metrics,
                                                                    .devices = &devices,
+                                                                   .compactions = compactions.get(),
                                                                    .metrics_text = [this] { return metrics_text(); }});
   rings = std::make_unique<RingServer>(
       RingServer::Config{.spin_us = static_cast<std::uint32_t>(config.pipeline.ring_spin_us)}, hot);
@@ -350,7 +378,8 @@ void Daemon::State::start_servers() {
                        .started_ns = started_ns,
                        .index_slots = config.index_slots(),
                        .dropped_replies = [this] { return control_server->dropped_replies(); },
-                       .devices = devices});
+                       .devices = devices,
+                       .compactions = *compactions});
   collecting.store(true);
   watcher = std::thread([this] { watch(); });
   if (!config.metrics.listen.empty()) http = std::make_unique<HttpServer>(config.metrics.listen, pages());
@@ -389,6 +418,7 @@ void Daemon::State::watch() {
     woken = false;
     lock.unlock();
     sessions.tick();
+    compactions->tick();
     tiers->save_victims();
     process_log().tell_left_out();
     if (demoter) demoter->wake();
@@ -411,9 +441,11 @@ void Daemon::State::wake() {
 void Daemon::State::shut_down() {
   ready.store(false);
   http.reset();
+  compactions->stop();  // answers those that wait for one
   control_server.reset();
   administration.drain();
   pipeline.cancel();
+  compactors.drain();
   devices.drain();
   encoders.drain();  // before leases end: nothing is overwritten that a client still reads
   sessions.end_all();

@@ -104,6 +104,7 @@ std::string Inspector::status_json(bool stopping) const {
                          {"bytes_to_device", device.moved.to_device}});
     }
   }
+  const auto compact = parts_.compactions == nullptr ? Compactions::Figures() : parts_.compactions->figures();
   const nlohmann::json report = {{"version", KVERN_VERSION},
                                  {"protocol", kProtocolVersion},
                                  {"container", kContainerVersion},
@@ -137,6 +138,11 @@ std::string Inspector::status_json(bool stopping) const {
                                  {"tenants", std::move(tenants)},
                                  {"lower_tiers", std::move(tiers)},
                                  {"devices", std::move(devices)},
+                                 {"compact_caches",
+                                  {{"pending", compact.pending},
+                                   {"ready", compact.ready},
+                                   {"failed", compact.failed},
+                                   {"stored_bytes", compact.stored_bytes}}},
                                  {"pipeline",
                                   {{"threads", parts_.config.encode_threads()},
                                    {"queued", parts_.encoders == nullptr ? 0 : parts_.encoders->queued()},

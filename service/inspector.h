@@ -7,6 +7,7 @@
 
 #include "base/clock.h"
 #include "base/executor.h"
+#include "service/compactions.h"
 #include "service/config.h"
 #include "service/device_service.h"
 #include "service/event_log.h"
@@ -37,6 +38,7 @@ class Inspector {
     std::uint64_t epoch;
     std::int64_t started_ns;
     const DeviceService* devices = nullptr;
+    const Compactions* compactions = nullptr;
   };
   explicit Inspector(const Parts& parts) : parts_(parts) {}
 

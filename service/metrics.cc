@@ -110,7 +110,17 @@ Metrics::Metrics()
       match_seconds(histogram(*registry_, "kvern_match_seconds", "Time of a prefix look-up, as the asker sees it")),
       reserve_seconds(histogram(*registry_, "kvern_reserve_seconds", "Time of a Reserve in the daemon")),
       commit_seconds(histogram(*registry_, "kvern_commit_seconds", "Time from Commit to its answer")),
-      fetch_seconds(histogram(*registry_, "kvern_fetch_seconds", "Time of a Fetch in the daemon")) {
+      fetch_seconds(histogram(*registry_, "kvern_fetch_seconds", "Time of a Fetch in the daemon")),
+      compacted_tokens(
+          counter(*registry_, "kvern_compacted_tokens_total", "Prompt tokens that compact caches were made of")),
+      compacted_raw_bytes(counter(*registry_, "kvern_compacted_raw_bytes_total",
+                                  "Bytes of the prompts that compact caches were made of")),
+      compacted_stored_bytes(
+          counter(*registry_, "kvern_compacted_stored_bytes_total", "Bytes of compact caches when they were stored")),
+      compaction_seconds(histogram(*registry_, "kvern_compaction_seconds", "Time to make a compact cache")),
+      compaction_error(histograms(*registry_, "kvern_compaction_error",
+                                  "Relative error of the attention output over compact caches, mean over the layers")
+                           .Add({}, error_buckets())) {
   label_all(requests_, counters(*registry_, "kvern_requests_total", "Hot requests by type"), "type",
             {"match", "reserve", "commit", "abandon", "fetch", "release", "release_match", "report", "store_pages",
              "load_pages"});
@@ -126,6 +136,9 @@ Metrics::Metrics()
       demotions_refused_,
       counters(*registry_, "kvern_demotions_refused_total", "Steps down a ladder that came to nothing, by reason"),
       "reason", {"in_use", "no_room", "codec", "error", "corrupt", "gone"});
+  label_all(compactions_,
+            counters(*registry_, "kvern_compactions_total", "Requests for compact caches, by what became of them"),
+            "outcome", {"ready", "failed", "refused"});
   auto& ended = counters(*registry_, "kvern_sessions_ended_total", "Sessions that ended, by reason");
   for (const auto why : {SessionEnd::kGoodbye, SessionEnd::kDisconnected, SessionEnd::kExpired,
                          SessionEnd::kProtocolError, SessionEnd::kStopping}) {
@@ -133,13 +146,23 @@ Metrics::Metrics()
     sessions_ended_.emplace(name, &ended.Add({{"reason", name}}));
   }
   auto& removed = counters(*registry_, "kvern_removed_chunks_total", "Chunks that left the store, by reason");
-  for (const char* reason : {"evicted", "superseded", "quarantined", "flushed"}) {
+  for (const char* reason : {"evicted", "superseded", "quarantined", "flushed", "dropped"}) {
     removed_.emplace(reason, &removed.Add({{"reason", reason}, {"tier", "dram"}}));
   }
 }
 
 void Metrics::session_ended(std::string_view why) {
   if (const auto found = sessions_ended_.find(why); found != sessions_ended_.end()) found->second->Increment();
+}
+
+void Metrics::compacted(std::uint64_t prompt_tokens, std::uint64_t raw_bytes, std::uint64_t stored_bytes,
+                        std::optional<double> error, double seconds) {
+  compaction_ended(CompactionEnd::kReady);
+  compacted_tokens.Increment(static_cast<double>(prompt_tokens));
+  compacted_raw_bytes.Increment(static_cast<double>(raw_bytes));
+  compacted_stored_bytes.Increment(static_cast<double>(stored_bytes));
+  compaction_seconds.Observe(seconds);
+  if (error) compaction_error.Observe(*error);
 }
 
 void Metrics::chunk_removed(std::string_view reason) {

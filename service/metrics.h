@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -52,6 +53,9 @@ enum class ProtocolError { kMalformed, kSequence, kUnknownBody, kBadToken, kBadR
 /// Why tokens of a prompt were not served; labels of kvern_miss_tokens_total.
 enum class Miss { kNotStored, kEvictedBeforeLoad, kFailedLoad, kCount };
 
+/// How requests for compact caches end; labels of kvern_compactions_total.
+enum class CompactionEnd { kReady, kFailed, kRefused, kCount };
+
 /// Counters and histograms of the daemon, registered once; hot paths only add. Figures that somebody else keeps
 /// (occupancy, sessions, queues) are collected when they are asked for. Thread-safe.
 class Metrics final : public TierObserver, public DemotionObserver {
@@ -71,6 +75,10 @@ class Metrics final : public TierObserver, public DemotionObserver {
   void refused(Refusal why) { at(refused_, why).Increment(); }
   void protocol_error(ProtocolError kind) { at(protocol_errors_, kind).Increment(); }
   void missed(Miss why, double tokens) { at(missed_, why).Increment(tokens); }
+  void compaction_ended(CompactionEnd how) { at(compactions_, how).Increment(); }
+  /// Counts one that is ready. error: of its attention, where it was measured.
+  void compacted(std::uint64_t prompt_tokens, std::uint64_t raw_bytes, std::uint64_t stored_bytes,
+                 std::optional<double> error, double seconds);
   void session_ended(std::string_view why);
   void chunk_removed(std::string_view reason);
 
@@ -103,6 +111,7 @@ class Metrics final : public TierObserver, public DemotionObserver {
   Counters<ProtocolError> protocol_errors_{};
   Counters<Miss> missed_{};
   Counters<DemotionRefusal> demotions_refused_{};
+  Counters<CompactionEnd> compactions_{};
   std::map<std::string, prometheus::Counter*, std::less<>> sessions_ended_;
   std::map<std::string, prometheus::Counter*, std::less<>> removed_;
 
@@ -118,6 +127,11 @@ class Metrics final : public TierObserver, public DemotionObserver {
   prometheus::Histogram& reserve_seconds;
   prometheus::Histogram& commit_seconds;
   prometheus::Histogram& fetch_seconds;
+  prometheus::Counter& compacted_tokens;
+  prometheus::Counter& compacted_raw_bytes;
+  prometheus::Counter& compacted_stored_bytes;
+  prometheus::Histogram& compaction_seconds;
+  prometheus::Histogram& compaction_error;
 
  private:
   /// One operation of one tier.

@@ -62,7 +62,7 @@ enum class ChunkState : std::uint8_t {
   kIncomplete,   ///< shards are missing; not in the index
   kLive,         ///< in the index and known to the eviction policy
   kSuperseded,   ///< a longer chunk took over its blocks; waits until nobody holds it, and can still be pinned
-  kQuarantined,  ///< corrupt; waits until nobody holds it
+  kQuarantined,  ///< corrupt or dropped; waits until nobody holds it
 };
 
 /// The store's private record of one chunk.

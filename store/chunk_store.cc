@@ -995,6 +995,17 @@ void ChunkStore::quarantine(const NamespaceId& namespace_id, std::uint16_t group
   }
 }
 
+void ChunkStore::drop(const ChunkKey& key) {
+  State& s = *state_;
+  State::Session session(s);
+  const auto chunk = s.find_live(key.namespace_id, key.group, key.last_block);
+  if (chunk && s.record(*chunk).key() == key) s.drop_when_unheld(*chunk, ChunkState::kQuarantined, "dropped");
+  const auto entry = s.pending.find(key);
+  if (entry == s.pending.end() || !entry->second.tickets.empty()) return;
+  s.drop_shards(*entry->second.chunk);
+  s.pending.erase(entry);
+}
+
 std::pair<std::uint64_t, std::uint64_t> ChunkStore::flush(const std::optional<NamespaceId>& namespace_id) {
   State& s = *state_;
   std::pair<std::uint64_t, std::uint64_t> flushed{0, 0};

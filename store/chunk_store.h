@@ -115,7 +115,7 @@ class ChunkStore {
   /// store's lock held, after begin_retire() of the candidates; must not call back. Reads the slots with seq_cst loads.
   using HazardProbe = std::function<void(std::unordered_set<std::uint32_t>& claimed)>;
   /// Called, without the lock, for every chunk that left the index (for KV events); must not throw. reason: "evicted",
-  /// "superseded" (its blocks are found in a longer chunk now), "quarantined", "flushed".
+  /// "superseded" (its blocks are found in a longer chunk now), "quarantined", "flushed", "dropped".
   using RemovalListener =
       std::function<void(const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason)>;
 
@@ -174,6 +174,9 @@ class ChunkStore {
 
   /// Takes a chunk out of the index for good after a checksum failed; its bytes are freed once nobody holds it.
   void quarantine(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block);
+  /// Takes a chunk out for good, whole or not, because whoever stored it wants it gone; its bytes are freed once nobody
+  /// holds it. Nothing happens when it is not there, or while another shard of it is being written.
+  void drop(const ChunkKey& key);
   /// Drops everything of a namespace (all namespaces: nullopt) that is not pinned or claimed; returns (chunks, bytes).
   std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id);
   /// Frees incomplete chunks past their TTL and chunks whose drop had to wait. Called now and then by the service.

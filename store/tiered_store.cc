@@ -74,6 +74,9 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
                  std::uint64_t flushes_before);
   void finish_load(const ChunkKey& key, const Status& status);
   void save(const ChunkKey& key, std::uint8_t wanted);
+  bool is_erasing(const ChunkKey& key);
+  void end_erasing(const ChunkKey& key);
+  void forget_erased_locked(const ChunkKey& key);
   bool begin_task();
   void end_task();
 
@@ -95,7 +98,26 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
   std::size_t tasks = 0;                                    ///< that use tiers or the executor right now
   std::unordered_map<ChunkKey, std::vector<Waiter>> loads;  ///< one read per chunk, whoever asks
   std::unordered_map<ChunkKey, std::uint8_t> saving;        ///< tiers that a chunk is on its way to
+  /// Calls of erase() that have not ended for this chunk; kept, at 0, as long as it is on its way.
+  std::unordered_map<ChunkKey, std::size_t> erasing;
 };
+
+bool TieredStore::State::is_erasing(const ChunkKey& key) {
+  std::lock_guard lock(mutex);
+  return erasing.contains(key);
+}
+
+void TieredStore::State::end_erasing(const ChunkKey& key) {
+  std::lock_guard lock(mutex);
+  --erasing.at(key);
+  forget_erased_locked(key);
+}
+
+void TieredStore::State::forget_erased_locked(const ChunkKey& key) {
+  const auto entry = erasing.find(key);
+  if (entry == erasing.end() || entry->second > 0 || saving.contains(key) || loads.contains(key)) return;
+  erasing.erase(entry);
+}
 
 bool TieredStore::State::begin_task() {
   std::lock_guard lock(mutex);
@@ -161,6 +183,11 @@ Status TieredStore::State::publish(Place& place, std::size_t number, const TierH
     status = Status(Code::kNotFound, "it was flushed meanwhile");
   if (status) {
     status = dram.publish_load(ticket, *shards, bit_of(number));
+    // Looked at after it can be found: an erase() that comes later finds it itself.
+    if (status && is_erasing(hit.key)) {
+      dram.drop(hit.key);
+      status = Status(Code::kNotFound, "it was erased meanwhile");
+    }
   } else {
     dram.abort(ticket);
   }
@@ -182,6 +209,7 @@ void TieredStore::State::finish_load(const ChunkKey& key, const Status& status) 
     const auto found = loads.find(key);
     waiters = std::move(found->second);
     loads.erase(found);
+    forget_erased_locked(key);
   }
   for (const auto& waiter : waiters) waiter(status);
 }
@@ -190,7 +218,11 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
   if (flushing.load() > 0 || !begin_task()) return;
   const std::uint64_t flushes_before = flushes.load();
   {
-    std::lock_guard lock(mutex);
+    std::unique_lock lock(mutex);
+    if (erasing.contains(key)) {
+      lock.unlock();
+      return end_task();
+    }
     std::uint8_t& on_its_way = saving[key];
     wanted = static_cast<std::uint8_t>(wanted & ~on_its_way);
     on_its_way |= wanted;
@@ -200,6 +232,7 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
     const auto entry = saving.find(key);
     entry->second = static_cast<std::uint8_t>(entry->second & ~bits);
     if (entry->second == 0) saving.erase(entry);
+    forget_erased_locked(key);
     if (saving.empty()) changed.notify_all();
   };
   TierObject object{.key = key, .blocks = {}, .pieces = {}, .hold = nullptr};
@@ -237,8 +270,8 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
     place.tier->write(
         object, [this, self = shared_from_this(), number, bytes, key, flushes_before, done](const Status& status) {
           places[number]->saving_bytes.fetch_sub(bytes);
-          // It may have overtaken the flush on its way, and must not outlive it.
-          if (status && flushes.load() != flushes_before && begin_task()) {
+          // It may have overtaken the flush, or its own erasure, on its way, and must not outlive it.
+          if (status && (flushes.load() != flushes_before || is_erasing(key)) && begin_task()) {
             places[number]->tier->erase({key}, [](const Status&) {});
             end_task();
           }
@@ -492,6 +525,39 @@ std::pair<std::uint64_t, std::uint64_t> TieredStore::flush(const std::optional<N
   }
   state.end_task();
   return flushed;
+}
+
+void TieredStore::erase(const std::vector<ChunkKey>& keys, Tier::Done done) {
+  State& state = *state_;
+  if (keys.empty() || state.places.empty() || !state.begin_task()) {
+    for (const ChunkKey& key : keys) state.dram.drop(key);
+    return done(Status::ok());
+  }
+  {
+    std::lock_guard lock(state.mutex);
+    for (const ChunkKey& key : keys) ++state.erasing[key];
+  }
+  for (const ChunkKey& key : keys) state.dram.drop(key);
+  struct Pending {
+    std::mutex mutex;
+    std::size_t left;
+    Status status;
+    Tier::Done done;
+  };
+  const auto pending = std::make_shared<Pending>();
+  pending->left = state.places.size();
+  pending->done = std::move(done);
+  for (const auto& place : state.places) {
+    place->tier->erase(keys, [self = state_, keys, pending, name = place->tier->name()](const Status& status) {
+      std::unique_lock lock(pending->mutex);
+      if (!status && pending->status) pending->status = Status(status.code(), name + ": " + status.message());
+      if (--pending->left > 0) return;
+      lock.unlock();
+      for (const ChunkKey& key : keys) self->end_erasing(key);
+      pending->done(pending->status);
+    });
+  }
+  state.end_task();
 }
 
 TieredStoreStats TieredStore::stats() const {

@@ -102,6 +102,10 @@ class TieredStore {
   /// nothing moves, so that nothing comes back from one tier to another.
   std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id, Tier::Done done);
 
+  /// Chunks that nobody may find any more: they leave DRAM at once, but for the bytes that somebody still reads, and
+  /// the lower tiers until done is called, with the first failure. What is on its way between tiers does not arrive.
+  void erase(const std::vector<ChunkKey>& keys, Tier::Done done);
+
   TieredStoreStats stats() const;
 
  private:

@@ -1,5 +1,6 @@
 """Native binding of libkvern. Every call releases the GIL for its C++ work and none blocks, except wait_ready, drain and
-wait_gathered, which say so. No exception but ValueError (bad arguments, at construction or registration)."""
+wait_gathered, which say so, and those of compact caches that ask the daemon. No exception but ValueError (bad arguments,
+at construction or registration), and RuntimeError where it says so."""
 
 __version__: str
 PROTOCOL_VERSION: int
@@ -37,6 +38,14 @@ class Client:
     def request_snapshot(self, handle: int) -> None: ...
     def take_snapshot(self) -> tuple[int, list[tuple[int, list[bytes], int]]] | None: ...
     def report(self, hit_tokens: int, requested_tokens: int) -> None: ...
+    # What the daemon knows of a compact cache; waits for at most wait_ms while it is pending. Keys: handle; state
+    # (pending | ready | failed | unknown); reason (why it failed; unknown: there is none, it has expired or is another
+    # tenant's, or no daemon answers); prompt_tokens; slots; method; namespace (id, 16 bytes); group; stored_bytes;
+    # raw_bytes; error_mean, error_max (None: not measured); expires_at (unix seconds); owner; seconds.
+    def compaction(self, handle: str, wait_ms: int = 0) -> dict: ...
+    # False when there is none. Its chunks leave all tiers. RuntimeError when no daemon answers, also of the next one.
+    def delete_compaction(self, handle: str) -> bool: ...
+    def compactions(self) -> list[dict]: ...  # of this tenant
     def close(self) -> None: ...
 
 class PrefixMatcher:
@@ -67,8 +76,14 @@ class TransferWorker:
     # pieces: [(group, blocks_before, hashes joined, block_ids), ...]
     def submit_load(self, job: int, namespace: int, hash_bytes: int,
                     pieces: list[tuple[int, int, bytes, list[int]]], ready_event: int = 0) -> None: ...
+    # Asks for a compact cache once the prompt's blocks are stored, codec "raw", under source_hashes. The hashes are those
+    # that the handle stands for, joined. queries: one buffer per layer of this rank, [query_rows][query_heads][key_dim]
+    # of the group's dtype without gaps, in host memory (tensors, arrays, bytes); copied; [] when query_rows is 0.
+    def submit_compaction(self, job: int, namespace: int, handle: str, spec: str, group: int, prompt_tokens: int,
+                          slots: int, expires_at: int, hash_bytes: int, source_hashes: bytes, slot_hashes: bytes,
+                          query_rows: int, query_heads: int, queries: list) -> None: ...
     # [(job, event, stored_chunks, reason, seconds, raw_bytes, encoded_bytes), ...]
-    # event: gathered | stored | loaded | load_failed
+    # event: gathered | stored | loaded | load_failed | compacting | compaction_failed
     def poll(self) -> list[tuple[int, str, list[int], str, float, int, int]]: ...
     def wait_gathered(self, jobs: list[int], timeout_ms: int) -> bool: ...
     def cancel_load(self, job: int) -> None: ...

@@ -1,4 +1,5 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -6,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -70,6 +72,10 @@ const char* name(JobEvent event) {
       return "loaded";
     case JobEvent::kLoadFailed:
       return "load_failed";
+    case JobEvent::kCompacting:
+      return "compacting";
+    case JobEvent::kCompactionFailed:
+      return "compaction_failed";
   }
   return "unknown";
 }
@@ -100,6 +106,44 @@ class Holder {
  private:
   std::shared_ptr<T> object_;
 };
+
+const char* name(CompactionState state) {
+  switch (state) {
+    case CompactionState::kUnknown:
+      return "unknown";
+    case CompactionState::kPending:
+      return "pending";
+    case CompactionState::kReady:
+      return "ready";
+    case CompactionState::kFailed:
+      return "failed";
+  }
+  return "unknown";
+}
+
+nb::dict to_dict(const CompactionInfo& info) {
+  nb::dict dict;
+  dict["handle"] = info.handle;
+  dict["state"] = name(info.state);
+  dict["reason"] = info.reason;
+  dict["prompt_tokens"] = info.prompt_tokens;
+  dict["slots"] = info.slots;
+  dict["method"] = info.method;
+  dict["namespace"] = to_bytes(info.namespace_id);
+  dict["group"] = info.group;
+  dict["stored_bytes"] = info.stored_bytes;
+  dict["raw_bytes"] = info.raw_bytes;
+  dict["error_mean"] = info.error_mean;
+  dict["error_max"] = info.error_max;
+  dict["expires_at"] = info.expires_at;
+  dict["owner"] = info.owner;
+  dict["seconds"] = info.seconds;
+  return dict;
+}
+
+std::chrono::milliseconds call_timeout(const Client& client) {
+  return std::chrono::milliseconds(client.config().call_timeout_ms);
+}
 
 using PyClient = Holder<Client>;
 using PyMatcher = Holder<PrefixMatcher>;
@@ -225,6 +269,43 @@ void bind_client(nb::module_& module) {
             self->report(usage);
           },
           nb::arg("hit_tokens"), nb::arg("requested_tokens"), ReleaseGil())
+      .def(
+          "compaction",
+          [](PyClient& self, const std::string& handle, std::uint32_t wait_ms) {
+            CompactionInfo info;
+            {
+              const nb::gil_scoped_release unlocked;
+              const auto session = self->session();
+              info = ask_compaction(session.get(), handle, std::chrono::milliseconds(wait_ms), call_timeout(*self));
+              if (!session) info.reason = "no daemon: " + self->problem();
+            }
+            return to_dict(info);
+          },
+          nb::arg("handle"), nb::arg("wait_ms") = 0)
+      .def(
+          "delete_compaction",
+          [](PyClient& self, const std::string& handle) {
+            const auto session = self->session();
+            if (!session) throw std::runtime_error("no daemon: " + self->problem());
+            const auto deleted = delete_compaction(*session, handle, call_timeout(*self));
+            if (!deleted) throw std::runtime_error(deleted.error().message());
+            return *deleted;
+          },
+          nb::arg("handle"), ReleaseGil())
+      .def("compactions",
+           [](PyClient& self) {
+             Result<std::vector<CompactionInfo>> infos;
+             {
+               const nb::gil_scoped_release unlocked;
+               const auto session = self->session();
+               infos = session ? list_compactions(*session, call_timeout(*self))
+                               : failure(Code::kUnavailable, "no daemon: " + self->problem());
+             }
+             if (!infos) throw std::runtime_error(infos.error().message());
+             nb::list list;
+             for (const CompactionInfo& info : *infos) list.append(to_dict(info));
+             return list;
+           })
       .def(
           "close", [](PyClient& self) { self->close(); }, ReleaseGil());
 }
@@ -359,6 +440,37 @@ void bind_worker(nb::module_& module) {
             self->submit_load(std::move(job));
           },
           nb::arg("job"), nb::arg("namespace"), nb::arg("hash_bytes"), nb::arg("pieces"), nb::arg("ready_event") = 0)
+      .def(
+          "submit_compaction",
+          [](PyWorker& self, std::uint64_t id, int handle_of_namespace, std::string handle, std::string spec,
+             std::uint16_t group, std::uint32_t prompt_tokens, std::uint32_t slots, std::int64_t expires_at,
+             std::uint32_t hash_bytes, const nb::bytes& source_hashes, const nb::bytes& slot_hashes,
+             std::uint32_t query_rows, std::uint32_t query_heads,
+             const std::vector<nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>>& queries) {
+            CompactionJob job;
+            job.id = id;
+            job.namespace_handle = handle_of_namespace;
+            job.handle = std::move(handle);
+            job.spec = std::move(spec);
+            job.group = group;
+            job.prompt_tokens = prompt_tokens;
+            job.slots = slots;
+            job.expires_at = expires_at;
+            job.hash_bytes = hash_bytes;
+            job.source_hashes = split_hashes(source_hashes, hash_bytes);
+            job.slot_hashes = split_hashes(slot_hashes, hash_bytes);
+            job.query_rows = query_rows;
+            job.query_heads = query_heads;
+            for (const auto& layer : queries) {
+              job.queries.emplace_back(static_cast<const char*>(layer.data()), layer.nbytes());
+            }
+            const nb::gil_scoped_release unlocked;
+            self->submit_compaction(std::move(job));
+          },
+          nb::arg("job"), nb::arg("namespace"), nb::arg("handle"), nb::arg("spec"), nb::arg("group"),
+          nb::arg("prompt_tokens"), nb::arg("slots"), nb::arg("expires_at"), nb::arg("hash_bytes"),
+          nb::arg("source_hashes"), nb::arg("slot_hashes"), nb::arg("query_rows"), nb::arg("query_heads"),
+          nb::arg("queries"))
       .def("poll",
            [](PyWorker& self) {
              std::vector<JobResult> results;

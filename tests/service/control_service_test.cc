@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "tests/service/service_fixture.h"
@@ -32,6 +33,20 @@ struct ControlServiceTest : ::testing::Test {
                        .clock = service.clock,
                        .epoch = 7,
                        .started_ns = 0}};
+  ManualExecutor compactors;
+  const std::filesystem::path folder =
+      std::filesystem::temp_directory_path() / ("kvern-control-" + std::to_string(::getpid()) + "-" +
+                                                ::testing::UnitTest::GetInstance()->current_test_info()->name());
+  Compactions compactions{{.store = service.store,
+                           .tiers = service.tiers,
+                           .pipeline = service.pipeline,
+                           .in_flight = service.in_flight,
+                           .metrics = service.metrics,
+                           .clock = service.clock,
+                           .unix_seconds = [] { return std::int64_t{1'800'000'000}; },
+                           .executor = compactors},
+                          {},
+                          folder};
   const ControlService::UcxEndpoint ucx{.version = "1.13.1", .host = "", .port = 4711};
   ControlService control{{.config = config,
                           .epoch = 7,
@@ -49,10 +64,13 @@ struct ControlServiceTest : ::testing::Test {
                           .inspector = inspector,
                           .hot = service.hot,
                           .administration = administration,
-                          .metrics = service.metrics}};
+                          .metrics = service.metrics,
+                          .compactions = &compactions}};
   const ControlPeer local{.local = true, .public_key = ""};
   const ControlPeer remote{.local = false, .public_key = "good key"};
   std::uint64_t sequence = 0;
+
+  ~ControlServiceTest() override { std::filesystem::remove_all(folder); }
 
   void SetUp() override {
     config.server.socket = "/run/kvern/kvernd.sock";
@@ -281,6 +299,77 @@ TEST_F(ControlServiceTest, ARefusedNamespaceIsRefusedInASentence) {
   const auto reply = ask(local, request);
   EXPECT_EQ(to_status(reply.status()).code(), Code::kRefused);
   EXPECT_THAT(reply.status().message(), HasSubstr("missing"));
+}
+
+/// For the small model, with a method that needs neither queries nor (since all is kept) the model's rotation.
+wire::Compact compact_request(const NamespaceId& id) {
+  wire::Compact compact;
+  compact.set_handle("kvc1.41.41.1800000100." + std::string(64, 'a'));
+  compact.set_namespace_id(id.bytes.data(), id.bytes.size());
+  compact.set_spec("streaming(budget=100%)");
+  compact.set_hash_bytes(kHashBytes);
+  compact.set_group_layers(2);
+  compact.set_model_heads(2);
+  compact.mutable_shard()->set_dtype(static_cast<std::uint32_t>(DType::kBFloat16));
+  compact.mutable_shard()->set_layers(2);
+  compact.mutable_shard()->set_heads(2);
+  compact.mutable_shard()->set_key_dim(8);
+  compact.mutable_shard()->set_value_dim(8);
+  return compact;
+}
+
+TEST_F(ControlServiceTest, CompactCachesBelongToTheTenantThatAskedForThem) {
+  const auto mine = open(local, wire::ROLE_WORKER);
+  const auto theirs = open(remote, wire::ROLE_WORKER);
+  const auto id = register_model(local, mine);
+  auto request = with_token(theirs);
+  *request.mutable_compact() = compact_request(id);
+  EXPECT_THAT(ask(remote, request).status().message(), HasSubstr("has not registered"));
+  request = with_token(mine);
+  *request.mutable_compact() = compact_request(id);
+  EXPECT_TRUE(to_status(ask(local, request).status()));
+  const std::string handle = request.compact().handle();
+
+  const auto asks = [&](const ControlPeer& peer, const std::string& token, const std::string& of) {
+    auto query = with_token(token);
+    query.mutable_compaction()->set_handle(of);
+    return ask(peer, query);
+  };
+  EXPECT_EQ(asks(local, mine, handle).compactions().items(0).state(), wire::COMPACTION_PENDING);
+  EXPECT_EQ(asks(local, mine, "").compactions().items_size(), 1);
+  EXPECT_EQ(to_status(asks(remote, theirs, handle).status()).code(), Code::kNotFound);
+  EXPECT_EQ(asks(remote, theirs, "").compactions().items_size(), 0);
+  EXPECT_EQ(asks(local, open(local, wire::ROLE_TOOL), "").compactions().items_size(), 1);
+  EXPECT_EQ(asks(remote, open(remote, wire::ROLE_TOOL), "").compactions().items_size(), 0);
+  auto removal = with_token(theirs);
+  removal.mutable_delete_compaction()->set_handle(handle);
+  EXPECT_EQ(to_status(ask(remote, removal).status()).code(), Code::kNotFound);
+  removal.set_session_token(mine);
+  EXPECT_TRUE(to_status(ask(local, removal).status()));
+  EXPECT_EQ(asks(local, mine, "").compactions().items_size(), 0);
+}
+
+TEST_F(ControlServiceTest, MessagesOfCompactCachesThatAreEmptyOrWrongAreRefused) {
+  const auto token = open(local, wire::ROLE_WORKER);
+  const auto id = register_model(local, token);
+  auto request = with_token(token);
+  request.mutable_compact();
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kInvalid);
+  *request.mutable_compact() = compact_request(id);
+  request.mutable_compact()->set_namespace_id("short");
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kInvalid);
+  *request.mutable_compact() = compact_request(id);
+  request.mutable_compact()->set_spec(std::string(1 << 19, '('));
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kInvalid);
+  request.mutable_compact_queries()->set_data(std::string(1 << 19, 'x'));
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kNotFound);
+  request.mutable_compaction()->set_handle(std::string(1 << 19, 'x'));
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kNotFound);
+  request.mutable_delete_compaction();
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kNotFound);
+  control.begin_stop();
+  *request.mutable_compact() = compact_request(id);
+  EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kUnavailable);
 }
 
 }  // namespace

@@ -303,6 +303,46 @@ TEST(TieredStore, AFlushReachesEveryTierAndWhatIsOnItsWay) {
   EXPECT_EQ(flushed.code(), Code::kUnavailable);
 }
 
+TEST(TieredStore, AnErasedChunkLeavesEveryTierAndDoesNotArriveAnyMore) {
+  TieredFixture f(1024, WritePolicy::kThrough);
+  for (const std::uint64_t number : {0U, 1U}) {
+    ASSERT_TRUE(store_chunk(f.dram.store, f.cell(number)).value());
+    f.store->stored(f.cell(number).info().key);
+  }
+  const ChunkKey key = f.cell(0).info().key;
+  f.dram.store.flush(std::nullopt);
+  const auto prefetch = f.prefetch(8);
+  EXPECT_TRUE(prefetch->pending()) << "read, and not verified";
+  Status erased(Code::kInternal, "not called");
+  f.store->erase({key}, [&](const Status& status) { erased = status; });
+  EXPECT_TRUE(erased);
+  f.executor.run_all();
+  EXPECT_EQ(f.matched(4), 0U);
+  EXPECT_EQ(f.fast->objects.size(), 1U) << "the other one";
+  EXPECT_EQ(f.slow->objects.size(), 1U);
+  // Nothing is held against a chunk of that name that comes later.
+  ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
+  f.store->stored(key);
+  EXPECT_EQ(f.matched(4), 4U);
+  EXPECT_EQ(f.fast->objects.size(), 2U);
+  f.slow->broken = Status(Code::kUnavailable, "no route");
+  f.store->erase({key}, [&](const Status& status) { erased = status; });
+  EXPECT_EQ(erased.code(), Code::kUnavailable);
+  EXPECT_EQ(f.matched(4), 0U);
+}
+
+TEST(TieredStore, AWriteThatOvertakesAnErasureIsErased) {
+  TieredFixture f(1024, WritePolicy::kThrough);
+  f.fast->immediate = false;
+  ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
+  f.store->stored(f.cell(0).info().key);
+  f.store->erase({f.cell(0).info().key}, [](const Status&) {});
+  while (f.fast->run()) {
+  }
+  EXPECT_TRUE(f.fast->objects.empty());
+  EXPECT_TRUE(f.slow->objects.empty());
+}
+
 TEST(TieredStore, AWriteThatOvertakesAFlushIsErased) {
   TieredFixture f(1024, WritePolicy::kThrough);
   f.slow->immediate = false;

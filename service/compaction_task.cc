@@ -1,0 +1,315 @@
+#include "service/compaction_task.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "store/lease.h"
+
+namespace kvern {
+namespace {
+
+using std::chrono::milliseconds;
+
+/// How often it looks whether chunks have come up from lower tiers, and how long it waits for all of them: a prompt of
+/// some gigabytes takes seconds from a disk or an object store.
+constexpr milliseconds kPrefetchInterval{2};
+constexpr std::chrono::seconds kPrefetchPatience{60};
+
+Status cancelled_status() { return {Code::kExpired, "it was deleted, or has expired, before it was made"}; }
+
+/// A chunk of the prompt that stays where it is.
+struct SourceChunk {
+  std::shared_ptr<Lease> lease;
+  std::vector<ContainerReader> shards;
+  std::uint32_t first_token = 0;
+  std::uint32_t tokens = 0;  ///< of the prompt; the last block may hold more
+};
+
+/// One layer of the prompt, [head][token][dim] for keys and values.
+class LayerRows final : public RowSink {
+ public:
+  LayerRows(const ShardShape& group, std::uint32_t tokens)
+      : tokens_(tokens), row_bytes_{group.row_bytes(Part::kKey), group.row_bytes(Part::kValue)} {
+    for (std::size_t part = 0; part < 2; ++part) rows_[part].resize(row_bytes_[part] * tokens * group.heads);
+  }
+
+  /// What write() gets from now on are tokens of the chunk that begins there, of a shard that begins at that head.
+  void begin(std::uint32_t first_token, std::uint32_t first_head) {
+    first_token_ = first_token;
+    first_head_ = first_head;
+  }
+  void write(std::uint32_t, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+             const std::byte* rows) override {
+    const auto of = static_cast<std::size_t>(part);
+    const std::size_t at = (std::size_t{first_head_} + head) * tokens_ + first_token_ + token;
+    std::memcpy(rows_[of].data() + at * row_bytes_[of], rows, count * row_bytes_[of]);
+  }
+  const std::byte* of(Part part) const { return rows_[static_cast<std::size_t>(part)].data(); }
+
+ private:
+  const std::uint32_t tokens_;
+  const std::size_t row_bytes_[2];
+  std::vector<std::byte> rows_[2];
+  std::uint32_t first_token_ = 0;
+  std::uint32_t first_head_ = 0;
+};
+
+/// The chunks of the cache in their canonical layout, zeros behind the last slot.
+class SlotChunks {
+ public:
+  explicit SlotChunks(const CompactionOrder& order) : slots_(order.plan.slots), chunk_tokens_(order.chunk_tokens) {
+    const std::uint32_t block_tokens = order.info.block_tokens;
+    const std::uint32_t padded = (slots_ + block_tokens - 1) / block_tokens * block_tokens;
+    for (std::uint32_t first = 0; first < padded; first += chunk_tokens_) {
+      ShardShape& shape = shapes_.emplace_back(order.info.shape);
+      shape.tokens = std::min(chunk_tokens_, padded - first);
+      chunks_.emplace_back(shape.raw_bytes());
+    }
+  }
+
+  void put(std::uint32_t layer, Part part, std::span<const std::byte> rows) {
+    for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+      const ShardShape& shape = shapes_[chunk];
+      const std::size_t row = shape.row_bytes(part);
+      const auto first = static_cast<std::uint32_t>(chunk) * chunk_tokens_;
+      const std::uint32_t count = std::min(shape.tokens, slots_ - first);
+      for (std::uint32_t head = 0; head < shape.heads; ++head) {
+        std::memcpy(chunks_[chunk].data() + shape.plane_offset(layer, part, head),
+                    rows.data() + (std::size_t{head} * slots_ + first) * row, count * row);
+      }
+    }
+  }
+  std::size_t size() const { return chunks_.size(); }
+  const ShardShape& shape(std::size_t chunk) const { return shapes_[chunk]; }
+  std::span<const std::byte> bytes(std::size_t chunk) const { return chunks_[chunk]; }
+
+ private:
+  const std::uint32_t slots_;
+  const std::uint32_t chunk_tokens_;
+  std::vector<ShardShape> shapes_;
+  std::vector<std::vector<std::byte>> chunks_;
+};
+
+bool is_part_of(const ShardShape& shard, const ShardShape& group, std::uint32_t tokens) {
+  return shard.dtype == group.dtype && shard.key_dim == group.key_dim && shard.value_dim == group.value_dim &&
+         shard.tokens == tokens && shard.layer_begin + shard.layers <= group.layers &&
+         shard.head_begin + shard.heads <= group.heads;
+}
+
+/// Queries of one layer, [row][head][dim] of all heads.
+class LayerQueries {
+ public:
+  explicit LayerQueries(const CompactionOrder& order) : order_(order) {}
+
+  HeadRows of(std::uint32_t layer) {
+    const ShardShape& shape = order_.info.shape;
+    const std::uint32_t rows = order_.plan.query_rows;
+    const std::size_t row = shape.row_bytes(Part::kKey);
+    const std::size_t token_stride = order_.query_heads * row;
+    rows_.resize(rows * token_stride);
+    for (const QueryPart& part : order_.queries) {
+      if (layer < part.layer_begin || layer >= part.layer_begin + part.layers) continue;
+      const std::size_t bytes = part.heads * row;
+      for (std::uint32_t token = 0; token < rows; ++token) {
+        const std::size_t from = (std::size_t{layer - part.layer_begin} * rows + token) * bytes;
+        std::memcpy(rows_.data() + token * token_stride + part.head_begin * row, part.bytes.data() + from, bytes);
+      }
+    }
+    return {rows_.data(), shape.dtype, order_.query_heads, rows, shape.key_dim, row, token_stride};
+  }
+
+ private:
+  const CompactionOrder& order_;
+  std::vector<std::byte> rows_;
+};
+
+Status bring_up(TieredStore& tiers, const CompactionOrder& order, const std::vector<BlockHash>& hashes,
+                const std::atomic<bool>& cancelled, std::shared_ptr<Prefetch>& held) {
+  if (!tiers.has_tiers()) return Status::ok();
+  const ChunkKey& key = order.info.key;
+  held = tiers.prefetch(key.namespace_id, key.group, hashes, 0, order.chunk_tokens / order.info.block_tokens);
+  const auto until = std::chrono::steady_clock::now() + kPrefetchPatience;
+  while (held->pending()) {
+    if (cancelled.load()) return cancelled_status();
+    if (std::chrono::steady_clock::now() >= until) break;
+    std::this_thread::sleep_for(kPrefetchInterval);
+  }
+  return Status::ok();
+}
+
+Result<SourceChunk> hold(ChunkStore& store, const CompactionOrder& order, std::span<const BlockHash> blocks,
+                         std::uint32_t first_token) {
+  const ChunkKey& key = order.info.key;
+  auto pinned = store.pin(key.namespace_id, key.group, blocks.back());
+  if (!pinned) {
+    return failure(Code::kNotFound, "the prompt's tokens from " + std::to_string(first_token) +
+                                        " on are not stored any more: they were evicted, or never arrived");
+  }
+  SourceChunk chunk;
+  chunk.lease = std::make_shared<Lease>(store, std::move(*pinned), key.namespace_id, key.group, blocks.back());
+  chunk.first_token = first_token;
+  chunk.tokens = std::min(order.chunk_tokens, order.plan.prompt_tokens - first_token);
+  for (const StoredShard& shard : chunk.lease->chunk().shards) {
+    auto reader = ContainerReader::parse(store.bytes(shard));
+    if (!reader) return failure(reader.error());
+    const ContainerInfo& info = reader->info();
+    const auto tokens = static_cast<std::uint32_t>(blocks.size()) * order.info.block_tokens;
+    if (!is_part_of(info.shape, order.info.shape, tokens) || !std::ranges::equal(info.block_hashes, blocks)) {
+      return failure(Code::kCorrupt, "a chunk of the prompt is not the one that its hashes name");
+    }
+    chunk.shards.push_back(std::move(*reader));
+  }
+  return chunk;
+}
+
+Result<std::vector<SourceChunk>> hold_prompt(ChunkStore& store, const CompactionOrder& order,
+                                             const std::vector<BlockHash>& hashes) {
+  const std::size_t chunk_blocks = order.chunk_tokens / order.info.block_tokens;
+  std::vector<SourceChunk> prompt;
+  for (std::size_t block = 0; block < hashes.size(); block += chunk_blocks) {
+    const auto blocks = std::span(hashes).subspan(block, std::min(chunk_blocks, hashes.size() - block));
+    auto chunk = hold(store, order, blocks, static_cast<std::uint32_t>(block) * order.info.block_tokens);
+    if (!chunk) return failure(chunk.error());
+    prompt.push_back(std::move(*chunk));
+  }
+  return prompt;
+}
+
+Status read_layer(const std::vector<SourceChunk>& prompt, std::uint32_t layer, std::uint32_t heads, LayerRows& rows) {
+  for (const SourceChunk& chunk : prompt) {
+    for (const ContainerReader& shard : chunk.shards) {
+      rows.begin(chunk.first_token, shard.info().shape.head_begin);
+      if (Status read = shard.decode(layer, layer + 1, 0, heads, {0, chunk.tokens}, rows); !read) return read;
+    }
+  }
+  return Status::ok();
+}
+
+/// Cuts one layer into the slots; the error of its attention where there are queries.
+Result<std::optional<double>> cut_layer(const CompactionOrder& order, std::uint32_t layer, const LayerRows& rows,
+                                        LayerQueries& queries, SlotChunks& slots) {
+  const ShardShape& shape = order.info.shape;
+  const std::uint32_t tokens = order.plan.prompt_tokens;
+  PromptLayer prompt;
+  prompt.keys = HeadRows::contiguous(rows.of(Part::kKey), shape.dtype, shape.heads, tokens, shape.key_dim);
+  prompt.values = HeadRows::contiguous(rows.of(Part::kValue), shape.dtype, shape.heads, tokens, shape.value_dim);
+  if (order.plan.query_rows > 0) prompt.queries = queries.of(layer);
+  auto cut = compact_layer(order.plan, prompt, nullptr);
+  if (!cut) return failure(cut.error());
+  std::optional<double> error;
+  if (order.plan.query_rows > 0) {
+    const auto measured = attention_error(prompt, cut->kept, nullptr);
+    if (!measured) return failure(measured.error());
+    error = *measured;
+  }
+  const std::int64_t shift = order.plan.shift(0);
+  if (order.rotation && shift != 0) {
+    const auto keys = HeadRows::contiguous(cut->keys.data(), shape.dtype, shape.heads, order.plan.slots, shape.key_dim);
+    if (const Status placed = place_keys(keys, shift, *order.rotation, cut->keys.data(), nullptr); !placed) {
+      return failure(placed);
+    }
+  }
+  slots.put(layer, Part::kKey, cut->keys);
+  slots.put(layer, Part::kValue, cut->values);
+  return error;
+}
+
+/// Encoded bytes of all chunks.
+Result<std::uint64_t> store_slots(const CompactionTask::Parts& parts, const CompactionOrder& order,
+                                  const SlotChunks& slots) {
+  const auto hashes = order.handle.slot_hashes(order.info.block_tokens, order.hash_bytes);
+  const std::size_t chunk_blocks = order.chunk_tokens / order.info.block_tokens;
+  std::uint64_t bytes = 0;
+  std::optional<BlockHash> previous;
+  for (std::size_t chunk = 0; chunk < slots.size(); ++chunk) {
+    const auto blocks =
+        std::span(hashes).subspan(chunk * chunk_blocks, std::min(chunk_blocks, hashes.size() - chunk * chunk_blocks));
+    Reservation reservation;
+    reservation.codec = order.codec;
+    ContainerInfo& info = reservation.info;
+    info = order.info;
+    info.shape = slots.shape(chunk);
+    info.position = chunk * order.chunk_tokens;
+    info.key.last_block = blocks.back();
+    info.block_hashes.assign(blocks.begin(), blocks.end());
+    reservation.claim = parts.in_flight.claim(info.key, info.shape);
+    if (!reservation.claim) return failure(Code::kBusy, "somebody else stores a chunk of it");
+    const Status stored = parts.pipeline.store(reservation, [&](std::span<std::byte> out) {
+      auto encoded = encode_container(*order.codec, info, slots.bytes(chunk), {}, out);
+      bytes += encoded.value_or(0);
+      return encoded;
+    });
+    if (!stored) return failure(stored);
+    if (previous) parts.store.link(info.key.namespace_id, info.key.group, *previous, info.key.last_block);
+    previous = info.key.last_block;
+  }
+  return bytes;
+}
+
+}  // namespace
+
+std::vector<ChunkKey> chunk_keys(const std::vector<BlockHash>& hashes, const NamespaceId& namespace_id,
+                                 std::uint16_t group, std::uint32_t chunk_blocks) {
+  std::vector<ChunkKey> keys;
+  for (std::size_t block = 0; block < hashes.size(); block += chunk_blocks) {
+    keys.push_back({namespace_id, group, hashes[std::min(block + chunk_blocks, hashes.size()) - 1]});
+  }
+  return keys;
+}
+
+std::vector<ChunkKey> CompactionOrder::source_keys() const {
+  return chunk_keys(handle.source_hashes(info.block_tokens, hash_bytes), info.key.namespace_id, info.key.group,
+                    chunk_tokens / info.block_tokens);
+}
+
+std::vector<ChunkKey> CompactionOrder::slot_keys() const {
+  return chunk_keys(handle.slot_hashes(info.block_tokens, hash_bytes), info.key.namespace_id, info.key.group,
+                    chunk_tokens / info.block_tokens);
+}
+
+std::uint64_t CompactionOrder::prompt_bytes() const {
+  ShardShape one = info.shape;
+  one.tokens = 1;
+  return std::uint64_t{one.raw_bytes()} * plan.prompt_tokens;
+}
+
+std::uint64_t CompactionOrder::memory_bytes() const {
+  const std::uint64_t layer = prompt_bytes() / info.shape.layers;
+  const std::uint64_t slots = prompt_bytes() / plan.prompt_tokens * (std::uint64_t{plan.slots} + info.block_tokens);
+  // A float per query head and token for each of mean and dispersion, and about as much again for scores and order.
+  const std::uint64_t scores = std::uint64_t{4 * sizeof(float)} * query_heads * plan.prompt_tokens;
+  const std::uint64_t row_bytes = std::uint64_t{query_heads} * info.shape.row_bytes(Part::kKey);
+  return layer + slots + scores + row_bytes * plan.query_rows * (info.shape.layers + 1);
+}
+
+Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, const std::atomic<bool>& cancelled) const {
+  const auto hashes = order.handle.source_hashes(order.info.block_tokens, order.hash_bytes);
+  std::shared_ptr<Prefetch> held;
+  if (const Status up = bring_up(parts_.tiers, order, hashes, cancelled, held); !up) return failure(up);
+  const auto prompt = hold_prompt(parts_.store, order, hashes);
+  if (!prompt) return failure(prompt.error());
+
+  CompactionOutcome outcome;
+  const ShardShape& shape = order.info.shape;
+  LayerRows rows(shape, order.plan.prompt_tokens);
+  LayerQueries queries(order);
+  SlotChunks slots(order);
+  for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
+    if (cancelled.load()) return failure(cancelled_status());
+    if (const Status read = read_layer(*prompt, layer, shape.heads, rows); !read) return failure(read);
+    const auto error = cut_layer(order, layer, rows, queries, slots);
+    if (!error) return failure(error.error());
+    if (!*error) continue;
+    outcome.error_mean = outcome.error_mean.value_or(0) + **error / shape.layers;
+    outcome.error_max = std::max(outcome.error_max.value_or(0), **error);
+  }
+  const auto stored = store_slots(parts_, order, slots);
+  if (!stored) return failure(stored.error());
+  outcome.stored_bytes = *stored;
+  return outcome;
+}
+
+}  // namespace kvern
