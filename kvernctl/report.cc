@@ -248,7 +248,9 @@ void write_errors(Page& page, const Scrape& change) {
   page.section("Distribution of errors");
   page.note("Relative error of the attention output over the forms that steps down the ladder made.");
   std::vector<std::vector<std::string>> rows;
-  for (const auto& [codec, count] : change.by("kvern_demotion_error_count", "codec")) {
+  for (const auto& entry : change.by("kvern_demotion_error_count", "codec")) {
+    const auto& codec = entry.first;
+    const auto& count = entry.second;
     if (count <= 0) continue;
     const auto at_most = [&](double q) {
       char text[32];

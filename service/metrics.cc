@@ -13,6 +13,7 @@ using prometheus::Registry;
 // From 1 us, what a look-up in memory takes, to 10 s, what no request should; four buckets a decade.
 prometheus::Histogram::BucketBoundaries seconds_buckets() {
   prometheus::Histogram::BucketBoundaries buckets;
+  buckets.reserve(7 * 4 + 1);
   for (double decade = 1e-6; decade < 5; decade *= 10) {
     for (const double step : {1.0, 2.0, 4.0, 7.0}) buckets.push_back(decade * step);
   }
