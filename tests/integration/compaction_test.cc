@@ -434,6 +434,37 @@ TEST(Compaction, ARestartKeepsWhatIsReadyAndTellsOfWhatWasNot) {
   EXPECT_EQ(engine.stored_chunks(), 1U);  // nothing of the other one
 }
 
+TEST(Compaction, ADaemonThatIsKilledWhileItWorksLeavesNothingBehind) {
+  const std::string spec = "cake(budget=12%)";
+  Daemon daemon;
+  for (std::size_t accepted = 1; accepted <= 4; ++accepted) {
+    std::vector<CompactHandle> handles;
+    {
+      Engine engine(daemon.address(), model(DType::kFloat32), 1);
+      for (std::size_t i = 0; i < accepted; ++i) {
+        handles.push_back(handle_of(spec));
+        ASSERT_EQ(engine.compact(handles.back(), spec).event, JobEvent::kCompacting);
+      }
+      daemon.kill();
+    }
+    daemon.start();
+    Engine engine(daemon.address(), model(DType::kFloat32), 2);
+    std::size_t ready = 0;
+    for (const CompactHandle& handle : handles) {
+      const auto info = engine.info(handle);
+      ASSERT_NE(info.state, CompactionState::kUnknown) << info.reason;
+      const bool is_ready = info.state == CompactionState::kReady;
+      ready += is_ready ? 1 : 0;
+      EXPECT_EQ(engine.load(handle).event, is_ready ? JobEvent::kLoaded : JobEvent::kLoadFailed) << info.reason;
+    }
+    EXPECT_EQ(engine.stored_chunks(), ready);  // each has one
+    for (const CompactHandle& handle : handles) {
+      EXPECT_EQ(delete_compaction(*engine.rank().client().session(), handle.text, kTimeout), true);
+    }
+    EXPECT_EQ(engine.stored_chunks(), 0U);
+  }
+}
+
 TEST(Compaction, LivesOnInALowerTier) {
   const std::string spec = "knorm(budget=25%) | int8";
   const auto folder = std::filesystem::temp_directory_path() / ("kvern-compact-" + std::to_string(::getpid()));
@@ -472,6 +503,36 @@ TEST(Compaction, LivesOnInALowerTier) {
   EXPECT_EQ(loaded.event, JobEvent::kLoaded) << loaded.reason;
   EXPECT_EQ(delete_compaction(*session, handle.text, kTimeout), true);
   std::filesystem::remove_all(folder);
+}
+
+/// What kvernctl compact prints, and its exit code.
+std::pair<std::string, int> kvernctl(const Daemon& daemon, std::vector<std::string> words) {
+  std::vector<std::string> command{KVERNCTL_PATH, "--address", daemon.address(), "compact"};
+  command.insert(command.end(), words.begin(), words.end());
+  testing::ChildProcess process(command);
+  const int code = process.wait().value_or(-1);
+  return {process.text(), code};
+}
+
+TEST(Compaction, OperatorsListShowAndDelete) {
+  const std::string spec = "cake(budget=12%) | int8";
+  Daemon daemon;
+  Engine engine(daemon.address(), model(DType::kFloat32), 1);
+  const auto handle = handle_of(spec);
+  ASSERT_EQ(engine.compact(handle, spec).event, JobEvent::kCompacting);
+  const auto [shown, good] = kvernctl(daemon, {"show", handle.text, "--wait", "30"});
+  EXPECT_EQ(good, 0) << shown;
+  for (const char* part : {"ready", "73 of 601 tokens", "default/connector test", "max over the layers"}) {
+    EXPECT_NE(shown.find(part), std::string::npos) << part << " is not in " << shown;
+  }
+  const auto [listed, all] = kvernctl(daemon, {"ls"});
+  EXPECT_EQ(all, 0);
+  EXPECT_NE(listed.find(handle.text + "  ready"), std::string::npos) << listed;
+  EXPECT_EQ(kvernctl(daemon, {"rm", handle.text}).second, 0);
+  EXPECT_EQ(kvernctl(daemon, {"rm", handle.text}).second, 1);
+  EXPECT_EQ(kvernctl(daemon, {"show", handle.text}).second, 1);
+  EXPECT_EQ(kvernctl(daemon, {"show", "kvc1.no.handle"}).second, 2);
+  EXPECT_EQ(kvernctl(daemon, {"ls"}).first, "0 compact caches\n");
 }
 
 TEST(Compaction, OtherNamespacesDoNotFindTheSlots) {

@@ -13,5 +13,6 @@ kvern_test(test_integration_compaction
   LIBRARIES nlohmann_json::nlohmann_json
   LABELS integration
   TIMEOUT 300)
-add_dependencies(test_integration_compaction kvernd)
-target_compile_definitions(test_integration_compaction PRIVATE KVERND_PATH="$<TARGET_FILE:kvernd>")
+add_dependencies(test_integration_compaction kvernd kvernctl)
+target_compile_definitions(test_integration_compaction PRIVATE
+  KVERND_PATH="$<TARGET_FILE:kvernd>" KVERNCTL_PATH="$<TARGET_FILE:kvernctl>")
