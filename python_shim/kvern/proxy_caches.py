@@ -15,6 +15,7 @@ _WAIT_MS = 500  # of one call of the daemon, so that a client that left is not w
 # The prefill server answers before the daemon has been asked: the prompt's chunks are stored in between.
 _APPEAR_SECONDS = 10.0
 _APPEAR_POLL_SECONDS = 0.005
+_DELETE_POLL_SECONDS = 0.1
 _CONNECT_MS = 2000  # at the start, to tell of a daemon that is not there
 _DAEMON_THREADS = 64  # as many requests wait for their caches at once
 
@@ -65,9 +66,10 @@ class Compact:
 class Caches:
     """The daemon's side of handles, on threads of its own."""
 
-    def __init__(self, client):
+    def __init__(self, client, appear_seconds: float = _APPEAR_SECONDS):
         """client: of the native binding, or anything with its compaction() and delete_compaction()."""
         self._client = client
+        self._appear_seconds = appear_seconds
         self._threads = concurrent.futures.ThreadPoolExecutor(_DAEMON_THREADS, thread_name_prefix="kvern-caches")
 
     @classmethod
@@ -98,15 +100,18 @@ class Caches:
             if state["state"] == "failed":
                 raise NotCompact("failed", f"the compact cache was not made: {state.get('reason') or 'no reason given'}")
             if state["state"] == "unknown":
-                if waited >= min(seconds, _APPEAR_SECONDS):
+                if waited >= min(seconds, self._appear_seconds):
                     raise NotCompact("failed", f"the daemon knows of no such compact cache: {state.get('reason')}")
                 await asyncio.sleep(_APPEAR_POLL_SECONDS)
             elif waited >= seconds:
                 raise NotCompact("late", f"the compact cache was not ready after {seconds:g} s (ready_timeout_seconds)")
 
     async def delete(self, handle: str) -> None:
+        """Also of a cache that the daemon has yet to hear of, when the client left early."""
+        deadline = time.monotonic() + self._appear_seconds
         try:
-            await self._call("delete_compaction", handle)
+            while not await self._call("delete_compaction", handle) and time.monotonic() < deadline:
+                await asyncio.sleep(_DELETE_POLL_SECONDS)
         except NotCompact as error:
             logger.warning("A compact cache stays until it expires: %s", error)
 

@@ -58,6 +58,9 @@ class Caches:
         return {"state": self.state, "reason": self.reason}
 
     def delete_compaction(self, handle: str) -> bool:
+        if self.unknown > 0:
+            self.unknown -= 1
+            return False
         self.deleted.append(handle)
         return self.prompts.pop(handle, None) is not None
 

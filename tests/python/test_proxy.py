@@ -41,7 +41,7 @@ class Setup:
         async with contextlib.AsyncExitStack() as stack:
             urls = [await stack.enter_async_context(_served(one.application())) for one in (self.prefill, self.decode)]
             values = {"prefill": urls[0], "decode": urls[1], "min_prompt_tokens": 64, "ready_timeout_seconds": 5, **settings}
-            self.proxy = Proxy(Settings.from_values(values), ProxyCaches(self.caches))
+            self.proxy = Proxy(Settings.from_values(values), ProxyCaches(self.caches, appear_seconds=1))
             self.direct = urls[1]
             self.url = await stack.enter_async_context(_served(self.proxy.application()))
             self.session = await stack.enter_async_context(aiohttp.ClientSession())
@@ -363,6 +363,15 @@ async def test_a_client_that_hangs_up_ends_the_decode_and_the_cache(setup):
             await response.content.readline()
             await wait_for(lambda: setup.decode.seen)
         await wait_for(lambda: setup.decode.aborted == 1)
+        await wait_for(lambda: len(setup.caches.deleted) == 1)
+
+
+@asynchronous
+async def test_a_client_that_leaves_before_the_daemon_has_heard_of_the_cache_leaves_none(setup):
+    setup.caches.unknown = 2
+    async with setup.running():
+        _, answer = await setup.post("/v1/completions", {"prompt": prompt_for("hello"), "max_tokens": 1})
+        assert answer["choices"][0]["text"] == "h"
         await wait_for(lambda: len(setup.caches.deleted) == 1)
 
 
