@@ -66,7 +66,7 @@ test-e2e: build
 	@$(PYTEST) tests/e2e -n $(E2E_JOBS) --dist loadfile
 
 .PHONY: check-deploy
-check-deploy: build ## Dashboards, rules and alerts against a real kvernd and a real Prometheus
+check-deploy: build ## Dashboards, rules and alerts against a real Prometheus; the image and the manifests
 	@$(PYTEST) tests/deploy
 
 .PHONY: bench

@@ -66,19 +66,21 @@ class CleanRoot:
 
 
 class Container(Process):
-    """One program in a clean root, which is read-only but for tmpfs on the folders of `memory` (folder: size), as a user
-    without any right, in namespaces of its own for mounts, IPC and processes."""
+    """One program in a clean root, as a user without any right, in namespaces of its own for mounts, IPC and processes. The
+    root is read-only but for `volumes`: tmpfs of a size ("64m"), or a folder of the host by its path."""
 
-    def __init__(self, root: CleanRoot, folder: pathlib.Path, user: str, memory: dict[str, str]):
+    def __init__(self, root: CleanRoot, folder: pathlib.Path, user: str, volumes: dict[str, str]):
         super().__init__("container", folder)
         self.root = root
         self.user = user
         uid, gid = user.split(":")
-        for name in memory:
+        for name in volumes:
             (root.path / name.lstrip("/")).mkdir(parents=True, exist_ok=True)
         mounts = [
-            f"mount -t tmpfs -o size={size},uid={uid},gid={gid},mode=0750 tmpfs {root.path}{name}"
-            for name, size in memory.items()
+            f"mount --bind {what} {root.path}{name}"
+            if what.startswith("/")
+            else f"mount -t tmpfs -o size={what},uid={uid},gid={gid},mode=0750 tmpfs {root.path}{name}"
+            for name, what in volumes.items()
         ]
         self._script = "\n".join(
             [

@@ -1,45 +1,18 @@
 """The container file: its steps, and the daemon from exactly the files that its last stage holds."""
 
-import json
-import os
 import pathlib
 import re
-import shlex
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import requests
 
 import containerfile
-from clean_root import CleanRoot, Container
 from engine import BUILD, ROOT, free_port, tail
+from image import DaemonContainer, build_output, entry, image_environment, runtime_packages, user
 
 BUILD_TOOLS = {"cc", "c++", "gcc", "g++", "ld", "make", "cmake", "ninja", "python3", "pip", "protoc", "sh", "bash"}
-READY_SECONDS = 30
-
-
-def entry(instruction: str) -> list[str]:
-    """The exec form of an instruction of the last stage."""
-    (rest,) = containerfile.stages()["daemon"].all(instruction)
-    return json.loads(rest[rest.index("[") :])
-
-
-def image_environment() -> dict[str, str]:
-    words = [word for rest in containerfile.stages()["daemon"].all("ENV") for word in shlex.split(rest)]
-    found = dict(word.split("=", 1) for word in words)
-    found["PATH"] = found["PATH"].replace("$PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    return found
-
-
-def user() -> str:
-    return containerfile.stages()["daemon"].all("USER")[-1]
-
-
-def runtime_packages() -> list[str]:
-    return [package for stage in containerfile.chain("daemon") for package in stage.packages()]
 
 
 def test_hadolint_finds_nothing():
@@ -102,47 +75,12 @@ def test_what_compiles_is_what_the_project_is_built_with():
     assert set(containerfile.stages()["toolchain-cpu"].packages()) <= known
 
 
-def build_output(path: str) -> pathlib.Path:
-    """A file that the build stage leaves in /build, from the build that is here."""
-    assert path.startswith("/build/")
-    return BUILD / path.removeprefix("/build/")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """What the last stage is: packages, and the files of its COPY lines."""
-    root = CleanRoot(tmp_path_factory.mktemp("image") / "root", runtime_packages())
-    for origin, sources, target in containerfile.stages()["daemon"].copies():
-        for source in sources:
-            root.add(build_output(source).resolve() if origin else ROOT / source, target)
-    return root
-
-
 @pytest.fixture(scope="module")
 def container(root, tmp_path_factory):
-    """The daemon by the image's entry point, as the image's user, on a read-only root."""
-    port = free_port()
     memory = {"/run/kvern": "1m", "/var/lib/kvern": "64m", "/dev/shm": "192m"}
-    container = Container(root, tmp_path_factory.mktemp("container"), user(), memory)
-    settings = {"KVERN_METRICS_LISTEN": f"127.0.0.1:{port}", "KVERN_STORE_DRAM_BYTES": "128MiB"}
-    container.start(entry("ENTRYPOINT"), {**image_environment(), **settings})
-    container.url = f"http://127.0.0.1:{port}"
-    wait_ready(container)
-    yield container
+    container = DaemonContainer(root, tmp_path_factory.mktemp("container"), user(), memory)
+    yield container.run_daemon({"KVERN_STORE_DRAM_BYTES": "128MiB"})
     container.kill()
-
-
-def wait_ready(container) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while True:
-        assert container.alive, tail(container.log)
-        try:
-            if requests.get(f"{container.url}/readyz", timeout=10).ok:
-                return
-        except requests.ConnectionError:
-            pass
-        assert time.monotonic() < deadline, tail(container.log)
-        time.sleep(0.02)
 
 
 def test_no_build_tool_is_in_the_image(root):
@@ -180,19 +118,15 @@ def test_doctor_stores_and_loads_in_the_image(container):
 
 def test_ucx_loads_from_the_files_of_the_image(root, tmp_path):
     """The module with UCX is opened only when it is asked for: a daemon for other hosts needs it."""
-    container = Container(root, tmp_path, user(), {"/run/kvern": "1m", "/dev/shm": "192m"})
-    port = free_port()
-    container.url = f"http://127.0.0.1:{port}"
+    container = DaemonContainer(root, tmp_path, user(), {"/run/kvern": "1m", "/dev/shm": "192m"})
     settings = {
-        "KVERN_METRICS_LISTEN": f"127.0.0.1:{port}",
         "KVERN_STORE_DRAM_BYTES": "64MiB",
         "KVERN_SERVER_TCP_LISTEN": f"127.0.0.1:{free_port()}",
         "KVERN_SERVER_INSECURE": "true",
         "KVERN_SERVER_UCX_LISTEN": "127.0.0.1",
     }
-    container.start(entry("ENTRYPOINT"), {**image_environment(), **settings})
     try:
-        wait_ready(container)
+        container.run_daemon(settings)
         done = container.run(["kvernctl", "doctor"], image_environment())
         assert re.search(r"UCX \d", done.stdout), done.stdout + tail(container.log)
     finally:
@@ -220,7 +154,6 @@ def test_every_library_of_the_image_is_used():
 
 def test_a_stop_signal_drains_and_ends_in_good_order(container):
     """Last: it ends the daemon."""
-    os.kill(container.inside, getattr(signal, containerfile.stages()["daemon"].all("STOPSIGNAL")[0]))
-    container.child.wait(30)
+    container.stop()
     assert "stopped" in tail(container.log), tail(container.log)
     assert container.child.returncode == 0
