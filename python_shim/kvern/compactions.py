@@ -28,8 +28,6 @@ class Making:
 
 def plan_making(request, options: RequestOptions, geometry: Geometry, plan_compaction) -> Making:
     """plan_compaction: of the native binding. Throws ValueError with the reason of a refusal."""
-    if plan_compaction is None:
-        raise ValueError("this build makes no compact caches")
     if len(geometry.groups) > 1 or geometry.groups[0].window:
         raise ValueError("compact caches are made for models whose layers all have full attention")
     if geometry.ranks > 1:

@@ -90,13 +90,13 @@ class SchedulerSide:
         weights: str,
         *,
         hash_block_tokens: int,
-        plan_compaction=None,
+        plan_compaction,
         clock=time.monotonic,
         wall_clock=time.time,
     ):
         """client, matcher: of the native binding, or anything that behaves like them. weights: their fingerprint.
         hash_block_tokens: tokens that one entry of request.block_hashes stands for. plan_compaction: of the native
-        binding; None where it makes no compact caches. wall_clock: unix seconds."""
+        binding. wall_clock: unix seconds."""
         self.errors = 0
         self._vllm_config = vllm_config
         self._geometry = geometry

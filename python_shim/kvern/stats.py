@@ -23,7 +23,6 @@ COUNTERS = {
     "compactions": ("Prompts that were handed over for a compact cache", None),
     "compaction_failures": ("Of these, what the daemon did not take", "reason"),
     "compactions_refused": ("Requests for a compact cache that were refused", "reason"),
-    "handles_decoded": ("Requests that decode from a compact cache", None),
     "handles_failed": ("Requests that failed since their compact cache could not be had", "reason"),
     "disconnections": ("Sessions with the daemon that were lost or never came about", None),
     "callback_errors": ("Callbacks that failed inside Kvern", None),

@@ -114,7 +114,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             matcher,
             weights,
             hash_block_tokens=compat.hash_block_tokens(vllm_config, kv_cache_config, geometry.block_tokens),
-            plan_compaction=native.compaction_plan if hasattr(native.TransferWorker, "submit_compaction") else None,
+            plan_compaction=native.compaction_plan,
         )
 
     def _make_worker_side(self, geometry: Geometry, options: Options) -> WorkerSide:

@@ -60,6 +60,7 @@ class EngineProcess:
                 detokenize=False,
                 logprobs=request.get("logprobs", 5),
                 skip_reading_prefix_cache=request.get("skip_reading_prefix_cache"),
+                prompt_logprobs=request.get("prompt_logprobs"),
                 **extra,
             )
             self.requests[name] = {"name": name, "start": time.monotonic(), "first": None, "output": None}
@@ -90,6 +91,15 @@ class EngineProcess:
             self._step()
             steps += 1
         return steps
+
+    def run_until_token(self, name: str):
+        """Steps until the request has generated a token."""
+        while self.requests[name]["first"] is None and not self._done(name):
+            self._step()
+
+    def preempt_all(self):
+        """As a reset for new weights does it: running requests lose their blocks and are scheduled again."""
+        assert self.core.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     def status(self, names: list[str]) -> dict:
         """The scheduler's status of each request that it still knows."""
@@ -169,6 +179,53 @@ class EngineProcess:
                 digest.update(tensor[block.block_id].contiguous().view(torch.uint8).numpy().tobytes())
             digests[f"{bytes(key[:-4]).hex()}/{group_id}"] = digest.hexdigest()
         return digests
+
+    def watch_queries(self, rows: int):
+        """From now on the last rows of what goes into each attention layer are kept, whatever the connector does."""
+        import torch
+
+        layers = self.core.vllm_config.compilation_config.static_forward_context
+        self.watched = {}
+
+        def keep(name):
+            def hook(layer, inputs):
+                query = inputs[0].detach().reshape(-1, layer.num_heads, layer.head_size).float()
+                old = self.watched.get(name)
+                self.watched[name] = (query if old is None else torch.cat([old, query]))[-rows:].clone()
+
+            return hook
+
+        for hook in getattr(self, "hooks", []):
+            hook.remove()
+        self.hooks = [layers[name].register_forward_pre_hook(keep(name)) for _, name, _ in self._pages()]
+
+    def save_prompt(self, name: str, tokens: int, path: str):
+        """Keys and values of a running request's first tokens, [layer, head, token, dim], and the watched queries,
+        [layer, head, row, dim], for torch.load."""
+        import torch
+
+        (request_id,) = [key for key in self.core.scheduler.requests if key.rsplit("-", 1)[0] == name]
+        (table,) = self.core.scheduler.kv_cache_manager.get_block_ids(request_id)
+        layers = self.core.vllm_config.compilation_config.static_forward_context
+        keys, values, queries = [], [], []
+        for _, layer_name, tensor in self._pages():
+            blocks = tensor[list(table)].float()  # [blocks, heads, block, K and V]
+            count, heads, size, width = blocks.shape
+            both = blocks.reshape(count, heads, 2, size * width // 2)
+            key, value = both[:, :, 0], both[:, :, 1]
+            if layers[layer_name].isa in ("vec", "vec16"):
+                key = key.reshape(count, heads, width // 2, size).transpose(2, 3)
+                value = value.reshape(count, heads, size, width // 2)
+            else:
+                assert layers[layer_name].isa == "amx", layers[layer_name].isa
+                key = key.reshape(count, heads, size // 16, width // 4, 16, 2).permute(0, 1, 2, 4, 3, 5)
+                value = value.reshape(count, heads, width // 32, size // 2, 16, 2).permute(0, 1, 3, 5, 2, 4)
+            for found, rows in ((keys, key), (values, value)):
+                rows = rows.reshape(count, heads, size, width // 2).transpose(0, 1)
+                found.append(rows.reshape(heads, count * size, width // 2)[:, :tokens].clone())
+            if getattr(self, "watched", None):
+                queries.append(self.watched[layer_name].transpose(0, 1))
+        torch.save({"keys": torch.stack(keys), "values": torch.stack(values), "queries": queries}, path)
 
     def free_blocks(self) -> int:
         return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
