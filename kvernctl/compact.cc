@@ -33,9 +33,10 @@ std::string percent(std::uint64_t part, std::uint64_t whole) {
 }
 
 std::string duration(std::int64_t seconds) {
-  if (seconds < 120) return std::to_string(std::max<std::int64_t>(0, seconds)) + " s";
-  if (seconds < 2 * 3600) return std::to_string(seconds / 60) + " min";
-  return seconds < 2 * 86'400 ? std::to_string(seconds / 3600) + " h" : std::to_string(seconds / 86'400) + " d";
+  constexpr std::int64_t kMinute = 60, kHour = 3600, kDay = 86'400;
+  if (seconds < 2 * kMinute) return std::to_string(std::max<std::int64_t>(0, seconds)) + " s";
+  if (seconds < 2 * kHour) return std::to_string(seconds / kMinute) + " min";
+  return seconds < 2 * kDay ? std::to_string(seconds / kHour) + " h" : std::to_string(seconds / kDay) + " d";
 }
 
 std::string about_sizes(const wire::CompactionReport& report, const CompactHandle& handle) {

@@ -1,5 +1,6 @@
 // Bytes as a peer may send them, taken for every message that a daemon or a client reads: on its own, and as the
-// payload of a ring's frame. What can be parsed must survive being written and read again.
+// payload of a ring's frame; for handles and manifests of compact caches too. What can be parsed must survive being
+// written and read again.
 
 #include <cstddef>
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "transport/compact_handle.h"
 #include "transport/ring.h"
 #include "transport/wire.h"
 
@@ -56,5 +58,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   wire::ControlReply control;
   if (control.ParseFromString(bytes)) static_cast<void>(kvern::to_status(control.status()));
   parse<wire::Admitted>(bytes);
+  parse<wire::CompactManifest>(bytes);
+  if (const auto handle = kvern::CompactHandle::parse(bytes)) {
+    require(handle->text == bytes && handle->slots <= handle->prompt_tokens);
+  }
   return 0;
 }
