@@ -57,4 +57,9 @@ std::uint64_t block_fingerprint(const NamespaceId& namespace_id, std::uint16_t g
   return value < 2 ? value + 2 : value;
 }
 
+std::uint32_t block_tag(const NamespaceId& namespace_id, std::uint16_t group, std::span<const std::uint8_t> hash) {
+  const auto tag = static_cast<std::uint32_t>(block_fingerprint(namespace_id, group, hash));
+  return tag == 0 ? 1 : tag;
+}
+
 }  // namespace kvern

@@ -13,11 +13,35 @@
 
 namespace kvern {
 
-/// First 16 bytes of the SHA-256 over the canonical text of a namespace: all that decides what cached bytes mean.
+/// Digest of the canonical text of a namespace, which is all that decides what cached bytes mean. Its first
+/// kTenantBytes are the same for all namespaces of one tenant, so that what a tenant has is found wherever ids are kept
+/// (service/namespaces.h says how it is made).
 struct NamespaceId {
+  static constexpr std::size_t kTenantBytes = 4;
   std::array<std::uint8_t, 16> bytes{};
   auto operator<=>(const NamespaceId&) const = default;
   std::string to_hex() const;
+};
+
+/// All namespaces, those of one tenant, or one.
+class NamespaceSet {
+ public:
+  static NamespaceSet all() { return {{}, 0}; }
+  /// The tenant of this namespace.
+  static NamespaceSet of_tenant(const NamespaceId& any) { return {any, NamespaceId::kTenantBytes}; }
+  NamespaceSet(const NamespaceId& one) : NamespaceSet(one, one.bytes.size()) {}
+
+  bool contains(const NamespaceId& id) const { return std::memcmp(id.bytes.data(), id_.bytes.data(), bytes_) == 0; }
+  bool is_all() const { return bytes_ == 0; }
+  /// The one namespace that it is.
+  std::optional<NamespaceId> one() const { return bytes_ == id_.bytes.size() ? std::optional(id_) : std::nullopt; }
+  /// What the ids of all of them begin with, in hexadecimal digits.
+  std::string hex_prefix() const { return id_.to_hex().substr(0, 2 * bytes_); }
+
+ private:
+  NamespaceSet(const NamespaceId& id, std::size_t bytes) : id_(id), bytes_(bytes) {}
+  NamespaceId id_;
+  std::size_t bytes_ = 0;  // of the id that count
 };
 
 /// vLLM's block hash: opaque bytes, at most 64 of them. Never recomputed, never interpreted.
@@ -61,6 +85,9 @@ struct ChunkKey {
 /// uses for "empty" and "deleted". Equal fingerprints are a hint; full hashes are compared before bytes are used.
 std::uint64_t block_fingerprint(const NamespaceId& namespace_id, std::uint16_t group,
                                 std::span<const std::uint8_t> hash);
+
+/// A hint of 32 bits at one block, never 0: containers name the block before them by it (ContainerInfo::previous_tag).
+std::uint32_t block_tag(const NamespaceId& namespace_id, std::uint16_t group, std::span<const std::uint8_t> hash);
 
 /// XXH3-64 of bytes, seed 0: the checksum of sections, headers and frames.
 std::uint64_t checksum64(std::span<const std::uint8_t> bytes);

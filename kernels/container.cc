@@ -125,6 +125,40 @@ class FieldReader {
   bool good_ = true;
 };
 
+/// From the namespace to the last block hash. Says what is wrong with it, null: nothing.
+const char* read_description(FieldReader& fields, ContainerInfo& info, std::uint32_t& section_count) {
+  ShardShape& shape = info.shape;
+  const auto namespace_bytes = fields.get_bytes(info.key.namespace_id.bytes.size());
+  info.key.group = fields.get<std::uint16_t>();
+  shape.dtype = static_cast<DType>(fields.get<std::uint8_t>());
+  fields.get<std::uint8_t>();
+  for (std::uint32_t* field :
+       {&shape.layer_begin, &shape.layers, &shape.head_begin, &shape.heads, &shape.tokens, &shape.key_dim,
+        &shape.value_dim, &info.block_tokens, &info.group_layers, &info.model_heads, &info.lossy_generations}) {
+    *field = fields.get<std::uint32_t>();
+  }
+  info.position = fields.get<std::uint64_t>();
+  const auto block_count = fields.get<std::uint32_t>();
+  section_count = fields.get<std::uint32_t>();
+  const auto spec_bytes = fields.get<std::uint32_t>();
+  info.previous_tag = fields.get<std::uint32_t>();
+  if (!fields.good()) return "its header is too short";
+  std::ranges::copy(namespace_bytes, std::as_writable_bytes(std::span(info.key.namespace_id.bytes)).begin());
+  const auto spec = fields.get_bytes(spec_bytes);
+  info.codec_spec.assign(reinterpret_cast<const char*>(spec.data()), spec.size());
+  if (block_count > shape.tokens || block_count > fields.left()) return "its block hashes do not fit";
+  info.block_hashes.reserve(block_count);
+  for (std::uint32_t i = 0; i < block_count; ++i) {
+    const auto hash = fields.get_bytes(fields.get<std::uint8_t>());
+    const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
+    if (!block) return "a block hash is empty, too long or cut off";
+    info.block_hashes.push_back(*block);
+  }
+  if (info.block_hashes.empty()) return "it has no blocks";
+  info.key.last_block = info.block_hashes.back();
+  return nullptr;
+}
+
 /// The planes of a section in the order layer, part, head.
 template <typename Visit>
 void for_each_plane(const SectionExtent& extent, Visit visit) {
@@ -317,7 +351,7 @@ void write_header(const ContainerInfo& info, std::string_view spec, const std::v
   fields.put(static_cast<std::uint32_t>(info.block_hashes.size()));
   fields.put(static_cast<std::uint32_t>(sections.size()));
   fields.put(static_cast<std::uint32_t>(spec.size()));
-  fields.put(std::uint32_t{0});
+  fields.put(info.previous_tag);
   fields.put_bytes(spec.data(), spec.size());
   for (const BlockHash& hash : info.block_hashes) {
     fields.put(static_cast<std::uint8_t>(hash.size()));
@@ -418,6 +452,20 @@ Result<std::size_t> seal_container(const Codec& codec, const ContainerInfo& info
   return offset;
 }
 
+std::optional<ContainerInfo> peek_container_info(std::span<const std::byte> start) {
+  FieldReader fields(start);
+  const auto magic = fields.get_bytes(kMagic.size());
+  const auto version = fields.get<std::uint32_t>();
+  fields.get<std::uint32_t>();
+  fields.get<std::uint64_t>();
+  if (!fields.good() || std::memcmp(magic.data(), kMagic.data(), kMagic.size()) != 0) return std::nullopt;
+  if (version == 0 || version > kVersion) return std::nullopt;
+  ContainerInfo info;
+  std::uint32_t section_count = 0;
+  if (read_description(fields, info, section_count) != nullptr) return std::nullopt;
+  return info;
+}
+
 Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes) {
   const auto corrupt = [](std::string why) { return failure(Code::kCorrupt, "container: " + std::move(why)); };
 
@@ -456,36 +504,9 @@ Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes)
   ContainerInfo& info = reader.info_;
   ShardShape& shape = info.shape;
   const auto container_bytes = fields.get<std::uint64_t>();
-  const auto namespace_bytes = fields.get_bytes(info.key.namespace_id.bytes.size());
-  info.key.group = fields.get<std::uint16_t>();
-  shape.dtype = static_cast<DType>(fields.get<std::uint8_t>());
-  fields.get<std::uint8_t>();
-  for (std::uint32_t* field :
-       {&shape.layer_begin, &shape.layers, &shape.head_begin, &shape.heads, &shape.tokens, &shape.key_dim,
-        &shape.value_dim, &info.block_tokens, &info.group_layers, &info.model_heads, &info.lossy_generations}) {
-    *field = fields.get<std::uint32_t>();
-  }
-  info.position = fields.get<std::uint64_t>();
-  const auto block_count = fields.get<std::uint32_t>();
-  const auto section_count = fields.get<std::uint32_t>();
-  const auto spec_bytes = fields.get<std::uint32_t>();
-  fields.get<std::uint32_t>();
-  if (!fields.good()) return corrupt("its header is too short");
-  std::ranges::copy(namespace_bytes, std::as_writable_bytes(std::span(info.key.namespace_id.bytes)).begin());
-
-  const auto spec = fields.get_bytes(spec_bytes);
-  info.codec_spec.assign(reinterpret_cast<const char*>(spec.data()), spec.size());
+  std::uint32_t section_count = 0;
+  if (const char* why = read_description(fields, info, section_count)) return corrupt(why);
   if (Status status = shape.validate(); !status) return corrupt(status.message());
-  if (block_count > shape.tokens || block_count > fields.left()) return corrupt("its block hashes do not fit");
-  info.block_hashes.reserve(block_count);
-  for (std::uint32_t i = 0; i < block_count; ++i) {
-    const auto hash = fields.get_bytes(fields.get<std::uint8_t>());
-    const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
-    if (!block) return corrupt("a block hash is empty, too long or cut off");
-    info.block_hashes.push_back(*block);
-  }
-  if (info.block_hashes.empty()) return corrupt("it has no blocks");
-  info.key.last_block = info.block_hashes.back();
   if (Status status = check_info(info); !status) return corrupt(status.message());
 
   auto codec = make_codec(info.codec_spec);

@@ -31,6 +31,7 @@ struct ContainerInfo {
   std::uint32_t group_layers = 0;       ///< layers of the whole group, over all ranks
   std::uint32_t model_heads = 0;        ///< KV heads of the whole model, over all ranks
   std::uint64_t position = 0;           ///< position of the chunk's first token in the prompt
+  std::uint32_t previous_tag = 0;       ///< block_tag() of the block before the chunk; 0: there is none, or not known
   std::vector<BlockHash> block_hashes;  ///< one per block, the last is key.last_block
   std::string codec_spec;               ///< canonical
   std::uint32_t lossy_generations = 0;  ///< how many lossy encodings lie behind these bytes
@@ -68,6 +69,10 @@ std::size_t container_header_bytes(const Codec& codec, const ContainerInfo& info
 /// executor, where given, shares the work.
 Result<std::size_t> seal_container(const Codec& codec, const ContainerInfo& info, std::span<std::byte> out,
                                    Executor* executor);
+
+/// What the start of a container says of it, without a look at the rest: nothing is verified but that it can be read.
+/// nullopt when it cannot, since it is damaged, of a newer version or cut off before the last block hash.
+std::optional<ContainerInfo> peek_container_info(std::span<const std::byte> start);
 
 /// A parsed container over memory that it does not own. Parsing checks the header checksum and all sizes and offsets;
 /// sections are verified when they are decoded. Bad bytes give kCorrupt, a newer version kRefused ("… written by a

@@ -42,7 +42,11 @@ int run_status(const DaemonAddress& address, bool json, std::ostream& out);
 int run_explain(const DaemonAddress& address, const std::string& block_hash_hex, std::ostream& out);
 int run_inspect(const DaemonAddress& address, const std::string& namespace_hex, std::uint64_t limit, std::ostream& out);
 int run_inspect_file(const std::string& path, std::ostream& out);
-int run_flush(const DaemonAddress& address, const std::string& namespace_hex, std::ostream& out);
+/// What to drop; empty: everything.
+struct FlushOptions {
+  std::string namespace_hex, tenant, prefix_hex;
+};
+int run_flush(const DaemonAddress& address, const FlushOptions& what, std::ostream& out);
 int run_compact_list(const DaemonAddress& address, std::ostream& out);
 /// Waits while it is pending; 1 when it has failed or there is none.
 int run_compact_show(const DaemonAddress& address, const std::string& handle, std::uint32_t wait_seconds,

@@ -96,17 +96,28 @@ int run_inspect_file(const std::string& path, std::ostream& out) {
   return verified ? 0 : 1;
 }
 
-int run_flush(const DaemonAddress& address, const std::string& namespace_hex, std::ostream& out) {
-  const auto id = namespace_bytes(namespace_hex);
+int run_flush(const DaemonAddress& address, const FlushOptions& what, std::ostream& out) {
+  const auto id = namespace_bytes(what.namespace_hex);
   if (!id) return fail(out, id.error());
+  const auto prefix = from_hex(what.prefix_hex);
+  if (!prefix) {
+    return fail(out, Status(Code::kInvalid, "a block hash is hexadecimal digits, not '" + what.prefix_hex + "'"));
+  }
   auto session = ToolSession::open(address);
   if (!session) return fail(out, session.error());
   wire::ControlRequest request;
   request.mutable_flush()->set_namespace_id(*id);
+  request.mutable_flush()->set_tenant(what.tenant);
+  request.mutable_flush()->set_block_hash(*prefix);
   wire::ControlReply reply;
   if (const Status status = session->call(request, &reply); !status) return fail(out, status);
-  out << "dropped " << reply.flushed().chunks() << " chunks, " << reply.flushed().bytes()
-      << " bytes; chunks that are in use at this moment stay\n";
+  const wire::Flushed& flushed = reply.flushed();
+  out << "dropped " << flushed.chunks() << " chunks, " << flushed.bytes()
+      << " bytes from DRAM, and what the lower tiers had\n";
+  if (flushed.held() > 0) {
+    out << flushed.held() << " of them are in use: nobody finds them any more, and their memory is free when the last "
+        << "reader lets go\n";
+  }
   return 0;
 }
 

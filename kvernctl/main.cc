@@ -74,12 +74,19 @@ int main(int argc, char** argv) {
   inspect->add_option("--limit", limit, "at most so many chunks")->capture_default_str();
   inspect->add_option("--file", file, "a file with one container");
 
-  auto* flush = app.add_subcommand("flush", "drops what is stored (chunks in use stay)");
+  kvern::FlushOptions flush_options;
+  auto* flush = app.add_subcommand("flush", "drops what is stored, from all tiers");
   auto* what = flush->add_option_group("what");
   bool all = false;
-  what->add_option("--namespace", namespace_hex, "only this namespace");
-  what->add_flag("--all", all, "everything");
-  what->require_option(1);
+  auto* of_namespace = what->add_option("--namespace", flush_options.namespace_hex, "only this namespace");
+  auto* of_tenant = what->add_option("--tenant", flush_options.tenant, "only namespaces of this tenant");
+  auto* prefix = what->add_option(
+      "--prefix", flush_options.prefix_hex,
+      "only chunks that hold the block of this hash, and those that continue them; reads the start of every object in "
+      "lower tiers, which may need a larger --timeout-ms");
+  what->add_flag("--all", all, "everything")->excludes(of_namespace)->excludes(of_tenant)->excludes(prefix);
+  of_tenant->excludes(of_namespace);
+  what->require_option(1, 2);
 
   std::string compact_handle;
   std::uint32_t compact_wait_seconds = 0;
@@ -149,7 +156,7 @@ int main(int argc, char** argv) {
     return file.empty() ? kvern::run_inspect(address, namespace_hex, limit, std::cout)
                         : kvern::run_inspect_file(file, std::cout);
   }
-  if (flush->parsed()) return kvern::run_flush(address, namespace_hex, std::cout);
+  if (flush->parsed()) return kvern::run_flush(address, flush_options, std::cout);
   if (compact_show->parsed()) {
     return kvern::run_compact_show(address, compact_handle, compact_wait_seconds, std::cout);
   }

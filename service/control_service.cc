@@ -394,7 +394,8 @@ Status ControlService::snapshot(const Session& session, const wire::SnapshotQuer
   const std::uint64_t limit = std::min(request.limit() == 0 ? kMaxSnapshotChunks : request.limit(), kMaxSnapshotChunks);
   // The cursor comes first: what leaves in between is named twice rather than never.
   answer->set_events_cursor(parts_.events.next_cursor());
-  const auto chunks = parts_.store.snapshot(*id, static_cast<std::size_t>(limit) + 1);
+  const NamespaceSet namespaces = *id ? NamespaceSet(**id) : NamespaceSet::all();
+  const auto chunks = parts_.store.snapshot(namespaces, static_cast<std::size_t>(limit) + 1);
   answer->set_truncated(chunks.size() > limit);
   for (const auto& chunk : std::span(chunks).first(std::min<std::size_t>(chunks.size(), limit))) {
     auto* description = answer->add_chunks();
@@ -418,24 +419,40 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
     if (request.status().with_metrics()) reply->mutable_status_report()->set_metrics(parts_.metrics_text());
     return Status::ok();
   }
-  const auto id =
-      optional_namespace(request.has_flush() ? request.flush().namespace_id() : request.explain().namespace_id());
+  if (request.has_flush()) return flush(request.flush(), reply->mutable_flushed());
+  const auto id = optional_namespace(request.explain().namespace_id());
   if (!id) return id.error();
-  if (request.has_flush()) {
-    std::promise<Status> erased;
-    const auto [chunks, bytes] = parts_.tiers.flush(*id, [&erased](const Status& status) { erased.set_value(status); });
-    const Status lower = erased.get_future().get();
-    reply->mutable_flushed()->set_chunks(chunks);
-    reply->mutable_flushed()->set_bytes(bytes);
-    log_info("flushed", {{"chunks", chunks}, {"bytes", bytes}});
-    if (!lower) return Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message());
-    return Status::ok();
-  }
   const std::string& hash = request.explain().block_hash();
   const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
   if (!block) return Status(Code::kInvalid, "a block hash has 1 to 64 bytes");
   for (auto& line : parts_.inspector.explain(*block, *id)) reply->mutable_explanation()->add_lines(std::move(line));
   return Status::ok();
+}
+
+Status ControlService::flush(const wire::FlushQuery& request, wire::Flushed* answer) {
+  const auto id = optional_namespace(request.namespace_id());
+  if (!id) return id.error();
+  if (*id && !request.tenant().empty()) {
+    return Status(Code::kInvalid, "a namespace has one tenant: name the namespace or the tenant");
+  }
+  FlushScope scope;
+  if (*id) scope.namespaces = **id;
+  if (!request.tenant().empty()) scope.namespaces = namespaces_of_tenant(request.tenant());
+  if (const std::string& hash = request.block_hash(); !hash.empty()) {
+    scope.prefix = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
+    if (!scope.prefix) return Status(Code::kInvalid, "a block hash has 1 to 64 bytes");
+  }
+  std::promise<std::pair<FlushedChunks, Status>> ended;
+  parts_.tiers.flush(scope, [&ended](const FlushedChunks& dram, const Status& lower) {
+    ended.set_value({dram, lower});
+  });
+  const auto [dram, lower] = ended.get_future().get();
+  answer->set_chunks(dram.chunks);
+  answer->set_bytes(dram.bytes);
+  answer->set_held(dram.held);
+  log_info("flushed", {{"chunks", dram.chunks}, {"bytes", dram.bytes}, {"held", dram.held}});
+  if (lower || lower.code() == Code::kNotFound) return lower;
+  return Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message());
 }
 
 void ControlService::admit(std::uint64_t connection, const wire::Admit& request, PeerProcess peer,

@@ -80,6 +80,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   void find_compactions(const Session& session, const wire::ControlRequest& request, ControlReplyFunction reply);
   /// Status, explain and flush: for local peers and for tools with a key.
   Status administrate(const wire::ControlRequest& request, wire::ControlReply* reply);
+  Status flush(const wire::FlushQuery& request, wire::Flushed* answer);
 
   Parts parts_;
   std::atomic<bool> stopping_{false};

@@ -238,7 +238,7 @@ Status DeviceService::load_now(const LoadRequest& request, Loaded* loaded) {
 Status DeviceService::load_piece(const LoadRequest& request, std::size_t begin, std::size_t* end, Loaded* loaded) {
   const PagedCache& cache = request.pages->cache();
   const BlockHash& last = request.hashes[*end - 1];
-  auto pinned = parts_.store.pin(request.space->id, request.group, last);
+  auto pinned = parts_.store.pin(request.space->id, request.group, last, PinFor::kClaimed);
   if (!pinned) {
     parts_.metrics.missed(Miss::kEvictedBeforeLoad, request.space->shape.block_tokens);
     return pinned.error();

@@ -394,6 +394,9 @@ tl::expected<std::shared_ptr<Reservation>, HotService::Refused> HotService::clai
   info.shape.tokens = static_cast<std::uint32_t>(hashes->size()) * info.block_tokens;
   info.position = item.position();
   reservation->previous = BlockHash::from_bytes(as_bytes(item.previous_block()));
+  if (reservation->previous) {
+    info.previous_tag = block_tag(info.key.namespace_id, info.key.group, reservation->previous->bytes());
+  }
   info.key.last_block = hashes->back();
   info.block_hashes = std::move(*hashes);
   if (const Status fits = terms.space->shape.accepts(info.shape, info.group_layers, info.model_heads); !fits) {
@@ -622,7 +625,7 @@ void HotService::fetch_item(Session& session, const Namespace& space, std::uint1
                             wire::FetchedItem* answer) {
   const auto block = BlockHash::from_bytes(as_bytes(item.block_hash()));
   if (!block) return set_status(invalid("a block hash has 1 to 64 bytes"), answer->mutable_status());
-  auto pinned = parts_.store.pin(space.id, group, *block);
+  auto pinned = parts_.store.pin(space.id, group, *block, PinFor::kClaimed);
   if (!pinned) {
     parts_.metrics.missed(Miss::kEvictedBeforeLoad, space.shape.block_tokens);
     return set_status(pinned.error(), answer->mutable_status());

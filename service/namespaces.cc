@@ -60,6 +60,12 @@ Status unknown_fact(const std::string& name) {
   return {Code::kRefused, std::move(why)};
 }
 
+std::array<unsigned char, SHA256_DIGEST_LENGTH> sha256(const std::string& text) {
+  std::array<unsigned char, SHA256_DIGEST_LENGTH> digest{};
+  SHA256(reinterpret_cast<const unsigned char*>(text.data()), text.size(), digest.data());
+  return digest;
+}
+
 Status refused(const std::string& why) { return Status(Code::kRefused, "the namespace is refused: " + why); }
 
 }  // namespace
@@ -133,12 +139,16 @@ std::string canonical_text(const std::map<std::string, std::string>& facts) {
   return text;
 }
 
-NamespaceId namespace_id_of(const std::string& canonical_text) {
-  std::array<unsigned char, SHA256_DIGEST_LENGTH> digest{};
-  SHA256(reinterpret_cast<const unsigned char*>(canonical_text.data()), canonical_text.size(), digest.data());
+NamespaceId namespace_id_of(const std::string& tenant, const std::string& canonical_text) {
+  constexpr std::size_t kTenantBytes = NamespaceId::kTenantBytes;
   NamespaceId id;
-  std::memcpy(id.bytes.data(), digest.data(), id.bytes.size());
+  std::memcpy(id.bytes.data(), sha256(tenant).data(), kTenantBytes);
+  std::memcpy(id.bytes.data() + kTenantBytes, sha256(canonical_text).data(), id.bytes.size() - kTenantBytes);
   return id;
+}
+
+NamespaceSet namespaces_of_tenant(const std::string& tenant) {
+  return NamespaceSet::of_tenant(namespace_id_of(tenant, ""));
 }
 
 Result<NamespaceShape> check_facts(const std::map<std::string, std::string>& facts) {
@@ -206,7 +216,7 @@ Result<std::shared_ptr<const Namespace>> NamespaceRegistry::add(
   space->shape = *shape;
   space->tenant = tenant;
   space->facts[std::string(kTenant)] = tenant;
-  space->id = namespace_id_of(canonical_text(space->facts));
+  space->id = namespace_id_of(tenant, canonical_text(space->facts));
   auto terms = choose_terms_(space->facts);
   if (!terms) return failure(terms.error());
   space->codec_spec = std::move(terms->codec_spec);

@@ -75,8 +75,11 @@ struct Namespace {
 /// "name=value\n" in the order of names; a backslash, a newline and a carriage return in a value are written as \\, \n
 /// and \r.
 std::string canonical_text(const std::map<std::string, std::string>& facts);
-/// First 16 bytes of SHA-256 over the text.
-NamespaceId namespace_id_of(const std::string& canonical_text);
+/// The first four bytes of SHA-256 over the tenant's name, then the first twelve of that over the text, in which the
+/// tenant is a fact, too: namespaces of two tenants differ in both.
+NamespaceId namespace_id_of(const std::string& tenant, const std::string& canonical_text);
+/// Those of the tenant, whether they are known here or not.
+NamespaceSet namespaces_of_tenant(const std::string& tenant);
 /// Checks names and values. kRefused or kInvalid with a sentence that names the fact.
 Result<NamespaceShape> check_facts(const std::map<std::string, std::string>& facts);
 

@@ -61,7 +61,8 @@ struct ShardRecord {
 enum class ChunkState : std::uint8_t {
   kIncomplete,   ///< shards are missing; not in the index
   kLive,         ///< in the index and known to the eviction policy
-  kSuperseded,   ///< a longer chunk took over its blocks; waits until nobody holds it, and can still be pinned
+  kLeaving,      ///< a longer chunk took over its blocks, or it was flushed; waits until nobody holds it, and can still
+                 ///< be pinned by who claimed it before
   kQuarantined,  ///< corrupt or dropped; waits until nobody holds it
 };
 
@@ -71,6 +72,7 @@ struct ChunkRecord {
   std::unique_ptr<std::uint8_t[]> hashes;  ///< blocks x hash_bytes
   std::vector<ShardRecord> shards;
   std::uint64_t position = 0;
+  std::uint32_t previous_tag = 0;
   std::int64_t last_shard_ns = 0;
   std::uint32_t pins = 0;
   std::uint16_t blocks = 0;

@@ -135,7 +135,7 @@ struct ChunkStore::State {
   std::optional<std::uint32_t> find_same_start(const ContainerInfo& info) const;
   bool is_covered(const ContainerInfo& info) const;
   bool is_in_flight(const Pending& entry, const ShardRange& range) const;
-  bool is_listed(std::uint32_t chunk, const std::optional<NamespaceId>& namespace_id) const;
+  bool is_listed(std::uint32_t chunk, const NamespaceSet& namespaces) const;
   ChunkSummary summarize(const ChunkRecord& record) const;
   static std::vector<StoredShard> shards_of(const ChunkRecord& record);
 
@@ -146,9 +146,10 @@ struct ChunkStore::State {
   void release(std::uint32_t chunk);
   std::uint64_t retire(std::span<const std::uint32_t> candidates, std::string_view reason);
   void drop_when_unheld(std::uint32_t chunk, ChunkState state, std::string_view reason);
+  FlushedChunks flush(std::span<const std::uint32_t> live);
   void free_unheld();
   void drop_shards(std::uint32_t chunk);
-  void drop_incomplete(const std::optional<NamespaceId>& namespace_id, std::int64_t shards_before_ns);
+  void drop_incomplete(const NamespaceSet& namespaces, std::int64_t shards_before_ns);
   template <typename Enough>
   bool evict_until(std::uint64_t bytes, Enough enough) {
     return evict_until(*policy, bytes, enough);
@@ -292,7 +293,7 @@ void ChunkStore::State::take_over(std::vector<LoadedShard> containers) {
     }
     if (i + 1 < containers.size() && form_of(containers[i + 1]) == form_of(each)) continue;
     counters.dropped_containers += counters.incomplete_chunks;
-    drop_incomplete(std::nullopt, std::numeric_limits<std::int64_t>::max());
+    drop_incomplete(NamespaceSet::all(), std::numeric_limits<std::int64_t>::max());
   }
   counters.recovered_chunks = counters.chunks;
   counters.recovered_bytes = counters.encoded_bytes;
@@ -312,13 +313,13 @@ std::optional<std::uint32_t> ChunkStore::State::find_live(const NamespaceId& nam
   return hit->chunk;
 }
 
-// Somebody may have claimed a chunk that was superseded since, and whose successor is gone already.
+// Somebody may have claimed a chunk that was flushed since, or superseded by one that is gone already.
 std::optional<std::uint32_t> ChunkStore::State::find_readable(const NamespaceId& namespace_id, std::uint16_t group,
                                                               const BlockHash& hash) const {
   if (const auto chunk = find_live(namespace_id, group, hash)) return chunk;
   for (const auto chunk : held) {
     const ChunkRecord& candidate = record(chunk);
-    if (candidate.state != ChunkState::kSuperseded || !candidate.belongs_to(namespace_id, group)) continue;
+    if (candidate.state != ChunkState::kLeaving || !candidate.belongs_to(namespace_id, group)) continue;
     for (std::size_t block = 0; block < candidate.blocks; ++block) {
       if (candidate.has_block(block, hash)) return chunk;
     }
@@ -342,11 +343,10 @@ bool ChunkStore::State::is_in_flight(const Pending& entry, const ShardRange& ran
   return std::ranges::any_of(entry.tickets, [&](std::uint64_t id) { return tickets.at(id).range == range; });
 }
 
-// A live chunk, of the namespace if one is given.
-bool ChunkStore::State::is_listed(std::uint32_t chunk, const std::optional<NamespaceId>& namespace_id) const {
+// A live chunk of one of the namespaces.
+bool ChunkStore::State::is_listed(std::uint32_t chunk, const NamespaceSet& namespaces) const {
   const auto& candidate = records[chunk];
-  return candidate && candidate->state == ChunkState::kLive &&
-         (!namespace_id || candidate->family->namespace_id == *namespace_id);
+  return candidate && candidate->state == ChunkState::kLive && namespaces.contains(candidate->family->namespace_id);
 }
 
 ChunkStore::ChunkSummary ChunkStore::State::summarize(const ChunkRecord& chunk) const {
@@ -434,6 +434,27 @@ void ChunkStore::State::drop_when_unheld(std::uint32_t chunk, ChunkState state, 
   free_unheld();
 }
 
+// Takes all of them out of the index, and frees those that nobody holds.
+FlushedChunks ChunkStore::State::flush(std::span<const std::uint32_t> live) {
+  FlushedChunks flushed;
+  for (const auto chunk : live) index.begin_retire(chunk);
+  list_claimed();
+  for (const auto chunk : live) {
+    ++flushed.chunks;
+    flushed.bytes += record(chunk).encoded_bytes();
+    take_out_of_index(chunk, "flushed");
+    if (record(chunk).pins == 0 && !claimed.contains(chunk)) {
+      index.finish_retire(chunk);
+      release(chunk);
+      continue;
+    }
+    ++flushed.held;
+    record(chunk).state = ChunkState::kLeaving;
+    held.push_back(chunk);
+  }
+  return flushed;
+}
+
 void ChunkStore::State::free_unheld() {
   if (held.empty()) return;
   list_claimed();
@@ -450,10 +471,10 @@ void ChunkStore::State::drop_shards(std::uint32_t chunk) {
   --counters.incomplete_chunks;
 }
 
-void ChunkStore::State::drop_incomplete(const std::optional<NamespaceId>& namespace_id, std::int64_t shards_before_ns) {
+void ChunkStore::State::drop_incomplete(const NamespaceSet& namespaces, std::int64_t shards_before_ns) {
   std::erase_if(pending, [&](const auto& item) {
     const auto& [key, entry] = item;
-    if (!entry.tickets.empty() || (namespace_id && key.namespace_id != *namespace_id)) return false;
+    if (!entry.tickets.empty() || !namespaces.contains(key.namespace_id)) return false;
     if (record(*entry.chunk).last_shard_ns > shards_before_ns) return false;
     drop_shards(*entry.chunk);
     return true;
@@ -466,7 +487,7 @@ template <typename Enough>
 bool ChunkStore::State::evict_until(EvictionPolicy& order, std::uint64_t bytes, Enough enough) {
   if (enough()) return true;
   free_unheld();
-  drop_incomplete(std::nullopt, clock.now_ns() - config.incomplete_ttl_ns);
+  drop_incomplete(NamespaceSet::all(), clock.now_ns() - config.incomplete_ttl_ns);
   std::vector<std::uint32_t> candidates;
   std::uint64_t left = counters.chunks;
   while (!enough()) {
@@ -697,6 +718,7 @@ std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& 
     std::memcpy(fresh->hashes.get() + block * hash_bytes, info.block_hashes[block].bytes().data(), hash_bytes);
   }
   fresh->position = info.position;
+  fresh->previous_tag = info.previous_tag;
   fresh->blocks = static_cast<std::uint16_t>(info.block_hashes.size());
   fresh->hash_bytes = static_cast<std::uint8_t>(hash_bytes);
   const std::uint32_t chunk = spare_numbers.back();
@@ -743,7 +765,7 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
   }
   if (shorter) {
     ++counters.superseded_chunks;
-    drop_when_unheld(*shorter, ChunkState::kSuperseded, "superseded");
+    drop_when_unheld(*shorter, ChunkState::kLeaving, "superseded");
   }
   return true;
 }
@@ -946,14 +968,15 @@ void ChunkStore::link(const NamespaceId& namespace_id, std::uint16_t group, cons
 }
 
 Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,
-                                    bool is_use) {
+                                    PinFor what_for) {
   State& s = *state_;
   std::lock_guard lock(s.mutex);
-  const auto chunk = s.find_readable(namespace_id, group, block);
+  const auto chunk = what_for == PinFor::kClaimed ? s.find_readable(namespace_id, group, block)
+                                                  : s.find_live(namespace_id, group, block);
   if (!chunk) return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
-  if (is_use && pinned.state == ChunkState::kLive) {
+  if (what_for != PinFor::kMove && pinned.state == ChunkState::kLive) {
     s.tell_policies(*chunk, [&](EvictionPolicy& each) { each.touched(*chunk); });
   }
   PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = s.shards_of(pinned)};
@@ -1006,32 +1029,66 @@ void ChunkStore::drop(const ChunkKey& key) {
   s.pending.erase(entry);
 }
 
-std::pair<std::uint64_t, std::uint64_t> ChunkStore::flush(const std::optional<NamespaceId>& namespace_id) {
+FlushedChunks ChunkStore::flush(const NamespaceSet& namespaces) {
   State& s = *state_;
-  std::pair<std::uint64_t, std::uint64_t> flushed{0, 0};
+  FlushedChunks flushed;
   std::vector<std::uint32_t> candidates;
   for (std::uint32_t begin = 0; begin < s.config.chunk_capacity; begin += kScanBatch) {
     State::Session session(s);
     candidates.clear();
     const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
     for (std::uint32_t chunk = begin; chunk < end; ++chunk) {
-      if (s.is_listed(chunk, namespace_id) && s.record(chunk).pins == 0) candidates.push_back(chunk);
+      if (s.is_listed(chunk, namespaces)) candidates.push_back(chunk);
     }
-    const std::uint64_t chunks_before = s.counters.chunks;
-    flushed.second += s.retire(candidates, "flushed");
-    flushed.first += chunks_before - s.counters.chunks;
+    flushed += s.flush(candidates);
   }
   State::Session session(s);
-  s.drop_incomplete(namespace_id, std::numeric_limits<std::int64_t>::max());
+  s.drop_incomplete(namespaces, std::numeric_limits<std::int64_t>::max());
   s.free_unheld();
   return flushed;
+}
+
+FlushedChunks ChunkStore::flush(std::span<const ChunkKey> keys) {
+  State& s = *state_;
+  FlushedChunks flushed;
+  while (!keys.empty()) {
+    State::Session session(s);
+    const auto batch = keys.first(std::min<std::size_t>(keys.size(), kScanBatch));
+    keys = keys.subspan(batch.size());
+    std::vector<std::uint32_t> candidates;
+    for (const ChunkKey& key : batch) {
+      const auto chunk = s.find_live(key.namespace_id, key.group, key.last_block);
+      if (chunk && s.record(*chunk).key() == key) candidates.push_back(*chunk);
+    }
+    std::ranges::sort(candidates);
+    candidates.erase(std::unique(candidates.begin(), candidates.end()), candidates.end());
+    flushed += s.flush(candidates);
+  }
+  return flushed;
+}
+
+std::vector<ChunkAncestry> ChunkStore::ancestries(const NamespaceSet& namespaces, const BlockHash& block) const {
+  const State& s = *state_;
+  std::vector<ChunkAncestry> all;
+  for (std::uint32_t begin = 0; begin < s.config.chunk_capacity; begin += kScanBatch) {
+    std::lock_guard lock(s.mutex);
+    const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
+    for (std::uint32_t chunk = begin; chunk < end; ++chunk) {
+      if (!s.is_listed(chunk, namespaces)) continue;
+      const ChunkRecord& each = s.record(chunk);
+      bool holds = false;
+      for (std::size_t i = 0; i < each.blocks; ++i) holds = holds || each.has_block(i, block);
+      all.push_back({each.key(), each.position, each.position + each.tokens(), each.previous_tag, holds});
+    }
+  }
+  return all;
 }
 
 void ChunkStore::sweep() {
   State& s = *state_;
   State::Session session(s);
   s.free_unheld();
-  s.drop_incomplete(std::nullopt, s.clock.now_ns() - s.config.incomplete_ttl_ns);
+  s.drop_incomplete(NamespaceSet::all(), s.clock.now_ns() - s.config.incomplete_ttl_ns);
 }
 
 void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage) {
@@ -1070,7 +1127,7 @@ void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage
     State::Session session(s);
     const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
     for (std::uint32_t chunk = begin; chunk < end; ++chunk) {
-      if (!s.is_listed(chunk, std::nullopt)) continue;
+      if (!s.is_listed(chunk, NamespaceSet::all())) continue;
       if (s.is_listed(chunk, namespace_id) && s.is_too_weak(namespace_id, s.record(chunk).family->codec_spec)) {
         s.drop_when_unheld(chunk, ChunkState::kQuarantined, "flushed");
         continue;
@@ -1221,15 +1278,14 @@ ChunkStoreStats ChunkStore::stats() const {
   return stats;
 }
 
-std::vector<ChunkStore::ChunkSummary> ChunkStore::snapshot(const std::optional<NamespaceId>& namespace_id,
-                                                           std::size_t limit) const {
+std::vector<ChunkStore::ChunkSummary> ChunkStore::snapshot(const NamespaceSet& namespaces, std::size_t limit) const {
   const State& s = *state_;
   std::vector<ChunkSummary> summaries;
   for (std::uint32_t begin = 0; begin < s.config.chunk_capacity && summaries.size() < limit; begin += kScanBatch) {
     std::lock_guard lock(s.mutex);
     const std::uint32_t end = std::min(s.config.chunk_capacity, begin + kScanBatch);
     for (std::uint32_t chunk = begin; chunk < end && summaries.size() < limit; ++chunk) {
-      if (s.is_listed(chunk, namespace_id)) summaries.push_back(s.summarize(s.record(chunk)));
+      if (s.is_listed(chunk, namespaces)) summaries.push_back(s.summarize(s.record(chunk)));
     }
   }
   return summaries;

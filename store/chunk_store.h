@@ -17,6 +17,7 @@
 #include "base/keys.h"
 #include "base/status.h"
 #include "kernels/container.h"
+#include "store/ancestry.h"
 #include "store/eviction_policy.h"
 #include "store/slab.h"
 #include "store/storage_terms.h"
@@ -107,6 +108,26 @@ struct TenantStats {
   std::uint64_t refused = 0;  ///< containers for which it had no room
 };
 
+/// What a pin is taken for.
+enum class PinFor {
+  kUse,      ///< counts as a use for eviction
+  kClaimed,  ///< the same, by a reader who claimed the chunk: it may have left the index since
+  kMove,     ///< to be written elsewhere, which is no use
+};
+
+/// What a flush took out of the index.
+struct FlushedChunks {
+  std::uint64_t chunks = 0, bytes = 0;
+  std::uint64_t held = 0;  ///< of the chunks: somebody holds them still, and their bytes are freed after that
+  bool operator==(const FlushedChunks&) const = default;
+  FlushedChunks& operator+=(const FlushedChunks& other) {
+    chunks += other.chunks;
+    bytes += other.bytes;
+    held += other.held;
+    return *this;
+  }
+};
+
 enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
 
 class ChunkStore {
@@ -164,10 +185,9 @@ class ChunkStore {
   /// match() says so of what it finds. Nothing happens when they are in one chunk, or one of them is not stored.
   void link(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& previous, const BlockHash& next);
 
-  /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin. is_use: count
-  /// it as one for eviction; who only moves chunks does not use them.
+  /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin.
   Result<PinnedChunk> pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,
-                          bool is_use = true);
+                          PinFor what_for = PinFor::kUse);
   void unpin(std::uint64_t pin);
   /// Read access to a shard of a pinned chunk.
   std::span<const std::byte> bytes(const StoredShard& shard) const;
@@ -177,8 +197,12 @@ class ChunkStore {
   /// Takes a chunk out for good, whole or not, because whoever stored it wants it gone; its bytes are freed once nobody
   /// holds it. Nothing happens when it is not there, or while another shard of it is being written.
   void drop(const ChunkKey& key);
-  /// Drops everything of a namespace (all namespaces: nullopt) that is not pinned or claimed; returns (chunks, bytes).
-  std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id);
+  /// Nothing of these namespaces is found any more. What is pinned or claimed stays readable for who holds it.
+  FlushedChunks flush(const NamespaceSet& namespaces);
+  /// The same of single chunks; those that are not there are passed over.
+  FlushedChunks flush(std::span<const ChunkKey> keys);
+  /// All complete chunks of these namespaces, with regard to the block; see continue_prefix().
+  std::vector<ChunkAncestry> ancestries(const NamespaceSet& namespaces, const BlockHash& block) const;
   /// Frees incomplete chunks past their TTL and chunks whose drop had to wait. Called now and then by the service.
   void sweep();
 
@@ -213,7 +237,7 @@ class ChunkStore {
     std::string codec_spec;
     std::uint32_t shards = 0;
   };
-  std::vector<ChunkSummary> snapshot(const std::optional<NamespaceId>& namespace_id, std::size_t limit) const;
+  std::vector<ChunkSummary> snapshot(const NamespaceSet& namespaces, std::size_t limit) const;
   std::optional<ChunkSummary> describe(const NamespaceId& namespace_id, std::uint16_t group,
                                        const BlockHash& block) const;
 

@@ -288,6 +288,7 @@ void NvmeTier::do_write(TierObject object, Done done) {
       write.done = std::move(done);
       queued_bytes_ += write.bytes;
       ++unfinished_;
+      written_namespaces_.insert(object.key.namespace_id);
       queue_.push_back(std::move(write));
       changed_.notify_all();
       return;
@@ -346,9 +347,43 @@ void NvmeTier::do_erase(std::vector<ChunkKey> keys, Done done) {
   queue_erasures(std::move(entries), std::move(done));
 }
 
-void NvmeTier::do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) {
-  const auto kind = namespace_id ? LogEntry::Kind::kEraseNamespace : LogEntry::Kind::kEraseAll;
-  queue_erasures({entry_of(kind, {namespace_id.value_or(NamespaceId{}), 0, {}}, {})}, std::move(done));
+void NvmeTier::do_erase_all(const NamespaceSet& namespaces, Done done) {
+  if (namespaces.is_all()) return queue_erasures({entry_of(LogEntry::Kind::kEraseAll, {}, {})}, std::move(done));
+  std::vector<LogEntry> entries;
+  if (const auto one = namespaces.one()) {
+    entries.push_back(entry_of(LogEntry::Kind::kEraseNamespace, {*one, 0, {}}, {}));
+  } else {
+    // The log names one namespace in each line.
+    std::unique_lock lock(mutex_);
+    if (!recovery_) {
+      lock.unlock();
+      return done({Code::kUnavailable, "the NVMe tier still reads its tables: flush again in a moment"});
+    }
+    std::set<NamespaceId> found = written_namespaces_;
+    found.insert(index_.namespaces().begin(), index_.namespaces().end());
+    for (const NamespaceId& each : found) {
+      if (namespaces.contains(each)) entries.push_back(entry_of(LogEntry::Kind::kEraseNamespace, {each, 0, {}}, {}));
+    }
+  }
+  queue_erasures(std::move(entries), std::move(done));
+}
+
+void NvmeTier::do_list(const NamespaceSet& namespaces, PageDone page, Done done) {
+  std::unique_lock lock(mutex_);
+  if (!recovery_) {
+    lock.unlock();
+    return done({Code::kUnavailable, "the NVMe tier still reads its tables: ask again in a moment"});
+  }
+  for (std::uint32_t region = 0; region < log_->regions(); ++region) {
+    for (std::size_t begin = 0; begin < index_.inserted(region); begin += kEraseAtOnce) {
+      auto objects = index_.list(region, begin, kEraseAtOnce, namespaces);
+      lock.unlock();
+      if (!objects.empty()) page(std::move(objects));
+      lock.lock();
+    }
+  }
+  lock.unlock();
+  done(Status::ok());
 }
 
 Status NvmeTier::do_drain(std::int64_t timeout_ns) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -132,7 +133,8 @@ class NvmeTier final : public Tier {
                Done done) override;
   void do_write(TierObject object, Done done) override;
   void do_erase(std::vector<ChunkKey> keys, Done done) override;
-  void do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) override;
+  void do_erase_all(const NamespaceSet& namespaces, Done done) override;
+  void do_list(const NamespaceSet& namespaces, PageDone page, Done done) override;
   Status do_drain(std::int64_t timeout_ns) override;
   TierStats do_stats() const override;
 
@@ -174,11 +176,12 @@ class NvmeTier final : public Tier {
   std::vector<std::uint32_t> readers_;  ///< by region
   std::uint64_t reading_bytes_ = 0;
   std::deque<Write> queue_;
-  std::uint64_t queued_bytes_ = 0;      ///< in the queue and in batches
-  std::uint64_t unfinished_ = 0;        ///< writes in the queue and in batches
-  std::uint64_t pending_erasures_ = 0;  ///< of them
-  std::uint64_t drains_ = 0;            ///< callers who wait for the queue to get empty
-  double tokens_ = 0;                   ///< bytes that may be written now
+  std::set<NamespaceId> written_namespaces_;  ///< of objects that were accepted since the start
+  std::uint64_t queued_bytes_ = 0;            ///< in the queue and in batches
+  std::uint64_t unfinished_ = 0;              ///< writes in the queue and in batches
+  std::uint64_t pending_erasures_ = 0;        ///< of them
+  std::uint64_t drains_ = 0;                  ///< callers who wait for the queue to get empty
+  double tokens_ = 0;                         ///< bytes that may be written now
   std::int64_t tokens_ns_ = 0;
   NvmeStats stats_;
   std::deque<LogEntry> rewrites_;  ///< objects of the region that is reclaimed next, to be written again

@@ -229,6 +229,22 @@ void ObjectIndex::erase_range(std::uint32_t region_number, std::size_t begin, st
   }
 }
 
+std::vector<TierHit> ObjectIndex::list(std::uint32_t region_number, std::size_t begin, std::size_t count,
+                                       const NamespaceSet& namespaces) const {
+  std::vector<TierHit> hits;
+  const Region& region = regions_[region_number];
+  const std::size_t end = std::min(region.objects.size(), begin + count);
+  for (std::size_t i = begin; i < end; ++i) {
+    const Object& object = region.objects[i];
+    const NamespaceId& namespace_id = namespaces_[object.namespace_number];
+    if (!object.known || !namespaces.contains(namespace_id)) continue;
+    hits.push_back({.key = {namespace_id, object.group, last_block(region, i)},
+                    .bytes = std::uint64_t{object.pages} * kBlockAlignment,
+                    .blocks = object.blocks});
+  }
+  return hits;
+}
+
 void ObjectIndex::close(std::uint32_t region_number) {
   Region& region = regions_[region_number];
   region.objects.shrink_to_fit();

@@ -52,6 +52,11 @@ class ObjectIndex {
   /// Those numbered [begin, begin + count) in the region, of one namespace (nullopt: of all), are no longer known.
   void erase_range(std::uint32_t region, std::size_t begin, std::size_t count,
                    const std::optional<NamespaceId>& namespace_id);
+  /// The known ones of them, of these namespaces.
+  std::vector<TierHit> list(std::uint32_t region, std::size_t begin, std::size_t count,
+                            const NamespaceSet& namespaces) const;
+  /// All namespaces that ever had an object here.
+  std::span<const NamespaceId> namespaces() const { return namespaces_; }
   /// The region gets no more objects until it is cleared: gives reserves back.
   void close(std::uint32_t region);
   /// Forgets the numbering, too. All its objects were erased.

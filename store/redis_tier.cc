@@ -118,10 +118,12 @@ struct RedisTier::Work {
     std::size_t next = 0, under_way = 0;
     Status trouble = {};
   };
-  struct EraseAll {
-    std::vector<RedisEndpoint> nodes;
+  struct Scan {
     std::string pattern;
+    /// Of each page that has keys; goes on with go_on().
+    std::function<void(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys)> take;
     Done done;
+    std::vector<RedisEndpoint> nodes = {};
     std::size_t node = 0;
     std::string cursor = "0";
   };
@@ -147,8 +149,13 @@ struct RedisTier::Work {
   void drop_old_writes();
 
   void go_on(const std::shared_ptr<Erase>& erase);
-  void go_on(const std::shared_ptr<EraseAll>& erase);
-  void unlink_scanned(const std::shared_ptr<EraseAll>& erase, const RespValue& keys);
+  void start(const std::shared_ptr<Scan>& scan);
+  void go_on(const std::shared_ptr<Scan>& scan);
+  void for_each_key(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys, std::string_view command,
+                    std::function<void(const std::string& key, const RespValue& reply)> take,
+                    std::function<void()> then);
+  void unlink(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys);
+  void look_at(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys, const PageDone& page);
 
   std::string name_of(const ChunkKey& key) const { return remote_object_name(config.prefix, key); }
   void execute(RedisLane lane, const std::string& name, std::vector<RedisRequest> requests, RedisBatch::Done done);
@@ -537,42 +544,79 @@ void RedisTier::Work::go_on(const std::shared_ptr<Erase>& erase) {
   std::exchange(erase->done, nullptr)(erase->trouble);
 }
 
-void RedisTier::Work::go_on(const std::shared_ptr<EraseAll>& erase) {
-  if (closed) return erase->done(closing());
-  if (erase->node == erase->nodes.size()) return erase->done(Status::ok());
+// ---- all keys of a pattern: each node's, a page at a time
+
+void RedisTier::Work::start(const std::shared_ptr<Scan>& scan) {
+  // Any answer means that the map is known.
+  execute(RedisLane::kWrite, scan->pattern, {redis_command({"PING"})},
+          [this, scan](const Result<std::vector<RespValue>>& replies) {
+            auto masters = replies ? cluster->masters() : failure(replies.error());
+            if (!masters) return scan->done(masters.error());
+            scan->nodes = std::move(*masters);
+            go_on(scan);
+          });
+}
+
+void RedisTier::Work::go_on(const std::shared_ptr<Scan>& scan) {
+  if (closed) return scan->done(closing());
+  if (scan->node == scan->nodes.size()) return scan->done(Status::ok());
   auto call = std::make_shared<RedisCall>();
   call->lane = RedisLane::kWrite;
   call->timeout_ns = config.operation_timeout_ns;
-  call->requests.push_back(redis_command({"SCAN", erase->cursor, "MATCH", erase->pattern, "COUNT", kScanCount}));
-  call->done = [this, erase](const Result<std::vector<RespValue>>& replies) {
-    if (!replies) return erase->done(replies.error());
+  call->requests.push_back(redis_command({"SCAN", scan->cursor, "MATCH", scan->pattern, "COUNT", kScanCount}));
+  call->done = [this, scan](const Result<std::vector<RespValue>>& replies) {
+    if (!replies) return scan->done(replies.error());
     const RespValue& page = replies->front();
-    if (page.is_error()) return erase->done(status_of_error(page.text));
-    if (page.elements.size() != 2) return erase->done({Code::kCorrupt, "the reply to SCAN is malformed"});
-    erase->cursor = page.elements[0].text;
-    if (erase->cursor == "0") ++erase->node;
-    unlink_scanned(erase, page.elements[1]);
+    if (page.is_error()) return scan->done(status_of_error(page.text));
+    if (page.elements.size() != 2) return scan->done({Code::kCorrupt, "the reply to SCAN is malformed"});
+    scan->cursor = page.elements[0].text;
+    if (scan->cursor == "0") ++scan->node;
+    std::vector<std::string> keys;
+    for (const auto& key : page.elements[1].elements) keys.push_back(key.text);
+    if (!keys.empty()) return scan->take(scan, std::move(keys));
+    loop.later([this, scan] { go_on(scan); });
   };
-  const std::size_t node = erase->node;
-  cluster->execute_on(erase->nodes[node], call);
+  const std::size_t node = scan->node;
+  cluster->execute_on(scan->nodes[node], call);
 }
 
-void RedisTier::Work::unlink_scanned(const std::shared_ptr<EraseAll>& erase, const RespValue& keys) {
-  if (keys.elements.empty()) {
-    return loop.later([this, erase] { go_on(erase); });
-  }
-  // Each key by itself, through the map: a slot may have moved since.
-  const auto left = std::make_shared<std::size_t>(keys.elements.size());
-  const auto trouble = std::make_shared<Status>();
-  for (const auto& key : keys.elements) {
-    execute(RedisLane::kWrite, key.text, {redis_command({"UNLINK", key.text})},
-            [this, erase, left, trouble](const Result<std::vector<RespValue>>& replies) {
-              if (auto status = replies ? first_error(*replies) : replies.error(); !status) *trouble = status;
-              if (--*left > 0) return;
-              if (!*trouble) return erase->done(*trouble);
-              go_on(erase);
+// Each key by itself, through the map: a slot may have moved since. Goes on when all have been answered.
+void RedisTier::Work::for_each_key(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys,
+                                   std::string_view command,
+                                   std::function<void(const std::string& key, const RespValue& reply)> take,
+                                   std::function<void()> then) {
+  struct Page {
+    std::size_t left;
+    Status trouble = {};
+  };
+  const auto page = std::make_shared<Page>(Page{keys.size()});
+  for (const auto& key : keys) {
+    execute(RedisLane::kWrite, key, {redis_command({command, key})},
+            [this, scan, page, key, take, then](const Result<std::vector<RespValue>>& replies) {
+              const Status status = replies ? first_error(*replies) : replies.error();
+              if (status) take(key, replies->front());
+              if (!status) page->trouble = status;
+              if (--page->left > 0) return;
+              if (!page->trouble) return scan->done(page->trouble);
+              then();
+              go_on(scan);
             });
   }
+}
+
+void RedisTier::Work::unlink(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys) {
+  for_each_key(
+      scan, std::move(keys), "UNLINK", [](const std::string&, const RespValue&) {}, [] {});
+}
+
+void RedisTier::Work::look_at(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys, const PageDone& page) {
+  const auto hits = std::make_shared<std::vector<TierHit>>();
+  const auto take = [this, hits](const std::string& key, const RespValue& reply) {
+    const auto name = parse_remote_object_name(config.prefix, std::string_view(key).substr(1, key.size() - 2));
+    const auto manifest = RedisManifest::decode(reply.text);
+    if (name && manifest) hits->push_back({.key = *name, .bytes = manifest->bytes});
+  };
+  for_each_key(scan, std::move(keys), "GET", take, [hits, page] { page(std::move(*hits)); });
 }
 
 // ---- the tier
@@ -628,22 +672,23 @@ void RedisTier::do_erase(std::vector<ChunkKey> keys, Done done) {
   if (!work_->loop.post([work = work_.get(), erase] { work->go_on(erase); })) erase->done(closing());
 }
 
-void RedisTier::do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) {
-  auto erase = std::make_shared<Work::EraseAll>(
-      Work::EraseAll{.nodes = {},
-                     .pattern = "{" + remote_names_of(work_->config.prefix, namespace_id) + "*",
-                     .done = std::move(done)});
-  // Any answer means that the map is known.
-  const bool posted = work_->loop.post([work = work_.get(), erase] {
-    work->execute(RedisLane::kWrite, erase->pattern, {redis_command({"PING"})},
-                  [work, erase](const Result<std::vector<RespValue>>& replies) {
-                    auto masters = replies ? work->cluster->masters() : failure(replies.error());
-                    if (!masters) return erase->done(masters.error());
-                    erase->nodes = std::move(*masters);
-                    work->go_on(erase);
-                  });
-  });
-  if (!posted) erase->done(closing());
+void RedisTier::do_erase_all(const NamespaceSet& namespaces, Done done) {
+  auto scan = std::make_shared<Work::Scan>(Work::Scan{
+      .pattern = "{" + remote_names_of(work_->config.prefix, namespaces) + "*",
+      .take = [work = work_.get()](const auto& running,
+                                   std::vector<std::string> keys) { work->unlink(running, std::move(keys)); },
+      .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), scan] { work->start(scan); })) scan->done(closing());
+}
+
+void RedisTier::do_list(const NamespaceSet& namespaces, PageDone page, Done done) {
+  auto scan = std::make_shared<Work::Scan>(
+      Work::Scan{.pattern = "{" + remote_names_of(work_->config.prefix, namespaces) + "*}",
+                 .take = [work = work_.get(), page = std::move(page)](
+                             const auto& running,
+                             std::vector<std::string> keys) { work->look_at(running, std::move(keys), page); },
+                 .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), scan] { work->start(scan); })) scan->done(closing());
 }
 
 Status RedisTier::do_drain(std::int64_t timeout_ns) {

@@ -69,7 +69,8 @@ class RedisTier final : public Tier {
                Done done) override;
   void do_write(TierObject object, Done done) override;
   void do_erase(std::vector<ChunkKey> keys, Done done) override;
-  void do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) override;
+  void do_erase_all(const NamespaceSet& namespaces, Done done) override;
+  void do_list(const NamespaceSet& namespaces, PageDone page, Done done) override;
   Status do_drain(std::int64_t timeout_ns) override;
   TierStats do_stats() const override;
 

@@ -1,6 +1,8 @@
 #include "store/remote_key.h"
 
 #include <algorithm>
+#include <charconv>
+#include <cstring>
 
 #include "kernels/container.h"
 
@@ -29,11 +31,37 @@ Status check_remote_prefix(std::string_view prefix) {
   return Status::ok();
 }
 
-std::string remote_names_of(std::string_view prefix, const std::optional<NamespaceId>& namespace_id) {
+std::string remote_names_of(std::string_view prefix, const NamespaceSet& namespaces) {
   std::string name(prefix);
   name += "/v" + std::to_string(kRemoteLayoutVersion) + "." + std::to_string(kContainerVersion) + "/";
-  if (namespace_id) name += namespace_id->to_hex() + "/";
+  name += namespaces.hex_prefix();
+  if (namespaces.one()) name += "/";
   return name;
+}
+
+std::optional<ChunkKey> parse_remote_object_name(std::string_view prefix, std::string_view name) {
+  const std::string start = remote_names_of(prefix, NamespaceSet::all());
+  if (!name.starts_with(start)) return std::nullopt;
+  name.remove_prefix(start.size());
+  const std::size_t first = name.find('/');
+  const std::size_t second = name.rfind('/');
+  if (first == std::string_view::npos || second == first) return std::nullopt;
+  ChunkKey key;
+  const auto id = from_hex(name.substr(0, first));
+  const auto hash = from_hex(name.substr(second + 1));
+  const std::string_view group = name.substr(first + 1, second - first - 1);
+  const auto [end, error] = std::from_chars(group.data(), group.data() + group.size(), key.group);
+  if (!id || id->size() != key.namespace_id.bytes.size() || !hash || error != std::errc() ||
+      end != group.data() + group.size()) {
+    return std::nullopt;
+  }
+  std::memcpy(key.namespace_id.bytes.data(), id->data(), id->size());
+  const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash->data()), hash->size()});
+  if (!block) return std::nullopt;
+  key.last_block = *block;
+  // One name for each key: digits in upper case or leading zeros are somebody else's.
+  if (remote_object_name(prefix, key) != start + std::string(name)) return std::nullopt;
+  return key;
 }
 
 std::string remote_object_name(std::string_view prefix, const ChunkKey& key) {

@@ -23,7 +23,10 @@ Status check_remote_prefix(std::string_view prefix);
 /// "<prefix>/v1.1/<namespace>/<group>/<last block's hash>".
 std::string remote_object_name(std::string_view prefix, const ChunkKey& key);
 
-/// What the names of all objects of the namespace begin with, or those of all namespaces; ends with "/".
-std::string remote_names_of(std::string_view prefix, const std::optional<NamespaceId>& namespace_id);
+/// The key of an object of that name; nullopt when it is not one of the prefix's.
+std::optional<ChunkKey> parse_remote_object_name(std::string_view prefix, std::string_view name);
+
+/// What the names of all objects of these namespaces begin with.
+std::string remote_names_of(std::string_view prefix, const NamespaceSet& namespaces);
 
 }  // namespace kvern

@@ -110,8 +110,13 @@ struct S3Tier::Work {
     std::size_t next = 0, under_way = 0;
     Status trouble = {};
   };
-  struct EraseAll {
+  struct Listed {
+    std::string key;
+    std::uint64_t bytes = 0;
+  };
+  struct Listing {
     std::string prefix;
+    std::function<void(std::vector<Listed> page, Done taken)> take;
     Done done;
     std::string continuation = {};
   };
@@ -145,7 +150,7 @@ struct S3Tier::Work {
   std::uint64_t part_bytes_of(std::uint64_t object_bytes) const;
 
   void go_on(const std::shared_ptr<Erase>& erase);
-  void go_on(const std::shared_ptr<EraseAll>& erase);
+  void go_on(const std::shared_ptr<Listing>& listing);
 
   std::string key_of(const ChunkKey& key) const { return remote_object_name(config.prefix, key); }
 
@@ -518,23 +523,30 @@ void S3Tier::Work::go_on(const std::shared_ptr<Erase>& erase) {
   std::exchange(erase->done, nullptr)(erase->trouble);
 }
 
-void S3Tier::Work::go_on(const std::shared_ptr<EraseAll>& erase) {
+// ---- all keys that begin alike, a page at a time
+
+void S3Tier::Work::go_on(const std::shared_ptr<Listing>& listing) {
+  if (closed) return listing->done(closing());
   auto call = make_call("GET", "", config.write_timeout_ns);
-  call->query = {{"list-type", "2"}, {"prefix", erase->prefix}, {"max-keys", std::string(kPageKeys)}};
-  if (!erase->continuation.empty()) call->query.emplace_back("continuation-token", erase->continuation);
-  call->done = [this, erase](const Result<HttpResponse>& response) {
-    if (!good(response)) return erase->done(trouble_of(response, "a listing"));
+  call->query = {{"list-type", "2"}, {"prefix", listing->prefix}, {"max-keys", std::string(kPageKeys)}};
+  if (!listing->continuation.empty()) call->query.emplace_back("continuation-token", listing->continuation);
+  call->done = [this, listing](const Result<HttpResponse>& response) {
+    if (!good(response)) return listing->done(trouble_of(response, "a listing"));
     const auto next = xml_texts(response->text, "NextContinuationToken");
-    auto page = std::make_shared<Erase>();
-    for (auto& key : xml_texts(response->text, "Key")) {
-      if (key.starts_with(erase->prefix)) page->keys.push_back(std::move(key));
+    listing->continuation = next.empty() ? std::string() : next.front();
+    const auto keys = xml_texts(response->text, "Key");
+    const auto sizes = xml_texts(response->text, "Size");
+    if (keys.size() != sizes.size()) {
+      return listing->done({Code::kUnavailable, "S3 lists keys without their sizes"});
     }
-    page->done = [this, erase, more = next.empty() ? std::string() : next.front()](const Status& status) {
-      if (!status || more.empty()) return erase->done(status);
-      erase->continuation = more;
-      go_on(erase);
-    };
-    go_on(page);
+    std::vector<Listed> page;
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      if (keys[i].starts_with(listing->prefix)) page.push_back({keys[i], number(sizes[i]).value_or(0)});
+    }
+    listing->take(std::move(page), [this, listing](const Status& status) {
+      if (!status || listing->continuation.empty()) return listing->done(status);
+      go_on(listing);
+    });
   };
   client.call(call);
 }
@@ -591,10 +603,34 @@ void S3Tier::do_erase(std::vector<ChunkKey> keys, Done done) {
   if (!work_->loop.post([work = work_.get(), erase] { work->go_on(erase); })) erase->done(closing());
 }
 
-void S3Tier::do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) {
-  auto erase = std::make_shared<Work::EraseAll>(
-      Work::EraseAll{.prefix = remote_names_of(work_->config.prefix, namespace_id), .done = std::move(done)});
-  if (!work_->loop.post([work = work_.get(), erase] { work->go_on(erase); })) erase->done(closing());
+void S3Tier::do_erase_all(const NamespaceSet& namespaces, Done done) {
+  auto listing = std::make_shared<Work::Listing>(
+      Work::Listing{.prefix = remote_names_of(work_->config.prefix, namespaces),
+                    .take =
+                        [work = work_.get()](std::vector<Work::Listed> page, Done taken) {
+                          auto erase = std::make_shared<Work::Erase>(Work::Erase{.keys = {}, .done = std::move(taken)});
+                          for (auto& each : page) erase->keys.push_back(std::move(each.key));
+                          work->go_on(erase);
+                        },
+                    .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), listing] { work->go_on(listing); })) listing->done(closing());
+}
+
+void S3Tier::do_list(const NamespaceSet& namespaces, PageDone page, Done done) {
+  auto listing = std::make_shared<Work::Listing>(Work::Listing{
+      .prefix = remote_names_of(work_->config.prefix, namespaces),
+      .take =
+          [work = work_.get(), page = std::move(page)](const std::vector<Work::Listed>& objects, const Done& taken) {
+            std::vector<TierHit> hits;
+            for (const auto& each : objects) {
+              const auto key = parse_remote_object_name(work->config.prefix, each.key);
+              if (key) hits.push_back({.key = *key, .bytes = each.bytes});
+            }
+            page(std::move(hits));
+            taken(Status::ok());
+          },
+      .done = std::move(done)});
+  if (!work_->loop.post([work = work_.get(), listing] { work->go_on(listing); })) listing->done(closing());
 }
 
 Status S3Tier::do_drain(std::int64_t timeout_ns) {

@@ -67,6 +67,8 @@ std::string_view operation_name(TierOperation operation) {
       return "write";
     case TierOperation::kErase:
       return "erase";
+    case TierOperation::kList:
+      return "list";
   }
   return "unknown";
 }
@@ -151,10 +153,19 @@ void Tier::erase(std::vector<ChunkKey> keys, Done done) {
   });
 }
 
-void Tier::erase_all(const std::optional<NamespaceId>& namespace_id, Done done) {
+void Tier::list(const NamespaceSet& namespaces, PageDone page, Done done) {
+  const auto id = begin(TierOperation::kList);
+  if (!id) return done(unavailable(name_));
+  do_list(namespaces, std::move(page), [this, id = *id, done = std::move(done)](Status status) {
+    end(id, TierOperation::kList, status, 0);
+    done(std::move(status));
+  });
+}
+
+void Tier::erase_all(const NamespaceSet& namespaces, Done done) {
   const auto id = begin(TierOperation::kErase);
   if (!id) return done(unavailable(name_));
-  do_erase_all(namespace_id, [this, id = *id, done = std::move(done)](Status status) {
+  do_erase_all(namespaces, [this, id = *id, done = std::move(done)](Status status) {
     end(id, TierOperation::kErase, status, 0);
     done(std::move(status));
   });

@@ -54,7 +54,7 @@ struct TierObject {
   std::uint64_t bytes() const;
 };
 
-enum class TierOperation { kFind, kRead, kWrite, kErase };
+enum class TierOperation { kFind, kRead, kWrite, kErase, kList };
 std::string_view operation_name(TierOperation operation);
 
 /// Told of every finished operation, from the tier's threads. Must not block or throw.
@@ -83,6 +83,7 @@ class Tier {
  public:
   using FindDone = std::function<void(Result<std::vector<TierHit>>)>;
   using Done = std::function<void(Status)>;
+  using PageDone = std::function<void(std::vector<TierHit>)>;
 
   /// clock and observer (may be null) outlive the tier. name: "nvme", "redis", "s3", a label of metrics.
   Tier(std::string name, const BreakerConfig& breaker, const Clock& clock, TierObserver* observer);
@@ -101,8 +102,11 @@ class Tier {
   /// OK: durable in the sense of the tier. kBusy: its queue is full; kRefused: admission declined it.
   void write(TierObject object, Done done);
   void erase(std::vector<ChunkKey> keys, Done done);
-  /// All objects of the namespace; all of all namespaces: nullopt.
-  void erase_all(const std::optional<NamespaceId>& namespace_id, Done done);
+  /// All objects of these namespaces.
+  void erase_all(const NamespaceSet& namespaces, Done done);
+  /// What there is of these namespaces, as hits for read(), a page at a time; blocks are not told. An object that comes
+  /// or goes meanwhile may be named or not. page must not block for long or throw.
+  void list(const NamespaceSet& namespaces, PageDone page, Done done);
   /// Waits until everything accepted by write() is durable or has failed; kExpired when that takes too long.
   Status drain(std::int64_t timeout_ns) { return do_drain(timeout_ns); }
   TierStats stats() const;
@@ -113,7 +117,8 @@ class Tier {
                        Done done) = 0;
   virtual void do_write(TierObject object, Done done) = 0;
   virtual void do_erase(std::vector<ChunkKey> keys, Done done) = 0;
-  virtual void do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) = 0;
+  virtual void do_erase_all(const NamespaceSet& namespaces, Done done) = 0;
+  virtual void do_list(const NamespaceSet& namespaces, PageDone page, Done done) = 0;
   virtual Status do_drain(std::int64_t timeout_ns) = 0;
   /// capacity, used, objects and queued bytes; the rest is filled by stats().
   virtual TierStats do_stats() const = 0;

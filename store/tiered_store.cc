@@ -77,6 +77,7 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
   bool is_erasing(const ChunkKey& key);
   void end_erasing(const ChunkKey& key);
   void forget_erased_locked(const ChunkKey& key);
+  void erase_all(const NamespaceSet& namespaces, FlushDone done);
   bool begin_task();
   void end_task();
 
@@ -237,7 +238,7 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
   };
   TierObject object{.key = key, .blocks = {}, .pieces = {}, .hold = nullptr};
   auto pinned = wanted == 0 ? failure(Code::kBusy, "it is on its way already")
-                            : dram.pin(key.namespace_id, key.group, key.last_block, false);
+                            : dram.pin(key.namespace_id, key.group, key.last_block, PinFor::kMove);
   if (pinned) {
     auto lease = std::make_shared<const Lease>(dram, std::move(*pinned), key.namespace_id, key.group, key.last_block);
     for (const StoredShard& shard : lease->chunk().shards) {
@@ -490,41 +491,53 @@ Status TieredStore::wait_saved(std::int64_t timeout_ns) {
   return Status(Code::kExpired, std::to_string(state_->saving.size()) + " chunks are not written to lower tiers yet");
 }
 
-std::pair<std::uint64_t, std::uint64_t> TieredStore::flush(const std::optional<NamespaceId>& namespace_id,
-                                                           Tier::Done done) {
+void TieredStore::flush(const FlushScope& scope, FlushDone done) {
   State& state = *state_;
   state.flushing.fetch_add(1);
   state.flushes.fetch_add(1);
-  const auto flushed = state.dram.flush(namespace_id);
+  const auto end = [self = state_, done = std::move(done)](const FlushedChunks& flushed, const Status& lower) {
+    self->flushing.fetch_sub(1);
+    done(flushed, lower);
+  };
+  if (!scope.prefix) return state.erase_all(scope.namespaces, end);
+  std::vector<Tier*> tiers;
+  for (const auto& place : state.places) tiers.push_back(place->tier.get());
+  const auto with_tiers = [self = state_](const std::function<void()>& function) {
+    if (!self->begin_task()) return false;
+    function();
+    self->end_task();
+    return true;
+  };
+  std::make_shared<PrefixFlush>(state.dram, std::move(tiers), with_tiers, scope.namespaces, *scope.prefix, end)
+      ->start();
+}
+
+void TieredStore::State::erase_all(const NamespaceSet& namespaces, FlushDone done) {
   struct Pending {
     std::mutex mutex;
     std::size_t left;
+    FlushedChunks flushed;
     Status status;
-    Tier::Done done;
+    FlushDone done;
   };
-  if (state.places.empty() || !state.begin_task()) {
-    state.flushing.fetch_sub(1);
-    done(Status::ok());
-    return flushed;
-  }
   const auto pending = std::make_shared<Pending>();
-  pending->left = state.places.size();
+  pending->flushed = dram.flush(namespaces);
+  if (places.empty() || !begin_task()) return done(pending->flushed, Status::ok());
+  pending->left = places.size();
   pending->done = std::move(done);
-  for (const auto& place : state.places) {
-    place->tier->erase_all(namespace_id,
-                           [self = state_, namespace_id, pending, name = place->tier->name()](const Status& status) {
-                             std::unique_lock lock(pending->mutex);
-                             if (!status && pending->status)
-                               pending->status = Status(status.code(), name + ": " + status.message());
-                             if (--pending->left > 0) return;
-                             lock.unlock();
-                             self->dram.flush(namespace_id);  // what was being published when it began
-                             self->flushing.fetch_sub(1);
-                             pending->done(pending->status);
-                           });
+  for (const auto& place : places) {
+    const auto erased = [self = shared_from_this(), namespaces, pending,
+                         name = place->tier->name()](const Status& status) {
+      std::unique_lock lock(pending->mutex);
+      if (!status && pending->status) pending->status = Status(status.code(), name + ": " + status.message());
+      if (--pending->left > 0) return;
+      lock.unlock();
+      pending->flushed += self->dram.flush(namespaces);  // what was being published when it began
+      pending->done(pending->flushed, pending->status);
+    };
+    place->tier->erase_all(namespaces, erased);
   }
-  state.end_task();
-  return flushed;
+  end_task();
 }
 
 void TieredStore::erase(const std::vector<ChunkKey>& keys, Tier::Done done) {

@@ -14,6 +14,7 @@
 #include "base/keys.h"
 #include "base/status.h"
 #include "store/chunk_store.h"
+#include "store/prefix_flush.h"
 #include "store/tier.h"
 
 namespace kvern {
@@ -57,6 +58,13 @@ class Prefetch {
   virtual bool pending() const = 0;
 };
 
+/// What a flush drops: everything of the namespaces, or, with a block, of that the chunks that hold the block and those
+/// that continue it.
+struct FlushScope {
+  NamespaceSet namespaces = NamespaceSet::all();
+  std::optional<BlockHash> prefix = {};
+};
+
 struct TieredStoreStats {
   struct OfTier {
     std::string name;
@@ -97,10 +105,10 @@ class TieredStore {
   void save_victims();
   /// Waits for what is being written; kExpired when that takes longer.
   Status wait_saved(std::int64_t timeout_ns);
-  /// Drops everything of the namespace (all namespaces: nullopt): in DRAM at once, but for what is pinned or claimed,
-  /// and returns (chunks, bytes) of that; in the lower tiers until done is called, with the first failure. Meanwhile
-  /// nothing moves, so that nothing comes back from one tier to another.
-  std::pair<std::uint64_t, std::uint64_t> flush(const std::optional<NamespaceId>& namespace_id, Tier::Done done);
+  /// Drops what the scope says from all tiers and then calls done; kNotFound: no tier has the prefix. What somebody
+  /// holds in DRAM is found by nobody else any more. Meanwhile nothing moves, so that nothing comes back from one tier
+  /// to another.
+  void flush(const FlushScope& scope, FlushDone done);
 
   /// Chunks that nobody may find any more: they leave DRAM at once, but for the bytes that somebody still reads, and
   /// the lower tiers until done is called, with the first failure. What is on its way between tiers does not arrive.

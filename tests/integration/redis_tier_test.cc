@@ -187,6 +187,8 @@ TEST_F(RedisTierOnOneServer, ErasesKeysAndNamespaces) {
   const SampleObject second(2, 4, {4096});
   const SampleObject foreign(3, 4, {4096}, 0, 9);
   for (const auto* sample : {&first, &second, &foreign}) ASSERT_TRUE(write(tier, *sample));
+  EXPECT_EQ(list(tier, sample_namespace(1)),
+            (Sizes{{first.key.to_string(), 2 * kMiB}, {second.key.to_string(), 4096}}));
   EXPECT_TRUE(erase(tier, {first.key, SampleObject(77, 1, {4096}).key}));
   EXPECT_FALSE(has(tier, first));
   EXPECT_TRUE(has(tier, second));
@@ -194,7 +196,7 @@ TEST_F(RedisTierOnOneServer, ErasesKeysAndNamespaces) {
   EXPECT_FALSE(has(tier, second));
   EXPECT_TRUE(has(tier, foreign));
   server.cli({"SET", "not-ours", "1"});
-  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  EXPECT_TRUE(erase_all(tier, NamespaceSet::all()));
   EXPECT_EQ(server.cli({"KEYS", "*"}), "not-ours\n");
 }
 
@@ -245,7 +247,7 @@ TEST(RedisTierAuthentication, TakesUsersAndPasswordsAndSaysWhenTheyAreWrong) {
   const SampleObject sample(1, 4, {4096});
   EXPECT_TRUE(write(tier, sample));
   EXPECT_EQ(read(tier, sample.hit()).value(), sample.bytes());
-  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  EXPECT_TRUE(erase_all(tier, NamespaceSet::all()));
   EXPECT_FALSE(has(tier, sample));
   config.password = "another";
   RedisTier stranger(config, Clock::system(), nullptr);
@@ -327,7 +329,7 @@ TEST(RedisTierOnACluster, GivesBackWhatWasWrittenFromAllNodes) {
   RedisTier tier(config_of(servers.server(0)), Clock::system(), nullptr);
   expect_round_trips(tier);
   for (std::size_t i = 0; i < servers.size(); ++i) EXPECT_NE(servers.server(i).cli({"DBSIZE"}), "0\n");
-  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  EXPECT_TRUE(erase_all(tier, NamespaceSet::all()));
   for (std::size_t i = 0; i < servers.size(); ++i) EXPECT_EQ(servers.server(i).cli({"DBSIZE"}), "0\n");
 }
 

@@ -152,11 +152,13 @@ TEST(S3TierOnAServerThatIgnoresSignatures, ErasesNamespacesOfMoreThanAPage) {
   ASSERT_EQ(good, 1010);
   const SampleObject foreign(3, 4, {4096}, 0, 9);
   ASSERT_TRUE(write(tier, foreign));
+  EXPECT_EQ(list(tier, NamespaceSet::all()).size(), 1011U) << "two pages";
+  EXPECT_EQ(list(tier, foreign.key.namespace_id), (Sizes{{foreign.key.to_string(), 4096}}));
   const auto erased = erase_all(tier, sample_namespace(1));
   EXPECT_TRUE(erased) << erased.to_string();
   for (const auto& sample : {samples.front(), samples[500], samples.back()}) EXPECT_FALSE(has(tier, sample));
   EXPECT_TRUE(has(tier, foreign));
-  EXPECT_TRUE(erase_all(tier, std::nullopt));
+  EXPECT_TRUE(erase_all(tier, NamespaceSet::all()));
   EXPECT_FALSE(has(tier, foreign));
 }
 

@@ -30,11 +30,13 @@ void seal(std::span<std::byte> container) {
 
 TEST(Container, GivesBackWhatItWasTold) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 96, 64, 64);
-  const ContainerInfo info = sample_info(shape, 32);
+  ContainerInfo info = sample_info(shape, 32);
+  info.previous_tag = 0x12345678;
   const Bytes canonical = sample_canonical(shape, 1);
   AlignedBytes bytes(encode_sample(*codec_of("raw"), info, canonical));
   const auto reader = parse(bytes);
   ASSERT_TRUE(reader) << reader.error().to_string();
+  EXPECT_EQ(reader->info().previous_tag, 0x12345678U);
   EXPECT_EQ(reader->info().key, info.key);
   EXPECT_EQ(reader->info().shape, shape);
   EXPECT_EQ(reader->info().block_tokens, 32U);
@@ -46,6 +48,26 @@ TEST(Container, GivesBackWhatItWasTold) {
   EXPECT_EQ(reader->info().lossy_generations, 1U);
   EXPECT_EQ(reader->size_bytes(), bytes.span().size());
   EXPECT_TRUE(reader->verify());
+}
+
+TEST(Container, ItsStartTellsWhatItIs) {
+  const ContainerInfo info = sample_info(sample_shape(DType::kBFloat16, 96, 64, 64), 32);
+  const Bytes container = encode_sample(*codec_of("raw"), info, sample_canonical(info.shape, 1));
+  const auto peeked = peek_container_info(std::span(container).first(512));
+  ASSERT_TRUE(peeked.has_value());
+  EXPECT_EQ(peeked->key, info.key);
+  EXPECT_EQ(peeked->position, info.position);
+  EXPECT_EQ(peeked->shape, info.shape);
+  EXPECT_EQ(peeked->block_hashes, info.block_hashes);
+  std::size_t shortest = 0;
+  while (!peek_container_info(std::span(container).first(shortest))) ++shortest;
+  EXPECT_GT(shortest, 112U);
+  EXPECT_LT(shortest, 512U);
+  for (std::size_t bit = 0; bit < 8 * shortest; ++bit) {
+    Bytes damaged(container.begin(), container.begin() + static_cast<std::ptrdiff_t>(shortest));
+    damaged[bit / 8] ^= std::byte{1} << (bit % 8);
+    static_cast<void>(peek_container_info(damaged));  // must not read beyond its bytes
+  }
 }
 
 TEST(Container, SectionsAreOnePlaneEachAndAligned) {

@@ -272,6 +272,35 @@ TEST_F(ControlServiceTest, RemovalsAndSnapshotsTellWhatIsThere) {
   EXPECT_EQ(to_status(ask(remote, snapshot).status()).code(), Code::kRefused);
 }
 
+TEST_F(ControlServiceTest, AFlushTakesWhatItNames) {
+  const std::string token = open(remote, wire::ROLE_WORKER);
+  const NamespaceId id = register_model(remote, token);
+  const auto session = service.sessions.authenticate(token).value();
+  const std::string tenant = session->identity().tenant;
+  const std::string tool = open(local, wire::ROLE_TOOL);
+  using Answer = std::pair<Code, std::uint64_t>;
+  const auto flushed = [&](const std::string& of_namespace, const std::string& of_tenant, const std::string& block) {
+    service.store_chunks(*session, id, 1, 2);  // of four blocks each
+    auto request = with_token(tool);
+    request.mutable_flush()->set_namespace_id(of_namespace);
+    request.mutable_flush()->set_tenant(of_tenant);
+    request.mutable_flush()->set_block_hash(block);
+    const auto reply = ask(local, request);
+    return Answer(to_status(reply.status()).code(), reply.flushed().chunks());
+  };
+  const std::string one(reinterpret_cast<const char*>(id.bytes.data()), id.bytes.size());
+  const std::string other(16, 'x');
+  EXPECT_EQ(flushed("", tenant, ""), Answer(Code::kOk, 2));
+  EXPECT_EQ(flushed("", tenant + "x", ""), Answer(Code::kOk, 0));
+  EXPECT_EQ(flushed(one, "", ""), Answer(Code::kOk, 2));
+  EXPECT_EQ(flushed(other, "", ""), Answer(Code::kOk, 0));
+  EXPECT_EQ(flushed("", "", block_hash(1, 1)), Answer(Code::kOk, 2)) << "what continues the block goes, too";
+  EXPECT_EQ(flushed(one, "", block_hash(1, 5)), Answer(Code::kOk, 1));
+  EXPECT_EQ(flushed("", tenant, block_hash(9, 1)), Answer(Code::kNotFound, 0));
+  EXPECT_EQ(flushed(one, tenant, ""), Answer(Code::kInvalid, 0));
+  EXPECT_EQ(flushed("short", "", ""), Answer(Code::kInvalid, 0));
+}
+
 TEST_F(ControlServiceTest, ExplanationsSayWhereABlockIsOrWhyItIsNot) {
   const std::string token = open(remote, wire::ROLE_WORKER);
   const NamespaceId id = register_model(remote, token);
@@ -283,7 +312,7 @@ TEST_F(ControlServiceTest, ExplanationsSayWhereABlockIsOrWhyItIsNot) {
   EXPECT_THAT(answer.lines(0), HasSubstr("model tiny"));
   EXPECT_THAT(answer.lines(0), HasSubstr("codec raw"));
 
-  service.store.flush(std::nullopt);
+  service.store.flush(NamespaceSet::all());
   answer = ask(local, explain).explanation();
   EXPECT_THAT(answer.lines(answer.lines_size() - 1), HasSubstr("flushed"));
   explain.mutable_explain()->set_block_hash(block_hash(9, 9));

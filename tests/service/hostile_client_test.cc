@@ -176,7 +176,7 @@ RC_GTEST_PROP(HostileClients, EveryRequestIsAnsweredOnceAndNothingIsLeftBehind, 
   RC_ASSERT(service.in_flight.size() == 0U);
   RC_ASSERT(service.store.stats().pinned_chunks == 0U);
   // What was stored is whole, and can all be let go.
-  for (const auto& chunk : service.store.snapshot(std::nullopt, 1000)) {
+  for (const auto& chunk : service.store.snapshot(NamespaceSet::all(), 1000)) {
     const auto pinned = service.store.pin(chunk.key.namespace_id, chunk.key.group, chunk.key.last_block);
     RC_ASSERT(pinned.has_value());
     for (const StoredShard& shard : pinned->shards) {
@@ -186,7 +186,7 @@ RC_GTEST_PROP(HostileClients, EveryRequestIsAnsweredOnceAndNothingIsLeftBehind, 
     }
     service.store.unpin(pinned->pin);
   }
-  service.store.flush(std::nullopt);
+  service.store.flush(NamespaceSet::all());
   service.clock.advance(std::chrono::minutes(2));
   service.store.sweep();
   RC_ASSERT(service.store.stats().used_bytes == 0U);

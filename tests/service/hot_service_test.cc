@@ -167,7 +167,7 @@ TEST_F(HotServiceTest, LeasesEndWithTheirSession) {
 TEST_F(HotServiceTest, AMatchBringsUpWhatLowerTiersHave) {
   service.store_chunks(*session, id, 7, 3);
   ASSERT_EQ(service.lower->objects.size(), 3U) << "written through";
-  service.store.flush(std::nullopt);
+  service.store.flush(NamespaceSet::all());
   auto request = match_request(7, 12, 5);
   EXPECT_EQ(service.ask(session->id(), request)->matched().present(), std::string(2, '\0')) << "not asked for";
   request.mutable_match()->set_prefetch(true);
@@ -186,7 +186,7 @@ TEST_F(HotServiceTest, AMatchBringsUpWhatLowerTiersHave) {
 
 TEST_F(HotServiceTest, AReleasedMatchOrADeadSessionEndsItsPrefetch) {
   service.store_chunks(*session, id, 7, 3);
-  service.store.flush(std::nullopt);
+  service.store.flush(NamespaceSet::all());
   service.lower->immediate = false;
   auto request = match_request(7, 12, 5);
   request.mutable_match()->set_prefetch(true);

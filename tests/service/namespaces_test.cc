@@ -93,7 +93,7 @@ TEST(Namespaces, TheSameFactsAreTheSameNamespaceInAnyOrder) {
 // The identifier decides whose cache a prompt may hit: its text must never change by accident.
 TEST(Namespaces, TheIdentifierIsPinned) {
   EXPECT_EQ(canonical_text({{"b", "2"}, {"a", "1\n\\x"}}), "a=1\\n\\\\x\nb=2\n");
-  EXPECT_EQ(namespace_id_of("a=1\nb=2\n").to_hex(), "4a73850fde34aad40ff8649b93a66523");
+  EXPECT_EQ(namespace_id_of("default", "a=1\nb=2\n").to_hex(), "37a8eec14a73850fde34aad40ff8649b");
 }
 
 RC_GTEST_PROP(Namespaces, DifferentFactsHaveDifferentTexts, ()) {

@@ -218,6 +218,7 @@ class ServiceFixture {
       auto* item = reserve->add_items();
       item->set_block_hashes(block_hashes(prompt, chunk * blocks_per_chunk, blocks_per_chunk));
       item->set_position(chunk * blocks_per_chunk * kBlockTokens);
+      if (chunk > 0) item->set_previous_block(block_hash(prompt, chunk * blocks_per_chunk - 1));
     }
     return request;
   }

@@ -84,7 +84,7 @@ Outcome read_until(SharedStore& shared, std::size_t slot, std::uint64_t wanted_c
     hazard.store(hit->chunk + 1, std::memory_order_seq_cst);
     if (reader.still_valid(*hit)) {
       ++outcome.claims;
-      if (const auto pinned = shared.store.pin(namespace_of(1), 0, block)) {
+      if (const auto pinned = shared.store.pin(namespace_of(1), 0, block, PinFor::kClaimed)) {
         // Within a lease the pin would protect the bytes. Here it is the hazard that must, for the chunk that was hit.
         shared.store.unpin(pinned->pin);
         if (pinned->chunk == hit->chunk) {
@@ -112,7 +112,7 @@ void write_until(SharedStore& shared, std::uint64_t seed, const std::atomic<int>
     const auto info = spec.info();
     const auto ticket = shared.store.begin_write(info, kContainerBytes);
     if (!ticket) {
-      if (random() % 16 == 0) shared.store.flush(std::nullopt);
+      if (random() % 16 == 0) shared.store.flush(NamespaceSet::all());
       continue;
     }
     fill(shared.store.bytes(*ticket), stamp_of(prompt));
@@ -147,7 +147,7 @@ TEST(ChunkStoreConcurrency, AClaimedHitKeepsItsBytesBesideAnEvictor) {
     EXPECT_EQ(outcome.changed, 0U);
   }
   EXPECT_GT(shared.store.stats().evicted_chunks + shared.store.stats().superseded_chunks, 0U);
-  shared.store.flush(std::nullopt);
+  shared.store.flush(NamespaceSet::all());
   EXPECT_EQ(shared.store.stats().used_bytes, 0U);
   EXPECT_EQ(shared.store.stats().index_slots_used, 0U);
 }

@@ -108,7 +108,7 @@ class Harness {
     while (!tickets_.empty()) abort(0);
     while (!pins_.empty()) unpin(0);
     f_.claimed.clear();
-    f_.store.flush(std::nullopt);
+    f_.store.flush(NamespaceSet::all());
     const auto stats = f_.store.stats();
     RC_ASSERT(stats.used_bytes == 0U);
     RC_ASSERT(stats.chunks == 0U);
@@ -213,7 +213,7 @@ class Harness {
   }
 
   void pin(const ChunkSpec& spec) {
-    const auto pinned = f_.pin(spec);
+    const auto pinned = f_.pin(spec, PinFor::kClaimed);
     if (!is_stored(spec)) {
       if (!pinned) return;
       // A superseded chunk that somebody holds can still be had.

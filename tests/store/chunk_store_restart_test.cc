@@ -83,7 +83,7 @@ TEST(WarmRestart, DropsWhatIsHalfWrittenOrDamagedAndFreesItsRoom) {
   EXPECT_EQ(second.stats().dropped_containers, 1U) << "a half-stored chunk is in no map";
   EXPECT_TRUE(holds_exactly(second, good));
   EXPECT_FALSE(holds_exactly(second, damaged));
-  second.flush(std::nullopt);
+  second.flush(NamespaceSet::all());
   EXPECT_EQ(second.stats().used_bytes, 0U);
 }
 
@@ -135,7 +135,7 @@ RC_GTEST_PROP(WarmRestart, SurvivesAnyBytesInMapAndSlab, ()) {
     if (map_bit < 64) lives.map.span()[32 + map_bit / 8] ^= static_cast<std::byte>(1U << map_bit % 8);
   }
   ChunkStore& second = lives.start();
-  second.flush(std::nullopt);
+  second.flush(NamespaceSet::all());
   RC_ASSERT(second.stats().used_bytes == 0U);
   RC_ASSERT(second.stats().index_slots_used == 0U);
 }
@@ -170,12 +170,12 @@ TEST(ChunkObject, IsPublishedAsAWholeAndFreedShardByShard) {
 
   const auto part = f.store.begin_load(object.size());
   ASSERT_TRUE(part.has_value());
-  f.store.flush(std::nullopt);
+  f.store.flush(NamespaceSet::all());
   EXPECT_EQ(f.store.publish_load(*part, std::span(shards).first(1), 1).code(), Code::kCorrupt);
   const auto aborted = f.store.begin_load(object.size());
   ASSERT_TRUE(aborted.has_value());
   f.store.abort(*aborted);
-  f.store.flush(std::nullopt);
+  f.store.flush(NamespaceSet::all());
   EXPECT_EQ(f.store.stats().used_bytes, 0U);
   EXPECT_EQ(f.store.begin_load(100).error().code(), Code::kRefused);
 }

@@ -257,13 +257,13 @@ TEST(ChunkStore, ASupersededChunkStaysReadableWhileItIsHeld) {
   ASSERT_TRUE(f.put({.prompt = 9}));
   EXPECT_FALSE(f.has(longer));
   f.store.unpin(pinned->pin);
-  const auto again = f.pin(shorter);
+  const auto again = f.pin(shorter, PinFor::kClaimed);
   ASSERT_TRUE(again.has_value());
   EXPECT_EQ(again->chunk, pinned->chunk);
   EXPECT_EQ(f.store.bytes(again->shards[0])[0], std::byte{11});
   f.store.unpin(again->pin);
   f.store.sweep();
-  EXPECT_TRUE(f.pin(shorter).has_value()) << "claimed";
+  EXPECT_TRUE(f.pin(shorter, PinFor::kClaimed).has_value()) << "claimed";
   f.claimed.clear();
   EXPECT_EQ(f.store.stats().pinned_chunks, 1U);
 }
@@ -309,7 +309,7 @@ TEST(ChunkStore, QuarantineTakesAChunkAwayAtOnceAndFreesItLater) {
   EXPECT_TRUE(f.has(spec));
 }
 
-TEST(ChunkStore, FlushDropsANamespaceButNotWhatIsHeld) {
+TEST(ChunkStore, WhatIsFlushedIsNotFoundAndIsReadableForWhoHoldsIt) {
   StoreFixture f(StoreFixture::pages(16));
   const ChunkSpec pinned{.prompt = 1};
   const ChunkSpec claimed{.prompt = 2};
@@ -319,18 +319,46 @@ TEST(ChunkStore, FlushDropsANamespaceButNotWhatIsHeld) {
   ASSERT_TRUE(f.put(ChunkSpec{.prompt = 5}.shard(0, 4)));
   const auto pin = f.pin(pinned);
   ASSERT_TRUE(pin.has_value());
+  const auto before = f.store.bytes(pin->shards.front());
   f.claimed = {f.number_of(claimed)};
-  EXPECT_EQ(f.store.flush(namespace_of(1)), (std::pair<std::uint64_t, std::uint64_t>{1, 4096}));
-  EXPECT_TRUE(f.has(pinned));
-  EXPECT_TRUE(f.has(claimed));
-  EXPECT_FALSE(f.has(idle));
+  EXPECT_EQ(f.store.flush(namespace_of(1)), (FlushedChunks{.chunks = 3, .bytes = 3 * 4096, .held = 2}));
+  for (const auto& spec : {pinned, claimed, idle}) {
+    EXPECT_FALSE(f.has(spec));
+    EXPECT_FALSE(f.pin(spec).has_value()) << "nobody else finds it";
+  }
   EXPECT_TRUE(f.has(other));
   EXPECT_EQ(f.store.stats().incomplete_chunks, 0U);
+  const auto by_claim = f.store.pin(namespace_of(1), 0, claimed.info().key.last_block, PinFor::kClaimed);
+  ASSERT_TRUE(by_claim.has_value()) << "who had matched it loads it";
+  EXPECT_FALSE(f.store.pin(namespace_of(1), 0, idle.info().key.last_block, PinFor::kClaimed).has_value());
+  for (std::uint64_t prompt = 10; prompt < 40; ++prompt) f.put({.prompt = prompt}).value();
+  EXPECT_EQ(f.store.bytes(pin->shards.front()).data(), before.data());
   f.claimed.clear();
+  EXPECT_TRUE(f.put(pinned).has_value()) << "it can be stored anew meanwhile";
   f.store.unpin(pin->pin);
-  EXPECT_EQ(f.store.flush(std::nullopt).first, 3U);
+  f.store.unpin(by_claim->pin);
+  f.store.flush(NamespaceSet::all());
   EXPECT_EQ(f.store.stats().used_bytes, 0U);
   EXPECT_EQ(f.store.stats().index_slots_used, 0U);
+  EXPECT_EQ(f.store.stats().pinned_chunks, 0U);
+}
+
+TEST(ChunkStore, FlushOfATenantAndOfSingleChunks) {
+  StoreFixture f(StoreFixture::pages(16));
+  // The first four bytes of an id are its tenant's: namespace_of() makes a tenant of each number.
+  const auto namespaces = {namespace_of(1), namespace_of(2)};
+  for (const auto& id : namespaces) EXPECT_TRUE(NamespaceSet::of_tenant(id).contains(id));
+  for (std::uint64_t prompt = 0; prompt < 3; ++prompt) ASSERT_TRUE(f.put({.prompt = prompt}));
+  ASSERT_TRUE(f.put({.prompt = 3, .namespace_number = 2}));
+  const std::vector<ChunkKey> keys{ChunkSpec{.prompt = 1}.info().key, ChunkSpec{.prompt = 1}.info().key,
+                                   ChunkSpec{.prompt = 9}.info().key};
+  EXPECT_EQ(f.store.flush(keys), (FlushedChunks{.chunks = 1, .bytes = 4096}));
+  EXPECT_FALSE(f.has({.prompt = 1}));
+  NamespaceId sibling = namespace_of(1);
+  sibling.bytes[15] = 7;
+  EXPECT_EQ(f.store.flush(sibling).chunks, 0U);
+  EXPECT_EQ(f.store.flush(NamespaceSet::of_tenant(sibling)).chunks, 2U);
+  EXPECT_TRUE(f.has({.prompt = 3, .namespace_number = 2}));
 }
 
 TEST(ChunkStore, SweepDropsChunksWhoseShardsNeverCame) {
@@ -387,10 +415,10 @@ TEST(ChunkStore, DescribesWhatItHolds) {
   const ChunkSpec two{.prompt = 2, .blocks = 2, .namespace_number = 2};
   ASSERT_TRUE(f.put(one, 100));
   ASSERT_TRUE(f.put(two.shard(0, 4), 50));
-  EXPECT_EQ(f.store.snapshot(std::nullopt, 100).size(), 1U) << "complete ones only";
+  EXPECT_EQ(f.store.snapshot(NamespaceSet::all(), 100).size(), 1U) << "complete ones only";
   ASSERT_TRUE(f.put(two.shard(4, 4), 60));
-  EXPECT_EQ(f.store.snapshot(std::nullopt, 100).size(), 2U);
-  EXPECT_EQ(f.store.snapshot(std::nullopt, 1).size(), 1U);
+  EXPECT_EQ(f.store.snapshot(NamespaceSet::all(), 100).size(), 2U);
+  EXPECT_EQ(f.store.snapshot(NamespaceSet::all(), 1).size(), 1U);
   ASSERT_EQ(f.store.snapshot(namespace_of(2), 100).size(), 1U);
   const auto summary = f.store.describe(namespace_of(2), 0, block_hash(2, 0));
   ASSERT_TRUE(summary.has_value());

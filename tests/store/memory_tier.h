@@ -36,7 +36,7 @@ class MemoryTier final : public Tier {
   }
 
   struct Object {
-    std::vector<BlockHash> blocks;
+    ChunkKey key;
     std::vector<std::byte> bytes;
   };
   std::map<std::string, Object> objects;  ///< by key, as text
@@ -82,7 +82,7 @@ class MemoryTier final : public Tier {
     later([this, object = std::move(object), done = std::move(done)] {
       if (!broken) return done(broken);
       Object& place = objects[object.key.to_string()];
-      place = {object.blocks, {}};
+      place = {object.key, {}};
       for (const auto& piece : object.pieces) place.bytes.insert(place.bytes.end(), piece.begin(), piece.end());
       done(Status::ok());
     });
@@ -91,11 +91,17 @@ class MemoryTier final : public Tier {
     for (const auto& key : keys) objects.erase(key.to_string());
     done(broken);
   }
-  void do_erase_all(const std::optional<NamespaceId>& namespace_id, Done done) override {
-    std::erase_if(objects, [&](const auto& entry) {
-      return !namespace_id || entry.first.find(namespace_id->to_hex()) != std::string::npos;
-    });
+  void do_erase_all(const NamespaceSet& namespaces, Done done) override {
+    std::erase_if(objects, [&](const auto& entry) { return entry.first.starts_with(namespaces.hex_prefix()); });
     done(broken);
+  }
+  void do_list(const NamespaceSet& namespaces, PageDone page, Done done) override {
+    later([this, namespaces, page = std::move(page), done = std::move(done)] {
+      for (const auto& [name, object] : objects) {
+        if (broken && name.starts_with(namespaces.hex_prefix())) page({{object.key, object.bytes.size()}});
+      }
+      done(broken);
+    });
   }
   Status do_drain(std::int64_t) override { return Status::ok(); }
   TierStats do_stats() const override { return {.objects = objects.size()}; }

@@ -134,9 +134,9 @@ inline Status erase(Tier& tier, const ChunkKey& key) {
   return answer.get();
 }
 
-inline Status erase_all(Tier& tier, const std::optional<NamespaceId>& namespace_id) {
+inline Status erase_all(Tier& tier, const NamespaceSet& namespaces) {
   Answer<Status> answer;
-  tier.erase_all(namespace_id, answer.function());
+  tier.erase_all(namespaces, answer.function());
   return answer.get();
 }
 

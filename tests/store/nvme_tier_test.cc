@@ -10,6 +10,7 @@
 
 #include <cerrno>
 #include <fstream>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -209,11 +210,45 @@ TEST_P(NvmeTierTest, ErasedObjectsStayAway) {
   tier = nullptr;
   tier = open_tier(config());
   check(*tier);
-  ASSERT_TRUE(erase_all(*tier, std::nullopt));
+  ASSERT_TRUE(erase_all(*tier, NamespaceSet::all()));
   EXPECT_EQ(tier->stats().objects, 0U);
   EXPECT_EQ(tier->stats().used_bytes, 0U);
   tier = nullptr;
   EXPECT_EQ(open_tier(config())->stats().objects, 0U);
+}
+
+TEST_P(NvmeTierTest, WhatATenantHasIsListedAndErasedForGood) {
+  const NvmeObject sample;
+  TierObject mine = NvmeObject{.prompt = 1}.object(), mine_too = NvmeObject{.prompt = 2}.object();
+  mine_too.key.namespace_id.bytes.back() = 7;  // another namespace of the tenant
+  const TierObject foreign = NvmeObject{.prompt = 3, .namespace_number = 9}.object();
+  const NamespaceSet tenant = NamespaceSet::of_tenant(mine.key.namespace_id);
+  const auto list = [&](Tier& tier, const NamespaceSet& namespaces) {
+    std::set<std::string> keys;
+    Answer<Status> answer;
+    tier.list(
+        namespaces,
+        [&](const std::vector<TierHit>& hits) {
+          for (const auto& hit : hits) {
+            EXPECT_EQ(hit.bytes, sample.bytes());
+            keys.insert(hit.key.to_string());
+          }
+        },
+        answer.function());
+    EXPECT_TRUE(answer.get());
+    return keys;
+  };
+  auto tier = open_tier(config());
+  for (const auto& object : {mine, mine_too, foreign}) ASSERT_TRUE(write(*tier, object));
+  const std::set<std::string> both{mine.key.to_string(), mine_too.key.to_string()};
+  EXPECT_EQ(list(*tier, tenant), both);
+  EXPECT_EQ(list(*tier, mine.key.namespace_id), std::set<std::string>{mine.key.to_string()});
+  EXPECT_EQ(list(*tier, NamespaceSet::all()).size(), 3U);
+  ASSERT_TRUE(erase_all(*tier, tenant));
+  EXPECT_EQ(list(*tier, NamespaceSet::all()), std::set<std::string>{foreign.key.to_string()});
+  tier = nullptr;
+  tier = open_tier(config());
+  EXPECT_EQ(list(*tier, NamespaceSet::all()), std::set<std::string>{foreign.key.to_string()});
 }
 
 TEST_P(NvmeTierTest, AnObjectThatIsErasedWhileItIsWrittenIsGone) {
@@ -298,7 +333,7 @@ TEST_P(NvmeTierTest, WritesThatHaveNotBegunEndWithTheTier) {
   std::vector<Answer<Status>> answers(3);
   tier->write(NvmeObject{.prompt = 1}.object(), answers[0].function());
   tier->erase({NvmeObject{.prompt = 2}.key()}, answers[1].function());
-  tier->erase_all(std::nullopt, answers[2].function());
+  tier->erase_all(NamespaceSet::all(), answers[2].function());
   tier = nullptr;
   for (auto& answer : answers) EXPECT_EQ(answer.get().code(), Code::kUnavailable);
 }

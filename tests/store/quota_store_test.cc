@@ -68,7 +68,7 @@ TEST_F(Quotas, OpenTicketsCountAndAreGivenBack) {
   EXPECT_EQ(small().used_bytes, 3 * kPage);
   f.store.abort(load);
   EXPECT_EQ(small().used_bytes, kPage);
-  f.store.flush(std::nullopt);
+  f.store.flush(NamespaceSet::all());
   EXPECT_EQ(small().used_bytes, 0U);
 }
 

@@ -69,6 +69,9 @@ struct ChunkSpec {
                   .value_dim = 8};
     for (std::uint32_t i = 0; i < blocks; ++i) info.block_hashes.push_back(block_hash(prompt, first_block + i));
     info.key = {namespace_of(namespace_number), 0, info.block_hashes.back()};
+    if (first_block > 0) {
+      info.previous_tag = block_tag(info.key.namespace_id, 0, block_hash(prompt, first_block - 1).bytes());
+    }
     return info;
   }
   ChunkSpec shard(std::uint32_t head_from, std::uint32_t head_count) const {
@@ -105,8 +108,8 @@ struct StoreFixture {
     const auto info = spec.info();
     return store.match(info.key.namespace_id, 0, info.block_hashes) == info.block_hashes.size();
   }
-  Result<PinnedChunk> pin(const ChunkSpec& spec) {
-    return store.pin(spec.info().key.namespace_id, 0, spec.info().key.last_block);
+  Result<PinnedChunk> pin(const ChunkSpec& spec, PinFor what_for = PinFor::kUse) {
+    return store.pin(spec.info().key.namespace_id, 0, spec.info().key.last_block, what_for);
   }
   std::uint32_t number_of(const ChunkSpec& spec) {
     const auto info = spec.info();

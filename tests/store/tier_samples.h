@@ -6,11 +6,13 @@
 #include <cstdint>
 #include <cstring>
 #include <future>
+#include <map>
 #include <memory>
 #include <new>
 #include <random>
 #include <span>
 #include <stop_token>
+#include <string>
 #include <vector>
 
 #include "store/tier.h"
@@ -122,10 +124,24 @@ inline Status erase(Tier& tier, std::vector<ChunkKey> keys) {
   return wait_for(ended.get_future());
 }
 
-inline Status erase_all(Tier& tier, const std::optional<NamespaceId>& namespace_id) {
+inline Status erase_all(Tier& tier, const NamespaceSet& namespaces) {
   std::promise<Status> ended;
-  tier.erase_all(namespace_id, [&](Status status) { ended.set_value(std::move(status)); });
+  tier.erase_all(namespaces, [&](Status status) { ended.set_value(std::move(status)); });
   return wait_for(ended.get_future());
+}
+
+/// Bytes of the objects by their keys.
+using Sizes = std::map<std::string, std::uint64_t>;
+inline Sizes list(Tier& tier, const NamespaceSet& namespaces) {
+  Sizes sizes;
+  std::promise<Status> ended;
+  const auto take = [&](const std::vector<TierHit>& hits) {
+    for (const auto& hit : hits) sizes.emplace(hit.key.to_string(), hit.bytes);
+  };
+  tier.list(namespaces, take, [&](Status status) { ended.set_value(std::move(status)); });
+  const Status status = wait_for(ended.get_future());
+  EXPECT_TRUE(status) << status.to_string();
+  return sizes;
 }
 
 inline bool has(Tier& tier, const SampleObject& sample) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -40,7 +41,7 @@ struct TieredFixture {
 
   static void put(MemoryTier& tier, const ChunkSpec& spec) {
     const std::vector<ChunkSpec> shards = {spec};
-    tier.objects[spec.info().key.to_string()] = {spec.info().block_hashes, object_of(shards)};
+    tier.objects[spec.info().key.to_string()] = {spec.info().key, object_of(shards)};
   }
   static ChunkSpec cell(std::uint64_t number, std::uint32_t blocks = kChunkBlocks) {
     return {.prompt = 1, .first_block = number * kChunkBlocks, .blocks = blocks};
@@ -120,11 +121,12 @@ TEST(TieredStore, WhatWasBroughtUpStaysWhileTheLookUpHoldsIt) {
   f.put(*f.fast, f.cell(0));
   auto prefetch = f.prefetch(4);
   f.executor.run_all();
-  f.dram.store.flush(std::nullopt);
-  EXPECT_EQ(f.matched(4), 4U);
-  prefetch.reset();
-  f.dram.store.flush(std::nullopt);
+  EXPECT_EQ(f.dram.store.stats().pinned_chunks, 1U);
+  EXPECT_EQ(f.dram.store.flush(NamespaceSet::all()).held, 1U);
   EXPECT_EQ(f.matched(4), 0U);
+  EXPECT_GT(f.dram.store.stats().used_bytes, 0U);
+  prefetch.reset();
+  f.dram.store.sweep();
   EXPECT_EQ(f.dram.store.stats().used_bytes, 0U);
 }
 
@@ -229,7 +231,7 @@ TEST(TieredStore, WritesThroughToEveryTier) {
   EXPECT_EQ(f.slow->objects.size(), 1U);
   EXPECT_TRUE(f.store->wait_saved(0));
   EXPECT_EQ(f.dram.store.stats().pinned_chunks, 0U);
-  f.dram.store.flush(std::nullopt);
+  f.dram.store.flush(NamespaceSet::all());
   EXPECT_EQ(f.matched(4), 0U);
   const auto prefetch = f.prefetch(4);
   f.executor.run_all();
@@ -242,8 +244,8 @@ TEST(TieredStore, AChunkIsHeldUntilItIsWritten) {
   ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
   f.store->stored(f.cell(0).info().key);
   EXPECT_EQ(f.store->wait_saved(0).code(), Code::kExpired);
-  f.dram.store.flush(std::nullopt);
-  EXPECT_EQ(f.matched(4), 4U);
+  EXPECT_EQ(f.dram.store.flush(NamespaceSet::all()).held, 1U);
+  EXPECT_GT(f.dram.store.stats().used_bytes, 0U);
   ASSERT_TRUE(f.fast->run());
   EXPECT_TRUE(f.store->wait_saved(0));
   EXPECT_EQ(f.dram.store.stats().pinned_chunks, 0U);
@@ -289,17 +291,18 @@ TEST(TieredStore, AFlushReachesEveryTierAndWhatIsOnItsWay) {
   TieredFixture f(1024, WritePolicy::kThrough);
   ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
   f.store->stored(f.cell(0).info().key);
-  f.dram.store.flush(std::nullopt);
+  f.dram.store.flush(NamespaceSet::all());
   const auto prefetch = f.prefetch(4);
   EXPECT_TRUE(prefetch->pending()) << "read, and not verified";
   Status flushed(Code::kInternal, "not called");
-  f.store->flush(namespace_of(1), [&](const Status& status) { flushed = status; });
+  const auto ended = [&](const FlushedChunks&, const Status& lower) { flushed = lower; };
+  f.store->flush({.namespaces = namespace_of(1)}, ended);
   EXPECT_TRUE(flushed);
   f.executor.run_all();
   EXPECT_EQ(f.matched(4), 0U);
   EXPECT_TRUE(f.fast->objects.empty());
   f.slow->broken = Status(Code::kUnavailable, "no route");
-  f.store->flush(std::nullopt, [&](const Status& status) { flushed = status; });
+  f.store->flush({}, ended);
   EXPECT_EQ(flushed.code(), Code::kUnavailable);
 }
 
@@ -310,7 +313,7 @@ TEST(TieredStore, AnErasedChunkLeavesEveryTierAndDoesNotArriveAnyMore) {
     f.store->stored(f.cell(number).info().key);
   }
   const ChunkKey key = f.cell(0).info().key;
-  f.dram.store.flush(std::nullopt);
+  f.dram.store.flush(NamespaceSet::all());
   const auto prefetch = f.prefetch(8);
   EXPECT_TRUE(prefetch->pending()) << "read, and not verified";
   Status erased(Code::kInternal, "not called");
@@ -348,9 +351,64 @@ TEST(TieredStore, AWriteThatOvertakesAFlushIsErased) {
   f.slow->immediate = false;
   ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
   f.store->stored(f.cell(0).info().key);
-  f.store->flush(std::nullopt, [](const Status& status) { EXPECT_TRUE(status); });
+  f.store->flush({}, [](const FlushedChunks&, const Status& lower) { EXPECT_TRUE(lower); });
   while (f.slow->run()) {
   }
+  EXPECT_TRUE(f.slow->objects.empty());
+}
+
+TEST(TieredStore, AFlushOfAPrefixTakesWhatContinuesItFromEveryTier) {
+  TieredFixture f;
+  const ChunkSpec elsewhere{.prompt = 2, .first_block = 0, .blocks = kChunkBlocks};
+  const ChunkSpec elsewhere_on{.prompt = 2, .first_block = kChunkBlocks, .blocks = kChunkBlocks};
+  // DRAM and the lower tiers hold every other cell of the prompt: only together do they show what follows what.
+  ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
+  f.put(*f.slow, f.cell(1));
+  f.put(*f.fast, f.cell(2));
+  ASSERT_TRUE(store_chunk(f.dram.store, f.cell(3)).value());
+  f.put(*f.slow, f.cell(4));
+  f.put(*f.slow, f.cell(0));
+  ASSERT_TRUE(store_chunk(f.dram.store, elsewhere).value());
+  f.put(*f.fast, elsewhere_on);
+  std::optional<std::pair<FlushedChunks, Status>> flushed;
+  const auto ended = [&](const FlushedChunks& dram, const Status& lower) { flushed = {dram, lower}; };
+  f.fast->immediate = f.slow->immediate = false;
+  f.store->flush({.namespaces = namespace_of(1), .prefix = block_hash(1, kChunkBlocks + 1)}, ended);
+  EXPECT_FALSE(flushed.has_value());
+  while (f.fast->run() || f.slow->run()) {
+  }
+  ASSERT_TRUE(flushed.has_value());
+  EXPECT_TRUE(flushed->second) << flushed->second.to_string();
+  EXPECT_EQ(flushed->first.chunks, 1U);
+  EXPECT_TRUE(f.dram.has(f.cell(0)));
+  EXPECT_FALSE(f.dram.has(f.cell(3)));
+  EXPECT_TRUE(f.dram.has(elsewhere));
+  const auto has = [](const MemoryTier& tier, const ChunkSpec& spec) {
+    return tier.objects.contains(spec.info().key.to_string());
+  };
+  EXPECT_TRUE(has(*f.slow, f.cell(0)));
+  EXPECT_FALSE(has(*f.slow, f.cell(1)));
+  EXPECT_FALSE(has(*f.fast, f.cell(2)));
+  EXPECT_FALSE(has(*f.slow, f.cell(4)));
+  EXPECT_TRUE(has(*f.fast, elsewhere_on)) << "another prompt";
+}
+
+TEST(TieredStore, AFlushOfAPrefixSaysWhatItCouldNotReach) {
+  TieredFixture f;
+  std::optional<std::pair<FlushedChunks, Status>> flushed;
+  const auto ended = [&](const FlushedChunks& dram, const Status& lower) { flushed = {dram, lower}; };
+  f.store->flush({.prefix = block_hash(1, 0)}, ended);
+  EXPECT_EQ(flushed->second.code(), Code::kNotFound);
+  ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
+  f.put(*f.slow, f.cell(1));
+  f.slow->broken = Status(Code::kUnavailable, "no route");
+  f.store->flush({.prefix = block_hash(1, 0)}, ended);
+  EXPECT_EQ(flushed->second.code(), Code::kUnavailable);
+  EXPECT_EQ(flushed->first.chunks, 1U) << "what is reached goes all the same";
+  f.slow->broken = Status::ok();
+  // The start of an object that nobody can read.
+  f.slow->objects.begin()->second.bytes[0] = std::byte{0};
+  f.store->flush({.prefix = block_hash(1, 0)}, ended);
   EXPECT_TRUE(f.slow->objects.empty());
 }
 
