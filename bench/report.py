@@ -31,6 +31,12 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
+COMPACT = {
+    "compact.handover_over_prefill": "hand-over of 4,000 tokens over their prefill",
+    "compact.handover.made_s": "stored and compacted, seconds",
+    "compact.handover.decode_s": "loaded, and one step, seconds",
+    "compact.tokens_per_s": "tokens compacted a second",
+}
 TIERS = {
     "store.nvme.read_over_fio": "NVMe: read over fio on the same disk",
     "store.nvme.write_over_fio": "NVMe: write over fio on the same disk",
@@ -46,6 +52,12 @@ REPLAYS = {
     "lru": "LRU", "s3fifo": "S3-FIFO", "tinylfu": "W-TinyLFU", "policy": "reuse (default)", "ladder_int8": "with int8",
     "ladder_int4": "with int8, int4", "ladder_full": "whole ladder", "belady": "Belady (limit)",
 }
+
+
+def compact_rows(results: dict) -> list[list[str]]:
+    fields = ("slots_ratio", "capacity_ratio", "capacity_limit", "decode_speedup", "decode_limit")
+    cases = sorted({key.rpartition(".")[0] for key in results if key.startswith("compact.") and key.endswith(".slots_ratio")})
+    return [[case.removeprefix("compact."), *(number(results.get(f"{case}.{field}")) for field in fields)] for case in cases]
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -161,6 +173,9 @@ def main() -> int:
         *table(["", "1", "64", "1,024"], match_rows(results)),
         "## First token of a prompt of 7,168 tokens", "",
         *table(["", ""], [[text, number(results[key])] for key, text in E2E.items() if key in results]),
+        "## Compact caches, beside the full one", "",
+        *table(["model, budget", "slots", "capacity", "its limit", "decode step", "its limit"], compact_rows(results)),
+        *table(["", ""], [[text, number(results[key])] for key, text in COMPACT.items() if key in results]),
         "## Tiers below DRAM", "",
         *table(["", ""], tier_rows(results)),
         "## Replays of production traces: share of prompt tokens that hit", "",

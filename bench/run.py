@@ -1,6 +1,6 @@
 """Runs every benchmark against its rival or limit and writes build/bench/results.json.
 
-Usage: run.py [--only transfer|rivals|kernels|replay|e2e ...]   (make bench runs all)
+Usage: run.py [--only transfer|rivals|kernels|replay|e2e|compact ...]   (make bench runs all)
 
 Everything in one flat JSON object; what each key means is in docs/benchmarks.md. Figures are ratios taken inside one
 round wherever the machine's own speed would drown them.
@@ -21,6 +21,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
+from compact_caches import measure as measure_compact  # noqa: E402
 from daemon import Daemon  # noqa: E402
 from engine import Engine, free_port, kvern_transfer  # noqa: E402
 from models import smollm2  # noqa: E402
@@ -163,6 +164,12 @@ def e2e() -> dict:
     }
 
 
+def compact() -> dict:
+    say("compact caches in a real engine: slots, decode steps, hand-over, capacity (some minutes)")
+    with daemon({"store.dram_bytes": "3GiB"}) as running:
+        return measure_compact(running.address)
+
+
 def redis() -> dict:
     say("the redis tier, beside redis-benchmark")
     return measure_redis(BUILD)
@@ -180,7 +187,7 @@ def replay() -> dict:
 
 
 PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "redis": redis, "replay": replay,
-         "e2e": e2e}
+         "e2e": e2e, "compact": compact}
 
 
 def machine() -> dict:

@@ -95,6 +95,29 @@ def random_gemma3(seed: int = 1) -> pathlib.Path:
     return _make("gemma3-window128", seed, build)
 
 
+def kv_heavy(seed: int = 1) -> pathlib.Path:
+    """Little to compute and much to keep: 16 KB of KV for a token in bf16, as many KV heads as query heads."""
+
+    def build():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=RANDOM_VOCABULARY,
+                hidden_size=512,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=16,
+                num_key_value_heads=16,
+                head_dim=64,
+                max_position_embeddings=32768,
+                tie_word_embeddings=False,
+            )
+        )
+
+    return _make("llama-kv-heavy", seed, build)
+
+
 def retrained(model: pathlib.Path, seed: int) -> pathlib.Path:
     """A copy of a checkpoint whose weights differ a little, as after more training; everything else is the same."""
     folder = model.with_name(f"{model.name}-retrained{seed}")
