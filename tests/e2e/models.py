@@ -46,8 +46,21 @@ def _make(name: str, seed: int, build) -> pathlib.Path:
     return folder
 
 
-def random_llama(heads: int = 8, kv_heads: int = 4, seed: int = 1) -> pathlib.Path:
-    """Four layers, head_dim 64; divisible over two tensor-parallel ranks."""
+# Scalings of the rotation whose angles do not depend on the prompt's length.
+ROTATIONS = {
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+}
+
+
+def random_llama(heads: int = 8, kv_heads: int = 4, seed: int = 1, rope: str | None = None) -> pathlib.Path:
+    """Four layers, head_dim 64; divisible over two tensor-parallel ranks. rope: a key of ROTATIONS."""
 
     def build():
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,10 +76,11 @@ def random_llama(heads: int = 8, kv_heads: int = 4, seed: int = 1) -> pathlib.Pa
                 head_dim=64,
                 max_position_embeddings=8192,
                 tie_word_embeddings=False,
+                **({"rope_parameters": ROTATIONS[rope]} if rope else {}),
             )
         )
 
-    return _make(f"llama-{heads}q{kv_heads}kv", seed, build)
+    return _make(f"llama-{heads}q{kv_heads}kv{f'-{rope}' if rope else ''}", seed, build)
 
 
 def random_gemma3(seed: int = 1) -> pathlib.Path:
