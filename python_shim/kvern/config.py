@@ -118,6 +118,7 @@ class Options:
     client_key_file: str = _option("", parse_key_file, "own CURVE key pair (tcp)")
     insecure: bool = _option(False, _parse_bool, "tcp without keys")
     codec: str = _option("", _parse_codec, "codec chain of what this engine stores; absent: the daemon's choice")
+    compact: str = _option("", _parse_codec, "chain of the compact caches of requests that say \"compact\": true")
     profiles: str = _option("", _parse_folder, "folder of model profiles (`kvern calibrate`); absent: $KVERN_PROFILES")
     store_generated: bool = _option(True, _parse_bool, "store complete chunks of generated tokens too")
     threads: int = _option(0, _parse_count(0, 64), "transfer threads of each worker; 0: 1, or 2 on more than 4 cores")
@@ -194,7 +195,8 @@ class RequestOptions:
     problem: str = ""
 
     @classmethod
-    def from_request(cls, kv_transfer_params) -> "RequestOptions":
+    def from_request(cls, kv_transfer_params, compact: str = "") -> "RequestOptions":
+        """compact: the chain that "compact": true stands for; empty: none."""
         if not isinstance(kv_transfer_params, dict) or "kvern" not in kv_transfer_params:
             return cls()
         given = kv_transfer_params["kvern"]
@@ -212,10 +214,16 @@ class RequestOptions:
                 values[key] = value
             elif key in ("codec", "compact") and is_codec_spec(value):
                 values[key] = value
+            elif key == "compact" and value is True and compact:
+                values[key] = compact
+            elif key == "compact" and value is False:
+                pass
             elif key == "ttl_seconds" and type(value) is int and 0 < value <= MAX_COMPACT_TTL_SECONDS:
                 values[key] = value
             elif key == "task" and value in COMPACT_TASKS:
                 values[key] = value
+            elif key == "compact" and value is True:
+                refusals.append("compact is true, and this engine has no kvern.compact that says how")
             elif key == "compact":
                 refusals.append("compact must be a chain such as 'cake(budget=12%) | int8'")
             elif key == "ttl_seconds":
@@ -224,7 +232,7 @@ class RequestOptions:
                 refusals.append(f"task must be one of {', '.join(COMPACT_TASKS)}")
             else:
                 problems.append(repr(key)[:40])
-        if refusals and "compact" in given:
+        if refusals and given.get("compact", False) is not False:
             values.pop("compact", None)
             values["compact_refusal"] = "; ".join(refusals)
         problem = f"ignored in kv_transfer_params['kvern']: {', '.join(problems)}" if problems else ""

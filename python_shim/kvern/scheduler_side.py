@@ -198,7 +198,7 @@ class SchedulerSide:
     def _state_of(self, request) -> _RequestState:
         state = self._states.get(request.request_id)
         if state is None:
-            options = RequestOptions.from_request(getattr(request, "kv_transfer_params", None))
+            options = RequestOptions.from_request(getattr(request, "kv_transfer_params", None), self._options.compact)
             if options.problem:
                 log_once(logging.WARNING, "Kvern: %s.", options.problem)
             state = _RequestState(request, options, len(self._geometry.groups))

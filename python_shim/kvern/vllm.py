@@ -14,7 +14,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvern import compactions, compat, groups, identity
-from kvern.config import Options
+from kvern.config import OptionError, Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once, logger
 from kvern.metadata import KvernMetadata
@@ -46,6 +46,8 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
                 self._scheduler = self._make_scheduler_side(vllm_config, kv_cache_config, geometry, options)
             else:
                 self._worker = self._make_worker_side(geometry, options)
+        except OptionError:
+            raise
         except Refused as error:
             refusal = str(error)
             log_once(logging.WARNING, "Kvern: this engine runs without the store: %s.", refusal)
@@ -97,6 +99,13 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
                 transfer.kv_load_failure_policy,
             )
         weights = identity.weights_fingerprint(vllm_config, options.weights)
+        if options.compact:
+            from kvern import _kvern
+
+            try:
+                _kvern.compaction_plan(options.compact, vllm_config.model_config.max_model_len)
+            except ValueError as error:
+                raise OptionError(f"kvern.compact is {options.compact!r}: {error}.") from None
         native, client = self._connect(options, scheduler=True)
         matcher = native.PrefixMatcher(
             client,

@@ -69,6 +69,16 @@ def test_a_requests_wishes_never_raise(given):
     assert options.load and options.store and options.max_load_tokens is None and options.codec == ""
 
 
+def test_a_wish_for_a_compact_cache_may_leave_the_how_to_the_engine():
+    wish = {"kvern": {"compact": True, "ttl_seconds": 60}}
+    taken = RequestOptions.from_request(wish, "snapkv(budget=25%)")
+    assert (taken.compact, taken.ttl_seconds, taken.compact_refusal) == ("snapkv(budget=25%)", 60, "")
+    refused = RequestOptions.from_request(wish)
+    assert refused.compact == "" and "kvern.compact" in refused.compact_refusal
+    none = RequestOptions.from_request({"kvern": {"compact": False}}, "snapkv(budget=25%)")
+    assert (none.compact, none.compact_refusal, none.problem) == ("", "", "")
+
+
 def test_a_requests_wishes_are_bounded():
     options = RequestOptions.from_request({"kvern": {f"key{i}": "x" * 10_000 for i in range(100)}})
     assert len(options.problem) < 2000
