@@ -56,6 +56,12 @@ ROTATIONS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 1024,
     },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 1024,
+    },
 }
 
 
