@@ -101,7 +101,7 @@ def test_the_page_needs_nothing_from_elsewhere(pages, name):
 
 def test_its_figures_are_those_of_the_metrics(daemon, pages):
     text = pages["since"].read_text()
-    share = re.search(r"<b>([\d.]+) %</b><span>of [\d.]+k? prompt tokens were found", text)
+    share = re.search(r"<b>([\d.]+) %</b><span>of [\d.]+[kM]? prompt tokens were found", text)
     asked, found = daemon.metric("kvern_requested_tokens_total"), daemon.metric("kvern_hit_tokens_total")
     # Half of the look-ups were for prompts that nobody stored; the last ones came after the page was written.
     assert share and abs(float(share[1]) - 100 * found / asked) < 5
