@@ -473,9 +473,9 @@ void Client::State::run() {
       }
       connected = fresh;
       events.reset();
+      publish(fresh);
       tell_user("connected to " + config.address + ", data plane " + std::string(fresh->data_plane->name()));
       told_problem.clear();
-      publish(fresh);
       delay = milliseconds(config.backoff_min_ms);
       why = serve(fresh);
       end_session(*fresh);

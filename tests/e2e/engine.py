@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import select
 import signal
 import socket
@@ -191,6 +192,19 @@ class Engine(Process):
         self._buffer = b""
         self.child.stdin.write(json.dumps({"model": str(model), "args": settings}).encode() + b"\n")
         self.child.stdin.flush()
+
+    def wait_connected(self, clients: int = 2) -> None:
+        """The daemon counts a session before the client has all that belongs to it; this waits for the clients' own word.
+        To be called when the daemon has counted them, so that their losses are in the log too."""
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while True:
+            log = self.log.read_text(errors="replace")
+            ended = re.findall(r"^kvern: .*ended the session", log, re.MULTILINE)
+            if log.count("kvern: connected to") - len(ended) == clients:
+                return
+            if time.monotonic() > deadline:
+                raise EngineHung(f"no {clients} clients are connected\n{tail(self.log)}")
+            time.sleep(0.02)
 
     def wait_started(self, seconds: float = START_SECONDS) -> "Engine":
         """The constructor returns at once, so that several engines can start side by side."""

@@ -58,6 +58,7 @@ def test_the_daemon_is_killed_during_a_load_and_comes_back(daemon, engine):
     alone = engine.generate(tokens("no daemon", length=LENGTH))
     daemon.start()
     daemon.wait_sessions(2)
+    engine.wait_connected()
     engine.forget_kv()
     again = engine.generate(tokens("no daemon", length=LENGTH))
     assert again.tokens == alone.tokens, difference(again, alone)
@@ -77,6 +78,7 @@ def test_the_daemon_is_killed_during_a_store(daemon, engine):
     assert engine.settle(limit=60), "pages stay held after the daemon's death"
     daemon.start()
     daemon.wait_sessions(2)
+    engine.wait_connected()
     engine.forget_kv()
     again = engine.generate(text)
     assert again.tokens == cold.tokens, difference(again, cold)
@@ -186,6 +188,7 @@ def test_the_daemon_may_be_absent_when_the_engine_starts(stage, daemon, engine, 
     assert 1 <= said <= 2, f"the engine must say once that there is no daemon, not {said} times"
     daemon.start()
     daemon.wait_sessions(6)
+    late.wait_connected()
     late.forget_kv()
     late.generate(text)
     late.forget_kv()

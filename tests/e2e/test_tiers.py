@@ -150,6 +150,7 @@ def test_nvme_outlives_a_killed_daemon(daemon, engine, texts, cold):
     daemon.kill()
     daemon.start()
     daemon.wait_sessions(2)
+    engine.wait_connected()
     restore(engine, texts, cold)
 
 
@@ -207,6 +208,7 @@ def test_dram_outlives_a_killed_daemon(stage, tmp_path):
             end()
             kept.start()
             kept.wait_sessions(2)
+            engine.wait_connected()
             restore(engine, [text], [cold])
         engine.stop()
     finally:
