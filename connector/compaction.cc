@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "connector/client.h"
+#include "connector/shard_message.h"
 #include "kernels/compaction.h"
 #include "transport/compact_handle.h"
 #include "transport/wire.h"
@@ -113,14 +114,7 @@ Status send_compaction(const Session& session, const NamespaceId& namespace_id, 
   compact->set_hash_bytes(job.hash_bytes);
   compact->set_group_layers(pages.group_layers);
   compact->set_model_heads(pages.model_heads);
-  wire::ShardMessage* shard = compact->mutable_shard();
-  shard->set_dtype(static_cast<std::uint32_t>(pages.dtype));
-  shard->set_layer_begin(pages.layer_begin);
-  shard->set_layers(static_cast<std::uint32_t>(pages.layers.size()));
-  shard->set_head_begin(pages.head_begin);
-  shard->set_heads(pages.heads);
-  shard->set_key_dim(pages.key_dim);
-  shard->set_value_dim(pages.value_dim);
+  describe_shard(pages.shape(1), compact->mutable_shard());
   // Queries that are missing are for the daemon to refuse: it drops the prompt's chunks, and knows why for those who
   // ask.
   const bool captured = has_queries(job, pages);

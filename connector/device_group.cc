@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <utility>
 
+#include "connector/shard_message.h"
 #include "kernels/cuda/page_coder.h"
 #include "transport/admission.h"
 #include "transport/wire.h"
@@ -74,14 +75,7 @@ Result<std::uint64_t> DeviceGroup::register_with(const Session& session, std::ch
   body->set_pages_per_block(cache_.pages_per_block);
   body->set_group_layers(cache_.group_layers);
   body->set_model_heads(cache_.model_heads);
-  wire::ShardMessage* shard = body->mutable_shard();
-  shard->set_dtype(static_cast<std::uint32_t>(cache_.dtype));
-  shard->set_layer_begin(cache_.layer_begin);
-  shard->set_layers(static_cast<std::uint32_t>(cache_.layers.size()));
-  shard->set_head_begin(cache_.head_begin);
-  shard->set_heads(cache_.heads);
-  shard->set_key_dim(cache_.key_dim);
-  shard->set_value_dim(cache_.value_dim);
+  describe_shard(cache_.shape(1), body->mutable_shard());
   std::map<const std::byte*, std::uint32_t> known;  // numbers of allocations by their first byte
   std::vector<UniqueFd> descriptors;
   for (std::size_t i = 0; i < cache_.layers.size(); ++i) {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "connector/shard_message.h"
 #include "kernels/checksum.h"
 #include "kernels/container.h"
 #include "transport/wire.h"
@@ -36,14 +37,7 @@ wire::HotRequest reserve_request(const StoreContext& context, std::span<const st
   body->set_group_layers(pages.group_layers);
   body->set_model_heads(pages.model_heads);
   body->set_codec_spec(context.job.codec_spec);
-  wire::ShardMessage* shard = body->mutable_shard();
-  shard->set_dtype(static_cast<std::uint32_t>(pages.dtype));
-  shard->set_layer_begin(pages.layer_begin);
-  shard->set_layers(static_cast<std::uint32_t>(pages.layers.size()));
-  shard->set_head_begin(pages.head_begin);
-  shard->set_heads(pages.heads);
-  shard->set_key_dim(pages.key_dim);
-  shard->set_value_dim(pages.value_dim);
+  describe_shard(pages.shape(1), body->mutable_shard());
   for (const std::uint32_t index : chunks) {
     const StoreChunk& chunk = context.job.chunks[index];
     wire::ReserveItem* item = body->add_items();
