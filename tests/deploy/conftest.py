@@ -13,3 +13,22 @@ def root(tmp_path_factory):
     from image import unpack
 
     return unpack(tmp_path_factory.mktemp("image") / "root")
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    """A kvernd with a second tier and a ladder."""
+    from daemon import Daemon
+
+    folder = tmp_path_factory.mktemp("kvernd")
+    # Room for a few prompts of the load; the others step down, leave, and come back from the file.
+    settings = {
+        "store.dram_bytes": "64MiB",
+        "nvme.files": str(folder / "nvme"),
+        "nvme.bytes": "1GiB",
+        "nvme.sync": False,
+        "ladder.default": "balanced",
+    }
+    daemon = Daemon(folder, settings).start()
+    yield daemon
+    daemon.destroy()

@@ -51,22 +51,6 @@ def panel_queries() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kvernd")
-    # Room for a few prompts of the load; the others step down, leave, and come back from the file.
-    settings = {
-        "store.dram_bytes": "64MiB",
-        "nvme.files": str(folder / "nvme"),
-        "nvme.bytes": "1GiB",
-        "nvme.sync": False,
-        "ladder.default": "balanced",
-    }
-    daemon = Daemon(folder, settings).start()
-    yield daemon
-    daemon.destroy()
-
-
-@pytest.fixture(scope="module")
 def prometheus(daemon, tmp_path_factory):
     server = Prometheus(tmp_path_factory.mktemp("prometheus"), daemon.http_port).wait_ready()
     yield server

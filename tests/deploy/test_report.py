@@ -7,25 +7,9 @@ import threading
 
 import pytest
 
-from daemon import Daemon
 from load import Load
 
 BROWSER_SECONDS = 120
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kvernd")
-    settings = {
-        "store.dram_bytes": "64MiB",
-        "nvme.files": str(folder / "nvme"),
-        "nvme.bytes": "1GiB",
-        "nvme.sync": False,
-        "ladder.default": "balanced",
-    }
-    daemon = Daemon(folder, settings).start()
-    yield daemon
-    daemon.destroy()
 
 
 @pytest.fixture(scope="module")

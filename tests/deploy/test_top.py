@@ -14,21 +14,6 @@ TITLES = ("TIER", "CODEC", "ID    SESSION", "SLOWEST OPERATIONS")
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kvernd")
-    settings = {
-        "store.dram_bytes": "64MiB",
-        "nvme.files": str(folder / "nvme"),
-        "nvme.bytes": "1GiB",
-        "nvme.sync": False,
-        "ladder.default": "balanced",
-    }
-    daemon = Daemon(folder, settings).start()
-    yield daemon
-    daemon.destroy()
-
-
-@pytest.fixture(scope="module")
 def load(daemon):
     load = Load(daemon.address, chunks=8)
     yield load
