@@ -6,7 +6,7 @@ import pathlib
 import re
 from urllib.parse import urlsplit
 
-from kvern.config import OptionError, is_codec_spec, parse_address, parse_key_file
+from kvern.config import COMPACT_TTL_SECONDS, MAX_COMPACT_TTL_SECONDS, OptionError, is_codec_spec, parse_address, parse_key_file
 from kvern.task_kind import TASKS
 
 ON_FAILURE = ("fallback", "error")
@@ -78,7 +78,9 @@ class Settings:
     task: str = _setting("auto", _one_of("auto", *TASKS), "kind of task for windowkv; auto: judged by the text")
     min_prompt_tokens: int = _setting(1024, _number(2, 1 << 24, whole=True), "shorter prompts are served as they are")
     ttl_seconds: int = _setting(
-        3600, _number(1, 2_592_000, whole=True), "life of a compact cache whose deletion is lost; longer than any answer"
+        COMPACT_TTL_SECONDS,
+        _number(1, MAX_COMPACT_TTL_SECONDS, whole=True),
+        "life of a compact cache whose deletion is lost; longer than any answer",
     )
     ready_timeout_seconds: float = _setting(30.0, _number(0, 3600), "how long a compact cache may take to be made")
     connect_timeout_seconds: float = _setting(10.0, _number(0.01, 600), "one attempt to connect to a server")

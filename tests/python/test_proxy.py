@@ -463,6 +463,7 @@ def test_placeholders_are_the_last_of_each_word():
         ({"prefill": "http://a", "compact": "$(rm)"}, "compact chain"),
         ({"prefill": "http://a", "daemon": "tcp://d:1"}, "server_key_file"),
         ({"prefill": "http://a", "dekode": "http://b"}, "unknown: dekode"),
+        ({"prefill": "http://a:1", "ttl_seconds": 604_801}, "604800"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(values, message):
