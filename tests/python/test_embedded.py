@@ -18,7 +18,7 @@ from kvern.groups import Refused
 
 STAND_IN = """\
 #!{python}
-import os, signal, socket, sys
+import os, socket, sys
 options = dict(argument[2:].split("=", 1) for argument in sys.argv[1:])
 path = options["server.socket"]
 with open(os.path.dirname(path) + "/starts", "a") as file:
@@ -28,7 +28,6 @@ if os.path.exists(path):
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(path)
 listener.listen(64)
-signal.signal(signal.SIGTERM, lambda *_: (os.unlink(path), sys.exit(0)))
 while True:
     listener.accept()
 """
