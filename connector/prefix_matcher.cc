@@ -30,8 +30,12 @@ constexpr std::size_t kMaxQuestions = 256;
 /// How often the daemon is asked whether what it brings up is there. A round trip costs some 10 us, and what a chunk
 /// takes from NVMe is a millisecond.
 constexpr std::chrono::milliseconds kPrefetchPoll{2};
-/// Room for the rest of a Match message beside its hashes.
+/// Room for the rest of a message beside its hashes.
 constexpr std::size_t kMatchOverheadBytes = 1024;
+/// Hashes that the daemon takes in one message.
+constexpr std::size_t kMaxHashes = 1U << 15;
+/// Wishes that wait for the helper thread; more are dropped.
+constexpr std::size_t kMaxWishes = 256;
 
 struct Question {
   NamespaceId namespace_id;
@@ -106,11 +110,15 @@ struct PrefixMatcher::State {
   std::unordered_map<std::string, Claim> claims;
   std::unordered_map<std::string, std::shared_ptr<RemoteMatch>> remote;
   std::deque<std::shared_ptr<RemoteMatch>> questions;
-  /// Leases to give back, each to its own session.
-  std::deque<std::pair<std::shared_ptr<const Session>, std::uint64_t>> releases;
+  /// Messages whose answers nobody waits for, each to its own session.
+  struct Errand {
+    std::shared_ptr<const Session> session;
+    wire::HotRequest request;
+  };
+  std::deque<Errand> errands;
   std::uint64_t next_lease = 1;
   bool stopping = false;
-  std::thread helper;  ///< started by the first remote question
+  std::thread helper;  ///< started by the first that needs it
 
   Answer match_local(const Session& session, const std::string& request, const Question& question,
                      std::string_view hashes, std::uint32_t limit);
@@ -121,6 +129,8 @@ struct PrefixMatcher::State {
   void put_claim(const std::string& request, Claim claim);
   void give_lease_back(const std::string& request);
   void drop_remote_locked(const std::string& request);
+  void release_locked(std::shared_ptr<const Session> session, std::uint64_t lease_id);
+  void start_helper_locked();
   void run();
   std::optional<Answer> ask(const RemoteMatch& match, bool prefetch) const;
   std::uint32_t block_limit(const Question& question, std::size_t hash_count) const {
@@ -208,8 +218,18 @@ void PrefixMatcher::State::give_lease_back(const std::string& request) {
   const auto found = remote.find(request);
   if (found == remote.end() || !found->second->leased) return;
   found->second->leased = false;
-  releases.emplace_back(found->second->session, found->second->lease_id);
+  release_locked(found->second->session, found->second->lease_id);
+}
+
+void PrefixMatcher::State::release_locked(std::shared_ptr<const Session> session, std::uint64_t lease_id) {
+  Errand errand{std::move(session), {}};
+  errand.request.mutable_release_match()->set_lease_id(lease_id);
+  errands.push_back(std::move(errand));
   wake.notify_one();
+}
+
+void PrefixMatcher::State::start_helper_locked() {
+  if (!helper.joinable()) helper = start_service_thread("kvern-match", [this] { run(); });
 }
 
 void PrefixMatcher::State::drop_remote_locked(const std::string& request) {
@@ -217,10 +237,7 @@ void PrefixMatcher::State::drop_remote_locked(const std::string& request) {
   if (found == remote.end()) return;
   RemoteMatch& match = *found->second;
   match.dropped = true;
-  if (match.leased) {
-    releases.emplace_back(match.session, match.lease_id);
-    wake.notify_one();
-  }
+  if (match.leased) release_locked(match.session, match.lease_id);
   remote.erase(found);
 }
 
@@ -239,7 +256,7 @@ const RemoteMatch* PrefixMatcher::State::find_locked(const Session& session, con
 bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, const std::string& request,
                                         Question question) {
   if (questions.size() >= kMaxQuestions) return false;
-  if (!helper.joinable()) helper = start_service_thread("kvern-match", [this] { run(); });
+  start_helper_locked();
   auto match = std::make_shared<RemoteMatch>();
   match->ask_at = SteadyClock::now();
   match->prefetch_until = match->ask_at;
@@ -316,7 +333,7 @@ void PrefixMatcher::State::run() {
   while (true) {
     const auto next = std::ranges::min_element(questions, {}, [](const auto& each) { return each->ask_at; });
     const bool due = next != questions.end() && (*next)->ask_at <= SteadyClock::now();
-    if (!stopping && !due && releases.empty()) {
+    if (!stopping && !due && errands.empty()) {
       if (next == questions.end()) {
         wake.wait(lock);
       } else {
@@ -324,16 +341,15 @@ void PrefixMatcher::State::run() {
       }
       continue;
     }
-    if (!releases.empty()) {
-      const auto [session, lease_id] = std::move(releases.front());
-      releases.pop_front();
+    if (!errands.empty()) {
+      Errand errand = std::move(errands.front());
+      errands.pop_front();
       lock.unlock();
-      wire::HotRequest request;
-      request.mutable_release_match()->set_lease_id(lease_id);
       wire::HotReply reply;
-      // A lease of a session that is gone is gone as well.
-      if (session->alive()) {
-        static_cast<void>(session->channel->call(request, &reply, std::chrono::milliseconds(kMinRemoteTimeoutMs)));
+      // A lease of a session that is gone is gone as well, and so is a wish.
+      if (errand.session->alive()) {
+        static_cast<void>(
+            errand.session->channel->call(errand.request, &reply, std::chrono::milliseconds(kMinRemoteTimeoutMs)));
       }
       lock.lock();
       continue;
@@ -363,7 +379,7 @@ void PrefixMatcher::State::run() {
     }
     // A local client's leases stand until it has claims of its own.
     match->leased = !match->dropped && (match->answer.tokens > 0 || match->session->local);
-    if (!match->leased) releases.emplace_back(match->session, match->lease_id);
+    if (!match->leased) release_locked(match->session, match->lease_id);
   }
 }
 
@@ -419,6 +435,30 @@ PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int names
   }
   question.hashes = hashes;
   return state.match_remote(session, request, std::move(question));
+}
+
+void PrefixMatcher::retain(int namespace_handle, std::uint16_t group, std::string_view hashes, std::uint32_t hash_bytes,
+                           std::uint64_t seconds) {
+  State& state = *state_;
+  const auto session = state.client->session();
+  if (!session || !session->alive()) return;
+  const auto namespace_id = session->namespace_id(namespace_handle);
+  if (!namespace_id || hash_bytes == 0 || hash_bytes > BlockHash::kMaxBytes || hashes.size() % hash_bytes != 0) return;
+  const std::size_t piece =
+      std::min(kMaxHashes, (kMaxMessageBytes - kMatchOverheadBytes) / hash_bytes) * std::size_t{hash_bytes};
+  const std::lock_guard lock(state.mutex);
+  state.start_helper_locked();
+  for (; !hashes.empty() && state.errands.size() < kMaxWishes; hashes.remove_prefix(std::min(piece, hashes.size()))) {
+    State::Errand errand{session, {}};
+    wire::Retain* body = errand.request.mutable_retain();
+    body->set_namespace_id(namespace_id->bytes.data(), namespace_id->bytes.size());
+    body->set_group(group);
+    body->set_block_hashes(hashes.data(), std::min(piece, hashes.size()));
+    body->set_hash_bytes(hash_bytes);
+    body->set_retain_seconds(seconds);
+    state.errands.push_back(std::move(errand));
+  }
+  state.wake.notify_one();
 }
 
 void PrefixMatcher::release(const std::string& request) {

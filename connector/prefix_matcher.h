@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/keys.h"
@@ -53,6 +54,10 @@ class PrefixMatcher {
   Answer match(const std::string& request, int namespace_handle, std::string_view hashes, std::uint32_t hash_bytes,
                std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens);
   void release(const std::string& request);
+  /// Asks the daemon to keep what it has of these blocks for so long (wire::Retain). A wish: it is lost where no daemon
+  /// answers, and when too many wait to be sent.
+  void retain(int namespace_handle, std::uint16_t group, std::string_view hashes, std::uint32_t hash_bytes,
+              std::uint64_t seconds);
   /// Claims that stand now (for leak checks and metrics).
   std::size_t claims() const;
 

@@ -101,6 +101,8 @@ std::vector<MetricFamily> Collector::Collect() const {
   out.gauge("kvern_prefetches", "Look-ups for which chunks are on their way up", number(lower.prefetches));
   out.gauge("kvern_tier_raw_bytes", "Bytes of the stored chunks before encoding", number(stats.raw_bytes), dram);
   out.gauge("kvern_tier_encoded_bytes", "Bytes of the stored chunks after encoding", number(stats.encoded_bytes), dram);
+  out.gauge("kvern_retained_chunks", "Chunks that requests want kept", number(stats.retained_chunks), dram);
+  out.gauge("kvern_retained_bytes", "Bytes of the chunks that requests want kept", number(stats.retained_bytes), dram);
   // Chains that clients choose are not labels; forms with one label are one series.
   std::map<std::string, StoredFormStats> forms;
   for (const StoredFormStats& form : parts_.store.forms()) {

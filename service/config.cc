@@ -88,6 +88,10 @@ constexpr ConfigKey kKeys[] = {
     {"store.eviction", KeyType::kText, "", "reuse|lru|s3fifo|tinylfu", 0, kNoLimit,
      "What leaves first when the tier is full; in every policy the end of a prompt leaves before its start.",
      KVERN_SLOT(store.eviction)},
+    {"store.retain_percent", KeyType::kNumber, "%", "", 0, 100,
+     "Share of the tier, or of its quota where that is less, in which a tenant's requests may have chunks retained "
+     "(retain_seconds); 0: such wishes come to nothing.",
+     KVERN_SLOT(store.retain_percent)},
     {"store.warm_restart", KeyType::kFlag, "", "", 0, kNoLimit,
      "Keep the DRAM tier in server.run_dir when the daemon ends, however it ends, and take it back at the next start.",
      KVERN_SLOT(store.warm_restart)},

@@ -59,6 +59,7 @@ struct ServiceConfig {
   struct Store {
     std::uint64_t dram_bytes = 4ULL << 30;
     std::string eviction = "reuse";
+    std::uint64_t retain_percent = 25;
     bool warm_restart = true;
     std::uint64_t incomplete_ttl_seconds = 60;
     std::uint64_t chunk_capacity = 0;

@@ -244,6 +244,9 @@ void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotR
     case wire::HotRequest::kLoadPages:
       parts_.metrics.request(RequestType::kLoadPages);
       return load_pages(session, request, std::move(reply));
+    case wire::HotRequest::kRetain:
+      parts_.metrics.request(RequestType::kRetain);
+      return finish(retain(*session, request.retain(), answer.mutable_retained()));
     case wire::HotRequest::BODY_NOT_SET:
       break;
   }
@@ -449,6 +452,25 @@ void HotService::reserve_item(Session& session, const ReserveTerms& terms, const
   answer->set_reservation_id(reservation->id);
   answer->mutable_extent()->set_offset(reservation->block.extent().offset);
   answer->mutable_extent()->set_bytes(raw_bytes);
+}
+
+Status HotService::retain(const Session& session, const wire::Retain& request, wire::Retained* answer) {
+  const auto space = named_namespace(session, request.namespace_id(), request.group());
+  if (!space) return space.error();
+  const auto hashes = split_hashes(request.block_hashes(), request.hash_bytes(), kMaxMatchBlocks);
+  if (!hashes) return hashes.error();
+  if (request.retain_seconds() == 0 || request.retain_seconds() > kMaxRetainSeconds) {
+    return invalid("retain_seconds must be 1 to " + std::to_string(kMaxRetainSeconds) + ", not " +
+                   std::to_string(request.retain_seconds()));
+  }
+  const std::int64_t until_ns =
+      parts_.clock.now_ns() + static_cast<std::int64_t>(request.retain_seconds()) * 1'000'000'000;
+  const RetainedChunks retained =
+      parts_.store.retain((*space)->id, static_cast<std::uint16_t>(request.group()), *hashes, until_ns);
+  parts_.metrics.retentions_refused.Increment(static_cast<double>(retained.refused));
+  answer->set_chunks(retained.chunks);
+  answer->set_refused(retained.refused);
+  return Status::ok();
 }
 
 void HotService::commit(const std::shared_ptr<Session>& session, const wire::HotRequest& request,

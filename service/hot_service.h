@@ -24,6 +24,8 @@ class HotService final : public HotHandler {
  public:
   /// Longest prefix of one Match. A longer one is asked for in pieces.
   static constexpr std::size_t kMaxMatchBlocks = 1U << 15;
+  /// What is retained for longer is asked for again.
+  static constexpr std::uint64_t kMaxRetainSeconds = 7ULL * 24 * 3600;
 
   struct Parts {
     Sessions& sessions;
@@ -54,6 +56,7 @@ class HotService final : public HotHandler {
   Status fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer);
   Status release(Session& session, const wire::Release& request);
   void report(const wire::Report& request);
+  Status retain(const Session& session, const wire::Retain& request, wire::Retained* answer);
 
   void store_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);
   void load_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);

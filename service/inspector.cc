@@ -122,6 +122,8 @@ std::string Inspector::status_json(bool stopping) const {
                                    {"used_bytes", stats.used_bytes},
                                    {"chunks", stats.chunks},
                                    {"incomplete_chunks", stats.incomplete_chunks},
+                                   {"retained_chunks", stats.retained_chunks},
+                                   {"retained_bytes", stats.retained_bytes},
                                    {"pinned_chunks", stats.pinned_chunks},
                                    {"raw_bytes", stats.raw_bytes},
                                    {"encoded_bytes", stats.encoded_bytes},

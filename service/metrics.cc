@@ -101,6 +101,8 @@ Metrics::Metrics()
       hit_tokens(counter(*registry_, "kvern_hit_tokens_total", "Prompt tokens that were found", {{"tier", "dram"}})),
       loaded_tokens(counter(*registry_, "kvern_loaded_tokens_total", "Tokens whose blocks reached an engine's pages")),
       failed_loads(counter(*registry_, "kvern_failed_loads_total", "Loads that ended without the blocks")),
+      retentions_refused(counter(*registry_, "kvern_retentions_refused_total",
+                                 "Chunks that a request wanted kept and whose tenant may have no more of them")),
       control_requests(counter(*registry_, "kvern_control_requests_total", "Messages on the control plane")),
       device_stored_bytes(counter(*registry_, "kvern_device_page_bytes_total",
                                   "Bytes of pages on devices that were stored or loaded, before encoding",
@@ -124,7 +126,7 @@ Metrics::Metrics()
                            .Add({}, error_buckets())) {
   label_all(requests_, counters(*registry_, "kvern_requests_total", "Hot requests by type"), "type",
             {"match", "reserve", "commit", "abandon", "fetch", "release", "release_match", "report", "store_pages",
-             "load_pages"});
+             "load_pages", "retain"});
   label_all(refused_, counters(*registry_, "kvern_refused_total", "Chunks that were not taken, by reason"), "reason",
             {"invalid", "codec", "too_large", "staging_full", "store_full", "queue_full", "in_flight", "corrupt",
              "stopping", "session"});

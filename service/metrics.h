@@ -32,6 +32,7 @@ enum class RequestType {
   kReport,
   kStorePages,
   kLoadPages,
+  kRetain,
   kCount
 };
 /// Why a reservation or commit came to nothing; labels of kvern_refused_total.
@@ -120,6 +121,7 @@ class Metrics final : public TierObserver, public DemotionObserver {
   prometheus::Counter& hit_tokens;
   prometheus::Counter& loaded_tokens;
   prometheus::Counter& failed_loads;
+  prometheus::Counter& retentions_refused;
   prometheus::Counter& control_requests;
   prometheus::Counter& device_stored_bytes;
   prometheus::Counter& device_loaded_bytes;

@@ -12,9 +12,11 @@
 #include <utility>
 
 #include "store/chunk_record.h"
+#include "store/chunk_tree.h"
 #include "store/container_map.h"
 #include "store/demotion.h"
 #include "store/quota.h"
+#include "store/retention.h"
 
 namespace kvern {
 namespace {
@@ -22,7 +24,7 @@ namespace {
 // Victims of one eviction round. They share one look at the hazards; more would be missed by readers for nothing when
 // somebody holds them.
 constexpr std::size_t kEvictionBatch = 32;
-// Chunk numbers that flush() and snapshot() look at before they let others have the lock.
+// Chunk numbers that flush() and snapshot(), and blocks that retain() look at before they let others have the lock.
 constexpr std::uint32_t kScanBatch = 256;
 // Victims that unsaved_victims() looks at in one call, with the lock held.
 constexpr std::size_t kVictimScan = 512;
@@ -30,6 +32,8 @@ constexpr std::size_t kVictimScan = 512;
 constexpr int kDemotionTries = 8;
 // Namespaces whose terms are known; beyond it those go that have no chunks.
 constexpr std::size_t kMaxTerms = 8192;
+// Chunks before a retained one that are retained with it: a prompt of a million tokens in chunks of 32.
+constexpr std::size_t kMaxRetainedDepth = 1U << 15;
 // Keeps chunk numbers, also one past the last, within 32 bits.
 constexpr std::uint32_t kMaxChunkCapacity = 1U << 30;
 
@@ -44,6 +48,7 @@ Status ChunkStoreConfig::validate() const {
     return {Code::kInvalid, "index_slots must be a power of two, at least 4"};
   }
   if (demotion_free_bytes >= slab_bytes) return {Code::kInvalid, "demotion_free_bytes must be less than slab_bytes"};
+  if (!(retain_share >= 0 && retain_share <= 1)) return {Code::kInvalid, "retain_share must be 0 to 1"};
   if (incomplete_ttl_ns <= 0) return {Code::kInvalid, "incomplete_ttl_ns must be above 0"};
   return Status::ok();
 }
@@ -156,6 +161,13 @@ struct ChunkStore::State {
   }
   template <typename Enough>
   bool evict_until(EvictionPolicy& order, std::uint64_t bytes, Enough enough);
+  template <typename Enough>
+  bool evict_retained(const EvictionPolicy& order, Enough enough);
+
+  // Retention.
+  bool retain(std::uint32_t chunk, std::int64_t until_ns);
+  void stop_retaining(std::uint32_t chunk);
+  void let_expire();
 
   // Quotas.
   const std::string* limited_tenant(const NamespaceId& namespace_id) const;
@@ -213,6 +225,7 @@ struct ChunkStore::State {
   std::function<void()> pressure_listener;
   bool pressed = false;
   std::unordered_map<std::uint64_t, Load> loads;
+  Retention retention;  // of live chunks
   TenantQuotas quotas;
   std::map<std::string, Tenant> tenants;         // that have a quota; never erased
   std::unordered_map<NamespaceId, Terms> terms;  // those that are not the default
@@ -386,6 +399,7 @@ void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view 
   unmap(leaving);
   for (std::size_t block = 0; block < leaving.blocks; ++block) index.erase(leaving.fingerprint(block), chunk);
   tell_policies(chunk, [&](EvictionPolicy& each) { each.erased(chunk); });
+  retention.remove(chunk);
   if (demotion) demotion->left(chunk);
   --counters.chunks;
   count_form(leaving, false);
@@ -482,14 +496,15 @@ void ChunkStore::State::drop_incomplete(const NamespaceSet& namespaces, std::int
 }
 
 // Evicts until enough() holds; false when nothing is left that could go. Each round takes about as many victims as make
-// up the bytes, and looks at every chunk at most once.
+// up the bytes, and looks at every chunk at most once. What is retained goes last.
 template <typename Enough>
 bool ChunkStore::State::evict_until(EvictionPolicy& order, std::uint64_t bytes, Enough enough) {
   if (enough()) return true;
   free_unheld();
   drop_incomplete(NamespaceSet::all(), clock.now_ns() - config.incomplete_ttl_ns);
+  let_expire();
   std::vector<std::uint32_t> candidates;
-  std::uint64_t left = counters.chunks;
+  std::uint64_t left = counters.chunks - retention.size();
   while (!enough()) {
     candidates.clear();
     std::uint64_t candidate_bytes = 0;
@@ -504,12 +519,67 @@ bool ChunkStore::State::evict_until(EvictionPolicy& order, std::uint64_t bytes, 
       candidates.push_back(chunk);
       candidate_bytes += record(chunk).encoded_bytes();
     }
-    if (left == left_before) return false;
+    if (left == left_before) return evict_retained(order, enough);
     const std::uint64_t chunks_before = counters.chunks;
     counters.evicted_bytes += retire(candidates, "evicted");
     counters.evicted_chunks += chunks_before - counters.chunks;
   }
   return true;
+}
+
+// All that the order names is in use. Nothing is pinned by being retained.
+template <typename Enough>
+bool ChunkStore::State::evict_retained(const EvictionPolicy& order, Enough enough) {
+  for (const std::uint32_t chunk : retention.all()) {
+    const ChunkTree& tree = order.tree();
+    if (!tree.contains(chunk) || tree.children(chunk) > 0 || record(chunk).pins > 0) continue;
+    const std::uint64_t chunks_before = counters.chunks;
+    counters.evicted_bytes += retire({&chunk, 1}, "evicted");
+    counters.evicted_chunks += chunks_before - counters.chunks;
+    if (enough()) return true;
+  }
+  return false;
+}
+
+// The chunk and all that it is reached through. False, with nothing changed, when its tenant may not have so much.
+bool ChunkStore::State::retain(std::uint32_t chunk, std::int64_t until_ns) {
+  std::uint32_t tenant = 0;
+  const NamespaceId& namespace_id = record(chunk).family->namespace_id;
+  static_assert(sizeof tenant == NamespaceId::kTenantBytes);
+  std::memcpy(&tenant, namespace_id.bytes.data(), sizeof tenant);
+  std::vector<std::uint32_t> chain;
+  std::uint64_t more_bytes = 0;
+  for (std::uint32_t each = chunk; each != kNoChunk; each = policy->tree().parent(each)) {
+    const Retention::Wish* const known = retention.find(each);
+    if (known != nullptr && known->until_ns >= until_ns) break;
+    if (chain.size() == kMaxRetainedDepth) return false;
+    more_bytes += known == nullptr ? record(each).encoded_bytes() : 0;
+    chain.push_back(each);
+  }
+  std::uint64_t of_bytes = slab.capacity_bytes();
+  if (const std::string* const limited = limited_tenant(namespace_id)) {
+    of_bytes = std::min(of_bytes, quotas.limit(*limited));
+  }
+  const double most_bytes = config.retain_share * static_cast<double>(of_bytes);
+  if (static_cast<double>(retention.bytes_of(tenant) + more_bytes) > most_bytes) return false;
+  for (const std::uint32_t each : chain) {
+    const ChunkRecord& kept = record(each);
+    retention.put(each, {until_ns, kept.position, kept.encoded_bytes(), tenant});
+    tell_policies(each, [&](EvictionPolicy& order) { order.withhold(each, true); });
+  }
+  return true;
+}
+
+void ChunkStore::State::stop_retaining(std::uint32_t chunk) {
+  retention.remove(chunk);
+  tell_policies(chunk, [&](EvictionPolicy& each) { each.withhold(chunk, false); });
+}
+
+void ChunkStore::State::let_expire() {
+  const std::int64_t now_ns = clock.now_ns();
+  for (auto chunk = retention.first(); chunk && retention.find(*chunk)->until_ns <= now_ns; chunk = retention.first()) {
+    stop_retaining(*chunk);
+  }
 }
 
 void ChunkStore::State::close_ticket(TicketMap::iterator ticket) {
@@ -729,9 +799,12 @@ std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& 
 
 // A caller may name neighbours that are none; those that stand in no order cannot be.
 void ChunkStore::State::note_order(std::uint32_t parent, std::uint32_t chunk) {
-  if (record(parent).position < record(chunk).position) {
-    tell_policies(chunk, [&](EvictionPolicy& each) { each.follows(chunk, parent); });
+  if (record(parent).position >= record(chunk).position) return;
+  // What is retained follows only what is retained as long.
+  if (const Retention::Wish* const wish = retention.find(chunk); wish != nullptr && !retain(parent, wish->until_ns)) {
+    return;
   }
+  tell_policies(chunk, [&](EvictionPolicy& each) { each.follows(chunk, parent); });
 }
 
 // Publishes a complete chunk; false, with nothing changed, when the index has no room.
@@ -765,6 +838,11 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
   }
   if (shorter) {
     ++counters.superseded_chunks;
+    if (const Retention::Wish* const wish = retention.find(*shorter)) {
+      const std::int64_t until_ns = wish->until_ns;
+      stop_retaining(*shorter);
+      retain(chunk, until_ns);
+    }
     drop_when_unheld(*shorter, ChunkState::kLeaving, "superseded");
   }
   return true;
@@ -926,12 +1004,18 @@ std::vector<ChunkKey> ChunkStore::unsaved_victims(std::uint64_t bytes, std::uint
   std::vector<ChunkKey> keys;
   std::lock_guard lock(s.mutex);
   std::uint64_t seen_bytes = 0;
-  for (const auto chunk : s.policy->victims(std::min<std::uint64_t>(kVictimScan, s.counters.chunks))) {
-    if (seen_bytes >= bytes) break;
-    const ChunkRecord& victim = s.record(chunk);
-    seen_bytes += victim.encoded_bytes();
-    if ((victim.saved_in & wanted_in) != wanted_in) keys.push_back(victim.key());
-  }
+  const auto add = [&](std::span<const std::uint32_t> victims) {
+    for (const auto chunk : victims) {
+      if (seen_bytes >= bytes) break;
+      const ChunkRecord& victim = s.record(chunk);
+      seen_bytes += victim.encoded_bytes();
+      if ((victim.saved_in & wanted_in) != wanted_in) keys.push_back(victim.key());
+    }
+  };
+  const std::size_t scanned = std::min<std::uint64_t>(kVictimScan, s.counters.chunks);
+  const auto victims = s.policy->victims(scanned);
+  add(victims);
+  if (victims.size() < scanned && seen_bytes < bytes) add(s.retention.all());
   return keys;
 }
 
@@ -965,6 +1049,27 @@ void ChunkStore::link(const NamespaceId& namespace_id, std::uint16_t group, cons
   const auto parent = s.find_live(namespace_id, group, previous);
   const auto chunk = s.find_live(namespace_id, group, next);
   if (parent && chunk) s.note_order(*parent, *chunk);
+}
+
+RetainedChunks ChunkStore::retain(const NamespaceId& namespace_id, std::uint16_t group,
+                                  std::span<const BlockHash> blocks, std::int64_t until_ns) {
+  State& s = *state_;
+  RetainedChunks retained;
+  std::optional<std::uint32_t> before;
+  while (!blocks.empty()) {
+    std::lock_guard lock(s.mutex);
+    s.let_expire();
+    if (until_ns <= s.clock.now_ns()) break;
+    const auto batch = blocks.first(std::min<std::size_t>(blocks.size(), kScanBatch));
+    blocks = blocks.subspan(batch.size());
+    for (const BlockHash& block : batch) {
+      const auto chunk = s.find_live(namespace_id, group, block);
+      if (!chunk || chunk == before) continue;
+      before = chunk;
+      ++(s.retain(*chunk, until_ns) ? retained.chunks : retained.refused);
+    }
+  }
+  return retained;
 }
 
 Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,
@@ -1089,6 +1194,7 @@ void ChunkStore::sweep() {
   State::Session session(s);
   s.free_unheld();
   s.drop_incomplete(NamespaceSet::all(), s.clock.now_ns() - s.config.incomplete_ttl_ns);
+  s.let_expire();
 }
 
 void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage) {
@@ -1137,6 +1243,7 @@ void ChunkStore::set_terms(const NamespaceId& namespace_id, StorageTerms storage
       if (EvictionPolicy* const own = s.policy_of_tenant(chunk); own != nullptr && !each.charged) {
         s.charge_chunk(each, 0);
         own->inserted(chunk, {.bytes = each.encoded_bytes(), .fingerprint = each.fingerprint(0)});
+        own->withhold(chunk, s.retention.find(chunk) != nullptr);
       }
     }
   }
@@ -1228,6 +1335,11 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   s.count_form(chunk, true);
   const std::uint64_t bytes_after = chunk.encoded_bytes();
   if (chunk.charged) s.refund(s.limited_tenant(order.key.namespace_id), bytes_before - bytes_after);
+  if (const Retention::Wish* const known = s.retention.find(number)) {
+    Retention::Wish wish = *known;
+    wish.bytes = bytes_after;
+    s.retention.put(number, wish);
+  }
   s.counters.encoded_bytes += bytes_after - bytes_before;
   ++s.counters.demoted_chunks;
   s.counters.demoted_bytes += bytes_before - bytes_after;
@@ -1275,6 +1387,8 @@ ChunkStoreStats ChunkStore::stats() const {
   stats.capacity_bytes = s.slab.capacity_bytes();
   stats.used_bytes = s.slab.used_bytes();
   stats.index_slots_used = s.index.used_slots();
+  stats.retained_chunks = s.retention.size();
+  stats.retained_bytes = s.retention.bytes();
   return stats;
 }
 

@@ -41,6 +41,8 @@ struct ChunkStoreConfig {
   std::int64_t incomplete_ttl_ns = 60'000'000'000;
   /// Demotion begins when less than this is free: enough that stores find room while chunks step down.
   std::uint64_t demotion_free_bytes = 0;
+  /// What one tenant may have retained at once, as a share of the slab, or of its quota where it has a smaller one.
+  double retain_share = 0.25;
   Status validate() const;
 };
 
@@ -69,6 +71,7 @@ struct ChunkStoreStats {
   std::uint64_t raw_bytes = 0, encoded_bytes = 0;  ///< of what is stored now
   std::uint64_t evicted_chunks = 0, evicted_bytes = 0, superseded_chunks = 0, quarantined_chunks = 0;
   std::uint64_t index_slots_used = 0;
+  std::uint64_t retained_chunks = 0, retained_bytes = 0;
   /// What a warm restart found: chunks taken over, and containers that were dropped since they were damaged, of an
   /// unknown format or without the other shards of their chunk.
   std::uint64_t recovered_chunks = 0, recovered_bytes = 0, dropped_containers = 0;
@@ -128,6 +131,12 @@ struct FlushedChunks {
   }
 };
 
+/// What became of a wish to retain chunks.
+struct RetainedChunks {
+  std::uint64_t chunks = 0;   ///< that are kept until then, or longer, and were asked for
+  std::uint64_t refused = 0;  ///< the tenant may have no more retained
+};
+
 enum class Presence { kAbsent, kStored, kPartlyStored, kInFlight };
 
 class ChunkStore {
@@ -184,6 +193,12 @@ class ChunkStore {
   /// Two neighbouring blocks of a prompt: the chunk of the first is not evicted before that of the second from now on.
   /// match() says so of what it finds. Nothing happens when they are in one chunk, or one of them is not stored.
   void link(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& previous, const BlockHash& next);
+
+  /// Keeps the chunks of these blocks, and those that they are reached through, until then by the store's clock: they
+  /// leave after all others, those that were to stay longest last. A wish for an earlier time changes nothing. Blocks
+  /// that are not stored are passed over. Not kept across a restart.
+  RetainedChunks retain(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks,
+                        std::int64_t until_ns);
 
   /// Pins the complete chunk that holds this block. kNotFound on a miss. The caller (a lease) must unpin.
   Result<PinnedChunk> pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,

@@ -26,6 +26,9 @@ class ChunkTree {
   std::uint32_t children(std::uint32_t chunk) const { return nodes_[chunk].children; }
   std::uint32_t first_child(std::uint32_t chunk) const { return nodes_[chunk].first_child; }
   std::uint32_t next_sibling(std::uint32_t chunk) const { return nodes_[chunk].next; }
+  /// A mark on a known chunk, for EvictionPolicy::withhold(); gone with the chunk.
+  bool is_withheld(std::uint32_t chunk) const { return nodes_[chunk].withheld; }
+  void set_withheld(std::uint32_t chunk, bool withheld) { nodes_[chunk].withheld = withheld ? 1 : 0; }
 
  private:
   struct Node {
@@ -33,7 +36,8 @@ class ChunkTree {
     std::uint32_t first_child = kNoChunk;  ///< the one that came last
     std::uint32_t previous = kNoChunk;     ///< sibling
     std::uint32_t next = kNoChunk;         ///< sibling
-    std::uint32_t children : 31 = 0;
+    std::uint32_t children : 30 = 0;
+    std::uint32_t withheld : 1 = 0;
     std::uint32_t known : 1 = 0;
   };
 

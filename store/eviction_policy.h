@@ -8,7 +8,6 @@
 #include <string_view>
 #include <vector>
 
-#include "base/clock.h"
 #include "base/status.h"
 
 namespace kvern {
@@ -21,9 +20,9 @@ struct ChunkTraits {
   std::uint64_t bytes = 0;
   /// Names the content for good, so that a policy recognises a chunk that left and comes back under another number.
   std::uint64_t fingerprint = 0;
-  /// A wish that it stays until then, by the clock of the policy; 0: none. See make_retaining_policy().
-  std::int64_t retain_until_ns = 0;
 };
+
+class ChunkTree;
 
 /// Decides what leaves first. Knows chunks by their number only, and time by the uses that it is told of.
 /// Deterministic. Not thread-safe: the store's lock is held.
@@ -47,9 +46,14 @@ class EvictionPolicy {
   /// nothing in the order.
   virtual std::vector<std::uint32_t> victims(std::size_t count) = 0;
   virtual void skipped(std::uint32_t chunk) = 0;
+  /// A chunk that is withheld is no victim until it is not withheld any more; its uses are told as before. What it is
+  /// reached through is withheld, too: the caller sees to it, before a withheld chunk follows another as well.
+  virtual void withhold(std::uint32_t chunk, bool withheld) = 0;
   /// How much use of the chunk is expected in the time ahead; only the order and the ratios within one policy mean
   /// something. 0 for a chunk that is not known.
   virtual double expected_use(std::uint32_t chunk) const = 0;
+  /// All chunks that it knows, and who follows whom.
+  virtual const ChunkTree& tree() const = 0;
 };
 
 /// Least recently used.
@@ -62,10 +66,6 @@ std::unique_ptr<EvictionPolicy> make_tinylfu_policy();
 std::unique_ptr<EvictionPolicy> make_reuse_policy();
 
 inline constexpr std::string_view kDefaultEvictionPolicy = "reuse";
-
-/// The policy, with regard to ChunkTraits::retain_until_ns: what is to be retained leaves after all else. clock
-/// outlives it.
-std::unique_ptr<EvictionPolicy> make_retaining_policy(std::unique_ptr<EvictionPolicy> policy, const Clock& clock);
 
 std::span<const std::string_view> eviction_policy_names();
 /// kInvalid, with the names that there are, for any other.

@@ -41,13 +41,21 @@ class LruPolicy final : public EvictionPolicy {
     for (; tree_.contains(chunk); chunk = tree_.parent(chunk)) use(chunk);
   }
 
+  /// What comes back is in use now.
+  void withhold(std::uint32_t chunk, bool withheld) override {
+    if (!tree_.contains(chunk) || tree_.is_withheld(chunk) == withheld) return;
+    tree_.set_withheld(chunk, withheld);
+    withheld ? order_.remove(chunk) : use(chunk);
+  }
+
+  const ChunkTree& tree() const override { return tree_; }
   double expected_use(std::uint32_t chunk) const override {
     return tree_.contains(chunk) ? 1.0 / static_cast<double>(uses_ - used_at_[chunk] + 1) : 0.0;
   }
 
  private:
   void use(std::uint32_t chunk) {
-    order_.push_back(0, chunk);
+    if (!tree_.is_withheld(chunk)) order_.push_back(0, chunk);
     used_at_[chunk] = ++uses_;
   }
 

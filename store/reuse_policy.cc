@@ -69,6 +69,14 @@ class ReusePolicy final : public EvictionPolicy {
     if (held_until_ <= model_.now()) held_until_ = model_.now() + kHeldUses;
   }
 
+  /// What comes back takes the place that its last use gives it.
+  void withhold(std::uint32_t chunk, bool withheld) override {
+    if (!tree_.contains(chunk) || tree_.is_withheld(chunk) == withheld) return;
+    tree_.set_withheld(chunk, withheld);
+    list(chunk);
+  }
+
+  const ChunkTree& tree() const override { return tree_; }
   double expected_use(std::uint32_t chunk) const override {
     if (!tree_.contains(chunk) || chunks_[chunk].is_unreachable) return 0;
     const Chunk& each = chunks_[chunk];
@@ -107,9 +115,9 @@ class ReusePolicy final : public EvictionPolicy {
     list(chunk);
   }
 
-  // Where it belongs now: nowhere while others follow it.
+  // Where it belongs now: nowhere while others follow it, or while it is withheld.
   void list(std::uint32_t chunk) {
-    if (tree_.children(chunk) > 0) {
+    if (tree_.children(chunk) > 0 || tree_.is_withheld(chunk)) {
       lists_.remove(chunk);
     } else {
       list_by_age(list_for(chunk), chunk);
@@ -193,7 +201,7 @@ std::vector<std::uint32_t> ReusePolicy::victims(std::size_t count) {
     if (const std::uint32_t list = lists_.list_of(chunk); list != ChunkLists::kNoList) add(list, lists_.next(chunk));
     named.push_back(chunk);
     const std::uint32_t parent = tree_.parent(chunk);
-    if (parent == kNoChunk || ++named_children[parent] < tree_.children(parent)) continue;
+    if (parent == kNoChunk || tree_.is_withheld(parent) || ++named_children[parent] < tree_.children(parent)) continue;
     candidates.push({worth_in(list_for(parent)), named.size(), parent});
   }
   return named;

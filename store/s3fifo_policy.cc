@@ -84,10 +84,19 @@ class S3FifoPolicy final : public EvictionPolicy {
   /// Somebody holds the chunk: it and what it is reached through go round once more.
   void skipped(std::uint32_t chunk) override {
     for (; tree_.contains(chunk); chunk = tree_.parent(chunk)) {
-      queues_.push_back(kMain, chunk);
+      if (!tree_.is_withheld(chunk)) queues_.push_back(kMain, chunk);
       touched(chunk);
     }
   }
+
+  /// What comes back goes to the large queue.
+  void withhold(std::uint32_t chunk, bool withheld) override {
+    if (!tree_.contains(chunk) || tree_.is_withheld(chunk) == withheld) return;
+    tree_.set_withheld(chunk, withheld);
+    withheld ? queues_.remove(chunk) : queues_.push_back(kMain, chunk);
+  }
+
+  const ChunkTree& tree() const override { return tree_; }
 
   double expected_use(std::uint32_t chunk) const override {
     if (!tree_.contains(chunk)) return 0;

@@ -28,6 +28,7 @@ class TinyLfuPolicy final : public EvictionPolicy {
   void touched(std::uint32_t chunk) override {
     if (!tree_.contains(chunk)) return;
     sketch_.add(fingerprints_[chunk]);
+    if (tree_.is_withheld(chunk)) return;
     const std::uint32_t segment = segments_.list_of(chunk);
     segments_.push_back(segment == kWindow ? kWindow : kProtected, chunk);
     while (segments_.size(kProtected) * 5 > (tree_.size() - segments_.size(kWindow)) * 4) {
@@ -52,8 +53,19 @@ class TinyLfuPolicy final : public EvictionPolicy {
 
   /// Somebody holds the chunk: it and what it is reached through are protected.
   void skipped(std::uint32_t chunk) override {
-    for (; tree_.contains(chunk); chunk = tree_.parent(chunk)) segments_.push_back(kProtected, chunk);
+    for (; tree_.contains(chunk); chunk = tree_.parent(chunk)) {
+      if (!tree_.is_withheld(chunk)) segments_.push_back(kProtected, chunk);
+    }
   }
+
+  /// What comes back is on probation.
+  void withhold(std::uint32_t chunk, bool withheld) override {
+    if (!tree_.contains(chunk) || tree_.is_withheld(chunk) == withheld) return;
+    tree_.set_withheld(chunk, withheld);
+    withheld ? segments_.remove(chunk) : segments_.push_back(kProbation, chunk);
+  }
+
+  const ChunkTree& tree() const override { return tree_; }
 
   double expected_use(std::uint32_t chunk) const override {
     return tree_.contains(chunk) ? sketch_.estimate(fingerprints_[chunk]) + 0.5 : 0.0;

@@ -171,6 +171,7 @@ class Options:
 
 COMPACT_TTL_SECONDS = 3600
 MAX_COMPACT_TTL_SECONDS = 7 * 24 * 3600  # the daemon keeps them no longer
+MAX_RETAIN_SECONDS = 7 * 24 * 3600  # nor this
 # WindowKV's kinds of task.
 COMPACT_TASKS = ("localisation", "aggregation")
 
@@ -186,6 +187,7 @@ class RequestOptions:
     max_load_tokens: int | None = None
     max_store_tokens: int | None = None
     codec: str = ""
+    retain_seconds: int = 0  # what it hits and stores is to be kept for so long
     compact: str = ""  # the chain to make a compact cache by
     ttl_seconds: int = COMPACT_TTL_SECONDS
     task: str = ""
@@ -211,6 +213,8 @@ class RequestOptions:
             if key in ("load", "store") and isinstance(value, bool):
                 values[key] = value
             elif key in ("max_load_tokens", "max_store_tokens") and type(value) is int and value >= 0:
+                values[key] = value
+            elif key == "retain_seconds" and type(value) is int and 0 < value <= MAX_RETAIN_SECONDS:
                 values[key] = value
             elif key in ("codec", "compact") and is_codec_spec(value):
                 values[key] = value

@@ -76,6 +76,7 @@ class _Store:
         self.namespace = namespace
         self.chunk_tokens = chunk_tokens
         self.notes: list[ChunkNote] | None = notes
+        self.hashes: list[bytes] = []  # of each chunk, where it is to be retained
         self.ranks: dict[int, set[int]] = {}  # rank -> chunks that it has stored
 
 
@@ -367,9 +368,24 @@ class SchedulerSide:
         self._loads[order.request] = state
         self._loads_due.append(order)
 
+    @guarded()
+    def _retain_hits(self, state: _RequestState, request) -> None:
+        """Of the whole prompt: what is stored of it is what it hits, and the rest is passed over."""
+        namespace = self._registered_namespace(request)
+        if namespace is not None and not state.decodes:
+            hashes = self._joined_hashes(state, request)
+            for group in self._geometry.groups:
+                self._retain(state, namespace, group.index, hashes)
+
+    def _retain(self, state: _RequestState, namespace: _Namespace, group: int, hashes: bytes) -> None:
+        if hashes and self._ready():
+            self._matcher.retain(namespace.handle, group, hashes, self._hash_bytes, state.options.retain_seconds)
+
     @guarded(_load_cannot_be_planned)
     def update_state_after_alloc(self, request, blocks, external_tokens: int) -> None:
         state = self._states.get(request.request_id)
+        if state is not None and state.options.retain_seconds:
+            self._retain_hits(state, request)
         if state is None or state.loading:
             return
         if external_tokens <= 0:
@@ -558,6 +574,8 @@ class SchedulerSide:
         order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks)
         self._holds.take(job, [block for chunk in chunks for block in chunk[1]])
         self._stores[job] = _Store(state, namespace, group.index, tokens, notes)
+        if state.options.retain_seconds:
+            self._stores[job].hashes = [chunk[0] for chunk in chunks]
         metadata.stores.append(order)
 
     # ---------------------------------------------------------------- compact caches: decoding from one
@@ -778,6 +796,8 @@ class SchedulerSide:
         stored = set.intersection(*store.ranks.values())
         if store.group == 0:  # the tokens are the same in every group
             store.state.stored_tokens += sum(store.chunk_tokens[chunk] for chunk in stored)
+        if store.hashes:
+            self._retain(store.state, store.namespace, store.group, b"".join(store.hashes[c] for c in sorted(stored)))
         if self._events is not None and store.notes is not None:
             namespace_id = self._client.namespace_id(store.namespace.handle)
             if namespace_id is not None:

@@ -342,6 +342,13 @@ void bind_matcher(nb::module_& module) {
           nb::arg("request"), nb::arg("namespace"), nb::arg("hashes"), nb::arg("hash_bytes"), nb::arg("local_tokens"),
           nb::arg("max_tokens"), nb::arg("prompt_tokens"))
       .def(
+          "retain",
+          [](PyMatcher& self, int handle, std::uint16_t group, const nb::bytes& hashes, std::uint32_t hash_bytes,
+             std::uint64_t seconds) {
+            self->retain(handle, group, {hashes.c_str(), hashes.size()}, hash_bytes, seconds);
+          },
+          nb::arg("namespace"), nb::arg("group"), nb::arg("hashes"), nb::arg("hash_bytes"), nb::arg("seconds"))
+      .def(
           "release", [](PyMatcher& self, const std::string& request) { self->release(request); }, nb::arg("request"),
           ReleaseGil())
       .def_prop_ro(

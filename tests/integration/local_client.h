@@ -211,6 +211,21 @@ class LocalClient {
     return Status::ok();
   }
 
+  /// A wish to keep the first chunks of the prompt.
+  Result<wire::Retained> retain(std::uint64_t prompt, std::uint64_t chunks, std::uint64_t seconds) {
+    wire::HotRequest request;
+    auto* retain = request.mutable_retain();
+    retain->set_namespace_id(namespace_id_.bytes.data(), namespace_id_.bytes.size());
+    retain->set_hash_bytes(kHashBytes);
+    retain->set_retain_seconds(seconds);
+    for (std::uint64_t block = 0; block < chunks * kBlocksPerChunk; ++block) {
+      retain->mutable_block_hashes()->append(block_hash(prompt, block));
+    }
+    wire::HotReply reply;
+    if (const Status status = hot(request, &reply); !status) return failure(status);
+    return reply.retained();
+  }
+
   Result<wire::FetchedItem> fetch(std::uint64_t prompt, std::uint64_t block) {
     wire::HotRequest request;
     request.mutable_fetch()->set_namespace_id(namespace_id_.bytes.data(), namespace_id_.bytes.size());
@@ -258,6 +273,7 @@ class LocalClient {
   }
 
   const wire::Welcome& welcome() const { return welcome_; }
+  const NamespaceId& namespace_id() const { return namespace_id_; }
   const BlockIndexReader& index() const { return *index_; }
   HazardSlots& hazards() { return *hazards_; }
   SegmentView& segment() { return segment_; }

@@ -147,6 +147,37 @@ TEST_F(LocalDaemonTest, WhatOneClientStoresAnotherFindsAndLoads) {
   EXPECT_EQ(reader->load(3, 0).error().code(), Code::kNotFound);
 }
 
+TEST_F(LocalDaemonTest, WhatAClientWantsKeptOutlivesThePressureOfAnotherAndThenExpires) {
+  start({"--store.dram_bytes=16MiB", "--store.retain_percent=25"});
+  const auto careful = connect("careful");
+  const auto busy = connect("busy");
+  ASSERT_TRUE(careful->store(1, 4, "raw"));
+  ASSERT_TRUE(careful->store(2, 4, "raw"));
+  const auto kept = careful->retain(1, 4, 3600);
+  ASSERT_TRUE(kept) << kept.error().to_string();
+  EXPECT_EQ(kept->chunks(), 4U);
+  const auto press = [&](std::uint64_t from) {
+    for (std::uint64_t prompt = from; prompt < from + 30; ++prompt)
+      ASSERT_TRUE(busy->store(prompt, 4, "raw")) << prompt;
+  };
+  press(100);
+  for (std::uint64_t chunk = 0; chunk < 4; ++chunk) {
+    EXPECT_TRUE(busy->load_and_compare(1, chunk)) << chunk;
+    EXPECT_EQ(busy->load_and_compare(2, chunk).code(), Code::kNotFound) << chunk;
+  }
+  // A quarter of 16 MiB is 15 chunks of 256 KiB and a header, and a tenant has one share for all of its clients.
+  ASSERT_TRUE(busy->store(3, 15, "raw"));
+  const auto most = busy->retain(3, 15, 1);
+  ASSERT_TRUE(most) << most.error().to_string();
+  EXPECT_EQ(most->chunks(), 11U);
+  EXPECT_EQ(most->refused(), 4U);
+  EXPECT_LE(status(*busy).at("store").at("retained_bytes"), 4U << 20);
+  EXPECT_TRUE(eventually([&] { return status(*busy).at("store").at("retained_chunks") == 4; })) << "one second is over";
+  press(200);
+  EXPECT_EQ(busy->load_and_compare(3, 0).code(), Code::kNotFound);
+  EXPECT_TRUE(busy->load_and_compare(1, 0));
+}
+
 TEST_F(LocalDaemonTest, AClientThatIsKilledLeavesNothingBehind) {
   start();
   const auto client = connect();

@@ -31,6 +31,7 @@ class Store:
         self.drop_stores = False
         self.session_count = 1
         self.matches = 0
+        self.retained: dict[tuple, int] = {}  # (namespace id, group, hash) -> seconds
         self.compactions: dict[str, dict] = {}  # handle -> arguments of submit_compaction
 
     def add(self, namespace: bytes, group: int, hashes: list[bytes], planes: dict) -> None:
@@ -156,6 +157,13 @@ class PrefixMatcher:
                 return True, tokens, ""
         self.claimed.pop(request, None)
         return True, 0, "not stored"
+
+    def retain(self, namespace, group, hashes, hash_bytes, seconds):
+        mine = self.client.namespace_id(namespace)
+        for at in range(0, len(hashes), hash_bytes):
+            block = hashes[at : at + hash_bytes]
+            if self.client.store.has(mine, group, block):
+                self.client.store.retained[mine, group, block] = seconds
 
     def release(self, request):
         self.claimed.pop(request, None)

@@ -572,6 +572,26 @@ def test_a_request_limits_what_is_stored_of_it(engine, limit, stored):
     assert_at_rest(one)
 
 
+def test_what_a_request_hits_and_stores_is_retained(engine, store):
+    one = engine()
+    one.generate(prompt_of(300))
+    assert store.blocks and not store.retained
+    one.forget()
+    longer = prompt_of(500)
+    assert longer[:288] == prompt_of(300)[:288]
+    one.generate(longer, params={"kvern": {"retain_seconds": 60}})
+    assert set(store.retained) == set(store.blocks) and set(store.retained.values()) == {60}
+    assert_at_rest(one)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 7 * 24 * 3600 + 1, "3600", 1.5, True, None])
+def test_a_wish_to_retain_that_cannot_be_read_is_ignored(engine, store, seconds):
+    one = engine()
+    one.generate(prompt_of(300), params={"kvern": {"retain_seconds": seconds}})
+    assert store.blocks and not store.retained
+    assert_at_rest(one)
+
+
 def test_a_request_that_asks_is_told_what_happened(engine):
     one = engine()
     prompt = prompt_of(500)

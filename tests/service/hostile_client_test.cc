@@ -31,7 +31,7 @@ class HostileClient {
   void act() {
     wire::HotRequest request;
     request.set_id(odd_number());
-    switch (*rc::gen::inRange(0, 9)) {
+    switch (*rc::gen::inRange(0, 10)) {
       case 0:
         match(*request.mutable_match());
         break;
@@ -55,6 +55,9 @@ class HostileClient {
         break;
       case 7:
         request.mutable_release_match()->set_lease_id(odd_number());
+        break;
+      case 8:
+        retain(*request.mutable_retain());
         break;
       default:
         break;  // no body
@@ -92,6 +95,13 @@ class HostileClient {
     match.set_lease_id(odd_number());
     match.set_first_block(odd_number32());
     if (rarely()) match.set_group(odd_number32());
+  }
+  void retain(wire::Retain& retain) const {
+    retain.set_namespace_id(namespace_bytes());
+    retain.set_hash_bytes(hash_bytes());
+    retain.set_block_hashes(hashes());
+    retain.set_retain_seconds(rarely() ? odd_number() : *rc::gen::inRange<std::uint64_t>(1, 10));
+    if (rarely()) retain.set_group(odd_number32());
   }
   void reserve(wire::HotRequest& request) const {
     const std::uint64_t id = request.id();

@@ -164,6 +164,29 @@ TEST_F(HotServiceTest, LeasesEndWithTheirSession) {
   EXPECT_EQ(to_status(service.ask(session->id(), match_request(7, 8, 1))->status()).code(), Code::kExpired);
 }
 
+TEST_F(HotServiceTest, AWishToRetainIsCheckedAndCounted) {
+  service.store_chunks(*session, id, 7, 2);
+  wire::HotRequest request;
+  wire::Retain& retain = *request.mutable_retain();
+  retain.set_namespace_id(id.bytes.data(), id.bytes.size());
+  retain.set_hash_bytes(kHashBytes);
+  retain.set_block_hashes(block_hashes(7, 0, 12));
+  for (const std::uint64_t seconds : {std::uint64_t{0}, HotService::kMaxRetainSeconds + 1, ~std::uint64_t{0}}) {
+    retain.set_retain_seconds(seconds);
+    const Status refused = to_status(service.ask(session->id(), request)->status());
+    EXPECT_EQ(refused.code(), Code::kInvalid);
+    EXPECT_THAT(refused.message(), HasSubstr("retain_seconds must be 1 to 604800"));
+  }
+  retain.set_retain_seconds(60);
+  const auto answer = service.ask(session->id(), request);
+  ASSERT_TRUE(to_status(answer->status())) << answer->status().message();
+  EXPECT_EQ(answer->retained().chunks(), 2U) << "the third chunk of the prompt is not stored";
+  EXPECT_EQ(answer->retained().refused(), 0U);
+  EXPECT_EQ(service.store.stats().retained_chunks, 2U);
+  retain.set_namespace_id(std::string(16, 'x'));
+  EXPECT_EQ(to_status(service.ask(session->id(), request)->status()).code(), Code::kInvalid);
+}
+
 TEST_F(HotServiceTest, AMatchBringsUpWhatLowerTiersHave) {
   service.store_chunks(*session, id, 7, 3);
   ASSERT_EQ(service.lower->objects.size(), 3U) << "written through";

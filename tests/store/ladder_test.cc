@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/container.h"
+#include "store/chunk_tree.h"
 #include "store/demotion.h"
 #include "store/fingerprint_mix.h"
 #include "store/ladder.h"
@@ -162,6 +163,8 @@ class KnownUse final : public EvictionPolicy {
     return by_use_.empty() ? std::vector<std::uint32_t>{} : std::vector<std::uint32_t>{by_use_.begin()->second};
   }
   void skipped(std::uint32_t) override {}
+  void withhold(std::uint32_t, bool) override {}
+  const ChunkTree& tree() const override { return tree_; }
   double expected_use(std::uint32_t chunk) const override { return use({.bytes = 100, .fingerprint = chunk}); }
 
  private:
@@ -169,6 +172,7 @@ class KnownUse final : public EvictionPolicy {
     return static_cast<double>(mix_fingerprint(traits.fingerprint, 1) >> 11U) / 9007199254740992.0;
   }
   std::set<std::pair<double, std::uint32_t>> by_use_;
+  ChunkTree tree_;
 };
 
 /// Chunks of 100 raw bytes in an LRU store: the lower the number, the longer unused.

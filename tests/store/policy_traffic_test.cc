@@ -158,12 +158,11 @@ TEST(S3FifoAndTinyLfuPolicy, AreNotSweptByScans) {
   EXPECT_GT(hit_rate("tinylfu", 400, with_scans(), kRequests), lru + 0.1);
 }
 
-// A request a second, with the conversations' own pauses; the clock is stepped.
+// A request a second, with the conversations' own pauses.
 TEST(ReusePolicy, ServesADayInSeconds) {
   constexpr int kSeconds = 24 * 3600;
   constexpr std::uint32_t kCapacity = 2000;
-  ManualClock clock;
-  const auto policy = make_retaining_policy(make_reuse_policy(), clock);
+  const auto policy = make_reuse_policy();
   std::map<std::uint64_t, std::uint32_t> chunk_of;
   std::map<std::uint32_t, std::uint64_t> name_of;
   std::map<std::uint32_t, int> children;
@@ -171,7 +170,6 @@ TEST(ReusePolicy, ServesADayInSeconds) {
   const Traffic traffic = sessions(300);
   std::size_t found = 0;
   for (int second = 0; second < kSeconds; ++second) {
-    clock.advance(std::chrono::seconds(1));
     const Prompt prompt = traffic();
     bool is_prefix = true;
     for (std::size_t i = 0; i < prompt.size(); ++i) {
@@ -194,9 +192,7 @@ TEST(ReusePolicy, ServesADayInSeconds) {
       }
       chunk_of[prompt[i]] = chunk;
       name_of[chunk] = prompt[i];
-      // System prompts are to be kept for an hour.
-      const std::int64_t retain = i < kDocumentChunks ? clock.now_ns() + 3'600'000'000'000 : 0;
-      policy->inserted(chunk, {.bytes = 1, .fingerprint = prompt[i], .retain_until_ns = retain});
+      policy->inserted(chunk, {.bytes = 1, .fingerprint = prompt[i]});
       if (const auto parent = i > 0 ? chunk_of.find(prompt[i - 1]) : chunk_of.end(); parent != chunk_of.end()) {
         policy->follows(chunk, parent->second);
         parent_of[chunk] = parent->second;
@@ -209,37 +205,6 @@ TEST(ReusePolicy, ServesADayInSeconds) {
 
 TEST(ReusePolicy, DecidesTheSameEveryTime) {
   EXPECT_EQ(hit_rate("reuse", 300, zipf(500, 0.9), 2000), hit_rate("reuse", 300, zipf(500, 0.9), 2000));
-}
-
-std::vector<std::uint32_t> all_victims(EvictionPolicy& policy) { return policy.victims(100); }
-
-TEST(RetainingPolicy, RetainedChunksAndWhatTheyFollowLeaveLast) {
-  ManualClock clock;
-  const auto policy = make_retaining_policy(make_lru_policy(), clock);
-  const std::int64_t until_ns = clock.now_ns() + 1000;
-  policy->inserted(0, {.bytes = 1, .fingerprint = 0});
-  policy->inserted(1, {.bytes = 1, .fingerprint = 1, .retain_until_ns = until_ns});
-  policy->follows(1, 0);
-  policy->inserted(2, {.bytes = 1, .fingerprint = 2});
-  policy->follows(2, 1);
-  policy->inserted(3, {.bytes = 1, .fingerprint = 3});
-  EXPECT_EQ(all_victims(*policy), (std::vector<std::uint32_t>{2, 3, 1, 0}));
-  EXPECT_EQ(policy->victims(1), (std::vector<std::uint32_t>{2}));
-  EXPECT_EQ(policy->victims(3), (std::vector<std::uint32_t>{2, 3, 1}));
-  clock.advance(std::chrono::nanoseconds(1000));
-  EXPECT_EQ(all_victims(*policy), (std::vector<std::uint32_t>{2, 1, 0, 3}));
-}
-
-TEST(RetainingPolicy, PinsNothing) {
-  ManualClock clock;
-  const auto policy = make_retaining_policy(make_reuse_policy(), clock);
-  for (std::uint32_t chunk = 0; chunk < 10; ++chunk) {
-    policy->inserted(chunk, {.bytes = 1, .fingerprint = chunk, .retain_until_ns = 1'000'000});
-  }
-  EXPECT_EQ(policy->victims(100).size(), 10U);
-  policy->erased(3);
-  EXPECT_EQ(policy->victims(100).size(), 9U);
-  EXPECT_EQ(policy->victims(0).size(), 0U);
 }
 
 }  // namespace
