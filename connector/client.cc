@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <random>
 #include <stdexcept>
@@ -169,8 +170,8 @@ struct Client::State {
   ClientState state = ClientState::kConnecting;
   std::string problem = "not connected yet";
   std::uint64_t session_count = 0;
-  UsageReport usage;
-  std::shared_ptr<ControlClient> control;  ///< in use by the thread
+  std::map<std::string, UsageReport> usage;  ///< by codec_spec
+  std::shared_ptr<ControlClient> control;    ///< in use by the thread
   bool stopping = false;
   bool finished = false;
 
@@ -373,28 +374,27 @@ void Client::State::publish(std::shared_ptr<const Session> next) {
 }
 
 void Client::State::send_usage(const Session& to) {
-  UsageReport due;
+  std::map<std::string, UsageReport> all_due;
   {
     const std::lock_guard lock(mutex);
-    due = std::exchange(usage, {});
+    all_due = std::exchange(usage, {});
   }
-  if (due.requested_tokens == 0 && due.hit_tokens == 0 && due.loaded_tokens == 0 && due.failed_loads == 0 &&
-      due.match_seconds.empty() && due.load_seconds.empty()) {
-    return;
+  for (const auto& [codec_spec, due] : all_due) {
+    wire::HotRequest request;
+    wire::Report* report = request.mutable_report();
+    report->set_hit_tokens(due.hit_tokens);
+    report->set_requested_tokens(due.requested_tokens);
+    report->set_loaded_tokens(due.loaded_tokens);
+    report->set_loaded_raw_bytes(due.loaded_raw_bytes);
+    report->set_loaded_encoded_bytes(due.loaded_encoded_bytes);
+    report->set_failed_loads(due.failed_loads);
+    report->set_codec_spec(codec_spec);
+    report->mutable_load_seconds()->Add(due.load_seconds.begin(), due.load_seconds.end());
+    report->mutable_match_seconds()->Add(due.match_seconds.begin(), due.match_seconds.end());
+    wire::HotReply reply;
+    // Metrics that get lost with a session are not worth a repetition.
+    static_cast<void>(to.channel->call(request, &reply, milliseconds(config.call_timeout_ms)));
   }
-  wire::HotRequest request;
-  wire::Report* report = request.mutable_report();
-  report->set_hit_tokens(due.hit_tokens);
-  report->set_requested_tokens(due.requested_tokens);
-  report->set_loaded_tokens(due.loaded_tokens);
-  report->set_loaded_raw_bytes(due.loaded_raw_bytes);
-  report->set_loaded_encoded_bytes(due.loaded_encoded_bytes);
-  report->set_failed_loads(due.failed_loads);
-  report->mutable_load_seconds()->Add(due.load_seconds.begin(), due.load_seconds.end());
-  report->mutable_match_seconds()->Add(due.match_seconds.begin(), due.match_seconds.end());
-  wire::HotReply reply;
-  // Metrics that get lost with a session are not worth a repetition.
-  static_cast<void>(to.channel->call(request, &reply, milliseconds(config.call_timeout_ms)));
 }
 
 Status Client::State::beat(const Session& to) {
@@ -568,7 +568,7 @@ EventFeed& Client::events() { return state_->events; }
 
 void Client::report(const UsageReport& usage) {
   const std::lock_guard lock(state_->mutex);
-  UsageReport& sum = state_->usage;
+  UsageReport& sum = state_->usage[usage.codec_spec];
   sum.hit_tokens += usage.hit_tokens;
   sum.requested_tokens += usage.requested_tokens;
   sum.loaded_tokens += usage.loaded_tokens;

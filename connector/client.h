@@ -91,6 +91,7 @@ struct UsageReport {
   std::uint64_t failed_loads = 0;
   std::vector<double> load_seconds;
   std::vector<double> match_seconds;
+  std::string codec_spec;  ///< of what was loaded, by add_codec()
 };
 
 /// A connection that heals itself. A thread connects, registers the namespaces, sends heartbeats, notices the daemon's

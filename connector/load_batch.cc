@@ -184,6 +184,7 @@ Status decode_chunk(const LoadContext& context, std::span<PulledShard> pulled, R
       if (!decoded) return decoded;
       coverage.add(shard);
       loaded->encoded_bytes += shard.bytes();
+      add_codec(info.codec_spec, &loaded->codec_spec);
       continue;
     }
     PageSink sink(pages, ids, first_token, info.shape.layer_begin, info.shape.head_begin);
@@ -194,6 +195,7 @@ Status decode_chunk(const LoadContext& context, std::span<PulledShard> pulled, R
     }
     coverage.add(shard);
     loaded->encoded_bytes += shard.bytes();
+    add_codec(info.codec_spec, &loaded->codec_spec);
   }
   if (!coverage.complete() || !common) return {Code::kNotFound, "the stored shards do not cover this rank's heads"};
   loaded->tokens += common->count * pages.block_tokens;
@@ -287,6 +289,7 @@ Status load_pages(const LoadContext& context, std::uint64_t pages_id, std::span<
     loaded->tokens += item.tokens();
     loaded->raw_bytes += item.raw_bytes();
     loaded->encoded_bytes += item.encoded_bytes();
+    add_codec(item.codec_spec(), &loaded->codec_spec);
   }
   return Status::ok();
 }

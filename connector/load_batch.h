@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/keys.h"
@@ -30,6 +31,7 @@ struct LoadedBytes {
   std::uint64_t tokens = 0;
   std::uint64_t raw_bytes = 0;
   std::uint64_t encoded_bytes = 0;
+  std::string codec_spec;  ///< of the chunks, by add_codec()
   bool by_daemon = false;  ///< it was asked to write to pages on a device: they may have been written without a lease
 };
 

@@ -240,6 +240,7 @@ void TransferWorker::State::run_load_batch(const std::shared_ptr<Load>& load, st
     load->loaded.tokens += loaded.tokens;
     load->loaded.raw_bytes += loaded.raw_bytes;
     load->loaded.encoded_bytes += loaded.encoded_bytes;
+    add_codec(loaded.codec_spec, &load->loaded.codec_spec);
     load->loaded.by_daemon = load->loaded.by_daemon || loaded.by_daemon;
     load->leases.good.insert(load->leases.good.end(), leases.good.begin(), leases.good.end());
     load->leases.corrupt.insert(load->leases.corrupt.end(), leases.corrupt.begin(), leases.corrupt.end());
@@ -291,6 +292,7 @@ void TransferWorker::State::end_load(const std::shared_ptr<Load>& load) {
     usage.loaded_tokens = load->loaded.tokens;
     usage.loaded_raw_bytes = load->loaded.raw_bytes;
     usage.loaded_encoded_bytes = load->loaded.encoded_bytes;
+    usage.codec_spec = load->loaded.codec_spec;
     usage.load_seconds.push_back(event.seconds);
   } else {
     usage.failed_loads = 1;

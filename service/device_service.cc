@@ -7,6 +7,7 @@
 #include "kernels/container.h"
 #include "service/log.h"
 #include "store/lease.h"
+#include "transport/wire.h"
 
 namespace kvern {
 namespace {
@@ -282,6 +283,7 @@ Status DeviceService::load_piece(const LoadRequest& request, std::size_t begin, 
     if (status.code() == Code::kCorrupt) parts_.pipeline.verify(lease);
     if (!status) return status;
     loaded->encoded_bytes += bytes.size();
+    add_codec(container->info().codec_spec, &loaded->codec_spec);
   }
   if (!coverage.complete() || !common) return {Code::kNotFound, "the stored shards do not cover this rank's heads"};
   const auto blocks = static_cast<std::uint32_t>(common->second);

@@ -62,6 +62,7 @@ class DeviceService {
     std::uint32_t tokens = 0;
     std::uint64_t raw_bytes = 0;
     std::uint64_t encoded_bytes = 0;
+    std::string codec_spec;  ///< of the chunks, by add_codec()
   };
   /// Decodes the chunks that hold the blocks into the pages. On failure all blocks of the request are zeroed, unless
   /// the pages were revoked, before done is called.

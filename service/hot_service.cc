@@ -160,6 +160,7 @@ class PendingLoad {
       answer->set_tokens(loaded.tokens);
       answer->set_raw_bytes(loaded.raw_bytes);
       answer->set_encoded_bytes(loaded.encoded_bytes);
+      answer->set_codec_spec(loaded.codec_spec);
       if (--left_ > 0) return;
     }
     reply_(std::move(answer_));
@@ -699,7 +700,9 @@ void HotService::report(const wire::Report& request) {
   if (request.load_seconds_size() == 0 && request.loaded_raw_bytes() == 0) return;
   // The text is the client's: only names of codecs that exist become labels.
   const auto codec = make_codec(request.codec_spec());
-  Metrics::OfCodec& figures = metrics.codec(codec ? (*codec)->spec() : "unspecified");
+  Metrics::OfCodec& figures = metrics.codec(codec                                  ? (*codec)->spec()
+                                            : request.codec_spec() == kMixedCodecs ? kMixedCodecs
+                                                                                   : "unknown");
   observe_all(request.load_seconds(), figures.decode_seconds);
   figures.loaded_raw_bytes.Increment(count(request.loaded_raw_bytes()));
   figures.loaded_encoded_bytes.Increment(count(request.loaded_encoded_bytes()));

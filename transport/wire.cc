@@ -15,4 +15,9 @@ Status to_status(const wire::StatusMessage& message) {
   return code == Code::kOk ? Status::ok() : Status(code, message.message());
 }
 
+void add_codec(std::string_view spec, std::string* of_all) {
+  if (spec.empty() || spec == *of_all) return;
+  *of_all = of_all->empty() ? spec : kMixedCodecs;
+}
+
 }  // namespace kvern

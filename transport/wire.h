@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 #include "base/status.h"
 #include "transport/wire.pb.h"
@@ -16,5 +18,10 @@ constexpr int kMaxItems = 1024;
 
 void set_status(const Status& status, wire::StatusMessage* message);
 Status to_status(const wire::StatusMessage& message);
+
+/// Stands for the codec of a load whose chunks were stored in several forms.
+constexpr std::string_view kMixedCodecs = "mixed";
+/// Takes one more chunk into what is said of a load; empty: of none so far.
+void add_codec(std::string_view spec, std::string* of_all);
 
 }  // namespace kvern

@@ -127,6 +127,13 @@ def test_every_panel_shows_data(prometheus, loaded):
     assert not empty, "\n".join(empty)
 
 
+def test_loads_are_counted_under_the_form_of_their_chunks(daemon, loaded):
+    loads = {
+        labels["codec"]: value for name, labels, value in daemon.metrics() if name == "kvern_decode_seconds_count" and value
+    }
+    assert "unknown" not in loads and set(loads) - {"mixed"}, loads
+
+
 def test_every_recording_rule_gives_data(prometheus, loaded):
     empty = [name for name in recorded() if not NEEDS_ENGINE.search(name) and not finite(prometheus.query(name))]
     assert not empty

@@ -428,7 +428,21 @@ TEST_F(HotServiceTest, ReportsBecomeMetricsWithoutLabelsOfTheClientsChoice) {
   EXPECT_TRUE(to_status(service.ask(session->id(), request)->status()));
   EXPECT_EQ(service.metrics.hit_tokens.Value(), 60);
   EXPECT_EQ(service.metrics.requested_tokens.Value(), 100);
-  EXPECT_EQ(service.metrics.codec("unspecified").decode_seconds.Collect().histogram.sample_count, 1U);
+  EXPECT_EQ(service.metrics.codec("unknown").decode_seconds.Collect().histogram.sample_count, 1U);
+}
+
+TEST_F(HotServiceTest, LoadsAreCountedUnderTheCodecOfTheirChunks) {
+  const auto load = [&](std::string_view spec) {
+    wire::HotRequest request;
+    request.mutable_report()->set_codec_spec(std::string(spec));
+    request.mutable_report()->add_load_seconds(0.25);
+    EXPECT_TRUE(to_status(service.ask(session->id(), request)->status()));
+  };
+  load("int8(group=64)");
+  load("int8(group=128)");
+  load("mixed");
+  EXPECT_EQ(service.metrics.codec("int8").decode_seconds.Collect().histogram.sample_count, 2U);
+  EXPECT_EQ(service.metrics.codec("mixed").decode_seconds.Collect().histogram.sample_count, 1U);
 }
 
 }  // namespace

@@ -24,5 +24,17 @@ TEST(WireStatus, UnknownCodeIsAnInternalErrorNotAnOk) {
   EXPECT_NE(to_status(message).message().find("4711"), std::string::npos);
 }
 
+TEST(AddCodec, SaysOneFormAloneAndThatThereAreSeveral) {
+  std::string of_all;
+  add_codec("int8", &of_all);
+  add_codec("int8", &of_all);
+  add_codec("", &of_all);
+  EXPECT_EQ(of_all, "int8");
+  add_codec("raw", &of_all);
+  EXPECT_EQ(of_all, kMixedCodecs);
+  add_codec("raw", &of_all);
+  EXPECT_EQ(of_all, kMixedCodecs);
+}
+
 }  // namespace
 }  // namespace kvern
