@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -39,46 +40,8 @@ from kvern.config import Options  # noqa: E402
 # The oldest that knows sidecars and the sleep before a stop, and the newest that the validator knows.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 
-# The operator's resources are not among Kubernetes' own schemas: the fields in use, by its API reference.
-_RELABELING = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        "sourceLabels": {"type": "array", "items": {"type": "string"}},
-        **{name: {"type": "string"} for name in ("regex", "targetLabel", "replacement", "separator")},
-        "action": {"enum": ["replace", "keep", "drop"]},
-    },
-}
-POD_MONITOR = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["apiVersion", "kind", "metadata", "spec"],
-    "properties": {
-        "apiVersion": {"const": "monitoring.coreos.com/v1"},
-        "kind": {"const": "PodMonitor"},
-        "metadata": {"type": "object"},
-        "spec": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["selector", "podMetricsEndpoints"],
-            "properties": {
-                "selector": {"type": "object"},
-                "podMetricsEndpoints": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "additionalProperties": False,
-                        "properties": {
-                            **{name: {"type": "string"} for name in ("port", "path", "interval", "scrapeTimeout")},
-                            "relabelings": {"type": "array", "items": _RELABELING},
-                            "metricRelabelings": {"type": "array", "items": _RELABELING},
-                        },
-                    },
-                },
-            },
-        },
-    },
-}
+# The operator's resources are not among Kubernetes' own schemas.
+POD_MONITOR = json.loads((ROOT / "tests/deploy/podmonitor.schema.json").read_text())
 
 # What kvernd takes beside the tier in memory: index, staging of sessions, and itself.
 TMPFS_SHARE = 1.25
@@ -134,9 +97,19 @@ def test_a_broken_manifest_is_refused(damage):
         validate(broken, VERSIONS[-1])
 
 
-def test_a_broken_pod_monitor_is_refused():
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda endpoint: endpoint.update(targetport=9464),
+        lambda endpoint: endpoint.update(interval="often"),
+        lambda endpoint: endpoint["relabelings"][0].update(action="rename"),
+        lambda endpoint: endpoint["relabelings"][0].update(sourceLabels="job"),
+    ],
+    ids=["an unknown field", "an interval that is none", "an unknown action", "a text for a list"],
+)
+def test_a_broken_pod_monitor_is_refused(damage):
     each = copy.deepcopy(of_kind("single-node", "PodMonitor")[0])
-    each["spec"]["podMetricsEndpoints"][0]["targetport"] = 9464
+    damage(each["spec"]["podMetricsEndpoints"][0])
     with pytest.raises(jsonschema.ValidationError):
         validate(each, VERSIONS[-1])
 
@@ -258,6 +231,9 @@ def test_selectors_find_their_pods(name):
     every = containers(name)
     for workload in of_kind(name, "Deployment", "DaemonSet"):
         assert selects(workload["spec"]["selector"], workload["spec"]["template"]["metadata"]["labels"])
+        pod = workload["spec"]["template"]
+        for constraint in pod["spec"].get("topologySpreadConstraints", []):
+            assert selects(constraint["labelSelector"], pod["metadata"]["labels"])
     for service in of_kind(name, "Service"):
         found = [each for each in every if selects({"matchLabels": service["spec"]["selector"]}, each.pod_labels)]
         for port in service["spec"]["ports"]:
