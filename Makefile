@@ -69,6 +69,10 @@ test-e2e: build
 check-deploy: build ## Dashboards, rules and alerts against a real Prometheus; the image and the manifests
 	@$(PYTEST) tests/deploy
 
+.PHONY: pictures
+pictures: build ## Draw the dashboards for docs/dashboards.md: a kvernd under load for four minutes
+	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tests/deploy/record_dashboards.py
+
 .PHONY: bench
 bench: ## Measure against memcpy and rivals; writes build/bench/results.json
 	@$(MAKE) build CMAKE_ARGS="-DKVERN_BENCH=ON $(CMAKE_ARGS)"

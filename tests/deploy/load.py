@@ -25,6 +25,7 @@ class Load:
     def __init__(self, address: str, chunks: int):
         self._chunks = chunks
         self._blocks = chunks * CHUNK_BLOCKS
+        self.tokens = self._blocks * BLOCK_TOKENS
         options = {"data_plane": "shm", "staging_bytes": 32 << 20}
         self._scheduler = _kvern.Client(address, scheduler=True, client_name="load scheduler", **options)
         self._worker = _kvern.Client(address, scheduler=False, client_name="load worker", **options)
@@ -111,7 +112,7 @@ class Load:
         """Looks the prompt up, loads what is there, and says how many tokens that was."""
         hashes = self._hashes(prompt)
         joined = b"".join(hashes)
-        length = self._blocks * BLOCK_TOKENS
+        length = self.tokens
         deadline = time.monotonic() + JOB_SECONDS
         known = False
         while not known:  # chunks may be on their way up from a lower tier

@@ -12,13 +12,14 @@ from engine import ROOT, Process, free_port, tail
 
 RULES = ROOT / "deploy" / "prometheus"
 READY_SECONDS = 30
+SCRAPE_SECONDS = 1
 
 
 class Prometheus(Process):
     def __init__(self, folder: pathlib.Path, kvernd_port: int):
         super().__init__("prometheus", folder)
         config = yaml.safe_load((RULES / "prometheus.yaml").read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["global"] = {name: f"{SCRAPE_SECONDS}s" for name in ("scrape_interval", "evaluation_interval")}
         # vLLM is not there; its job stays out, or its target would be down.
         config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] == "kvernd"]
         config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{kvernd_port}"]}]

@@ -39,6 +39,7 @@ NOT_RUN = {
     ("compact-caches.md", "kvernctl compact show HANDLE --wait 30"): HANDLE,
     ("compact-caches.md", "kvernctl compact rm HANDLE"): HANDLE,
     ("compact-caches.md", "cmake --build *"): COMPILES,
+    ("dashboards.md", "deploy/grafana/pictures.py *"): "needs a Prometheus: test_monitoring.py has one, and asks what is drawn",
     ("gpu.md", "*"): GPU,
     ("kubernetes.md", "docker *"): CONTAINERS,
     ("kubernetes.md", "kubectl label *"): CLUSTER,

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import dashboards
+import pictures
 from daemon import Daemon
 from engine import ROOT
 from load import Load
@@ -125,6 +126,18 @@ def test_every_panel_shows_data(prometheus, loaded):
         if not NEEDS_ENGINE.search(expression) and not finite(values):
             empty.append(f"{where}: {expression} gives {values}")
     assert not empty, "\n".join(empty)
+
+
+def test_the_drawer_finds_what_it_draws(prometheus, loaded):
+    empty = []
+    for name in dashboards.DASHBOARDS:
+        for panel in dashboards.dashboard(name)["panels"]:
+            now = time.time()
+            series = pictures.over_time(f"http://{prometheus.address}", panel, now - 60, now, rate_seconds=60)
+            if not series and not NEEDS_ENGINE.search(panel["targets"][0]["expr"]):
+                empty.append(f"{name}: {panel['title']}")
+            assert all("{{" not in each.legend and each.points for each in series)
+    assert not empty
 
 
 def test_loads_are_counted_under_the_form_of_their_chunks(daemon, loaded):
