@@ -49,7 +49,7 @@ test-full: build fuzz ## All tests, with the long matrix of engines; writes docs
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	@KVERN_CRASH_ROUNDS=300 ctest --test-dir $(RELEASE) --output-on-failure -j $(JOBS) --output-junit $(abspath $(REPORTS))/ctest.xml
 	@$(PYTEST) tests/python --junitxml $(REPORTS)/python.xml
-	@$(PYTEST) tests/deploy --junitxml $(REPORTS)/deploy.xml
+	@$(PYTEST) tests/deploy --run-full --junitxml $(REPORTS)/deploy.xml
 	@$(PYTEST) tests/e2e -n $(E2E_JOBS) --dist loadfile --run-full --junitxml $(REPORTS)/e2e.xml
 	@$(PYTHON) tools/test_summary.py $(REPORTS)/*.xml >$(REPORTS)/test-full.md && cp $(REPORTS)/test-full.md docs/
 

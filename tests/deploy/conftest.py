@@ -7,6 +7,21 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent.parent / "deploy" / "grafana")]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--run-full", action="store_true", help="run what takes long too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: takes long, not of the short run")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-full"):
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes long: make test-full"))
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """What the image's last stage is."""
