@@ -1,5 +1,7 @@
 #include "kernels/container.h"
 
+#include "kernels/container_layout.h"
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -382,6 +384,8 @@ void in_pieces(Executor* executor, std::size_t count, const std::function<void(s
 }
 
 }  // namespace
+
+std::size_t block_hashes_offset(std::string_view codec_spec) { return kFixedBytes + codec_spec.size(); }
 
 std::size_t plane_count(const ShardShape& shape) { return std::size_t{2} * shape.layers * shape.heads; }
 

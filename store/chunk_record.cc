@@ -1,8 +1,11 @@
 #include "store/chunk_record.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
+
+#include "kernels/container_layout.h"
 
 namespace kvern {
 namespace {
@@ -48,6 +51,31 @@ bool FamilyTable::has_namespace(const NamespaceId& namespace_id) const {
   least.namespace_id = namespace_id;
   const auto first = references_.lower_bound(least);
   return first != references_.end() && first->first.namespace_id == namespace_id;
+}
+
+void ShardList::push_back(const ShardRecord& shard) {
+  if (std::has_single_bit(size_) || size_ == 0) {
+    auto larger = std::make_unique<ShardRecord[]>(std::size_t{2} * size_ + (size_ == 0 ? 1 : 0));
+    std::copy(begin(), end(), larger.get());
+    shards_ = std::move(larger);
+  }
+  shards_[size_++] = shard;
+}
+
+const std::uint8_t* find_block_names(std::span<const std::byte> container, std::string_view codec_spec,
+                                     std::span<const BlockHash> blocks) {
+  const std::size_t begin = block_hashes_offset(codec_spec);
+  const std::size_t hash_bytes = blocks.front().size();
+  const std::size_t bytes = blocks.size() * (1 + hash_bytes);
+  if (container.size() < begin || container.size() - begin < bytes) return nullptr;
+  const auto* const names = reinterpret_cast<const std::uint8_t*>(container.data()) + begin;
+  for (std::size_t block = 0; block < blocks.size(); ++block) {
+    const std::uint8_t* const name = names + block * (1 + hash_bytes);
+    if (*name != hash_bytes || std::memcmp(name + 1, blocks[block].bytes().data(), hash_bytes) != 0) {
+      return nullptr;
+    }
+  }
+  return names;
 }
 
 ChunkKey ChunkRecord::key() const {

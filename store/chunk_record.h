@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/keys.h"
@@ -58,6 +59,20 @@ struct ShardRecord {
   std::uint64_t raw_bytes = 0;
 };
 
+/// Mostly one shard, or one for each rank: a vector that takes up two words. Move-only.
+class ShardList {
+ public:
+  void push_back(const ShardRecord& shard);
+  std::size_t size() const { return size_; }
+  const ShardRecord& operator[](std::size_t i) const { return shards_[i]; }
+  const ShardRecord* begin() const { return shards_.get(); }
+  const ShardRecord* end() const { return shards_.get() + size_; }
+
+ private:
+  std::unique_ptr<ShardRecord[]> shards_;
+  std::uint32_t size_ = 0;
+};
+
 enum class ChunkState : std::uint8_t {
   kIncomplete,   ///< shards are missing; not in the index
   kLive,         ///< in the index and known to the eviction policy
@@ -66,14 +81,18 @@ enum class ChunkState : std::uint8_t {
   kQuarantined,  ///< corrupt or dropped; waits until nobody holds it
 };
 
-/// The store's private record of one chunk.
+/// Where a container of this codec chain names its blocks, at least one, whose hashes have one length; nullptr when it
+/// does not name these.
+const std::uint8_t* find_block_names(std::span<const std::byte> container, std::string_view codec_spec,
+                                     std::span<const BlockHash> blocks);
+
+/// The store's private record of one chunk. Block hashes are kept once, in the chunk's first container.
 struct ChunkRecord {
-  const ChunkFamily* family = nullptr;
-  std::unique_ptr<std::uint8_t[]> hashes;  ///< blocks x hash_bytes
-  std::vector<ShardRecord> shards;
+  const ChunkFamily* family = nullptr;  ///< null: the record is not in use
+  const std::uint8_t* names = nullptr;  ///< find_block_names() of the first shard
+  ShardList shards;
   std::uint64_t position = 0;
   std::uint32_t previous_tag = 0;
-  std::int64_t last_shard_ns = 0;
   std::uint32_t pins = 0;
   std::uint16_t blocks = 0;
   std::uint8_t hash_bytes = 0;
@@ -84,7 +103,7 @@ struct ChunkRecord {
   bool charged = false;   ///< to the quota of its tenant
 
   std::span<const std::uint8_t> hash(std::size_t block) const {
-    return {hashes.get() + block * hash_bytes, hash_bytes};
+    return {names + block * (1U + hash_bytes) + 1, hash_bytes};
   }
   std::uint64_t fingerprint(std::size_t block) const {
     return block_fingerprint(family->namespace_id, family->group, hash(block));
@@ -107,6 +126,7 @@ struct ChunkRecord {
   bool covers(const ShardRange& range) const;
   bool is_complete() const { return covers({0, family->group_layers, 0, family->model_heads}); }
 };
+static_assert(sizeof(ChunkRecord) == 56);
 
 /// The largest number of blocks in a chunk and of shards under one key that the store accepts: far more than a chunk of
 /// 256 tokens or a rank layout has, few enough that a hostile client cannot make bookkeeping slow.

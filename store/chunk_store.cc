@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <map>
 #include <stdexcept>
@@ -75,6 +76,7 @@ struct ChunkStore::State {
   struct Pending {
     std::vector<std::uint64_t> tickets;
     std::optional<std::uint32_t> chunk;  // the record with the shards that have come
+    std::int64_t last_shard_ns = 0;      // when the last of them did
   };
 
   /// A handle that holds a chunk, and the form in which it does.
@@ -87,7 +89,7 @@ struct ChunkStore::State {
     std::uint32_t chunk = 0;
     std::uint8_t form = 0;
     std::uint32_t pins = 0;
-    std::vector<ShardRecord> shards;
+    ShardList shards;
   };
   struct Terms {
     StorageTerms storage;
@@ -181,7 +183,7 @@ struct ChunkStore::State {
   // Coming.
   void close_ticket(TicketMap::iterator ticket);
   Result<bool> add_shard(const Ticket& ticket, const ContainerInfo& info, std::size_t container_bytes);
-  std::optional<std::uint32_t> new_record(const ContainerInfo& info);
+  std::optional<std::uint32_t> new_record(const ContainerInfo& info, const std::uint8_t* names);
   void note_order(std::uint32_t parent, std::uint32_t chunk);
   bool enter_index(std::uint32_t chunk, const ContainerInfo& info);
   Result<bool> add_whole_shard(const Extent& extent, const ContainerInfo& info, std::size_t container_bytes);
@@ -195,8 +197,11 @@ struct ChunkStore::State {
   std::size_t ladder_number(const Ladder& ladder);
   void enroll(std::uint32_t chunk);
 
-  ChunkRecord& record(std::uint32_t chunk) { return *records[chunk]; }
-  const ChunkRecord& record(std::uint32_t chunk) const { return *records[chunk]; }
+  ChunkRecord& record(std::uint32_t chunk) { return records[chunk]; }
+  const ChunkRecord& record(std::uint32_t chunk) const { return records[chunk]; }
+  bool is_live(std::uint32_t chunk) const {
+    return chunk < records.size() && records[chunk].family != nullptr && records[chunk].state == ChunkState::kLive;
+  }
 
   const ChunkStoreConfig config;
   const std::span<std::byte> slab_memory;
@@ -212,7 +217,7 @@ struct ChunkStore::State {
   Slab slab;
   BlockIndexWriter index;
   FamilyTable families;
-  std::vector<std::unique_ptr<ChunkRecord>> records;  // by chunk number
+  std::deque<ChunkRecord> records;  // by chunk number, up to the largest that was ever in use
   std::vector<std::uint32_t> spare_numbers;
   TicketMap tickets;
   std::unordered_map<ChunkKey, Pending> pending;
@@ -258,8 +263,7 @@ ChunkStore::State::State(const ChunkStoreConfig& store_config, std::span<std::by
       slab(store_config.slab_bytes, extents_of(found)),
       index(index_bytes, {.chunk_capacity = store_config.chunk_capacity,
                           .slot_count = store_config.index_slots,
-                          .generation = store_config.generation}),
-      records(store_config.chunk_capacity) {
+                          .generation = store_config.generation}) {
   spare_numbers.reserve(config.chunk_capacity);
   for (std::uint32_t chunk = config.chunk_capacity; chunk-- > 0;) spare_numbers.push_back(chunk);
   take_over(std::exchange(found, {}));
@@ -314,9 +318,7 @@ void ChunkStore::State::take_over(std::vector<LoadedShard> containers) {
 
 bool ChunkStore::State::holds(std::uint32_t chunk, std::size_t block, const NamespaceId& namespace_id,
                               std::uint16_t group, const BlockHash& hash) const {
-  const auto& candidate = records[chunk];
-  return candidate && candidate->state == ChunkState::kLive && candidate->belongs_to(namespace_id, group) &&
-         candidate->has_block(block, hash);
+  return is_live(chunk) && record(chunk).belongs_to(namespace_id, group) && record(chunk).has_block(block, hash);
 }
 
 std::optional<std::uint32_t> ChunkStore::State::find_live(const NamespaceId& namespace_id, std::uint16_t group,
@@ -358,8 +360,7 @@ bool ChunkStore::State::is_in_flight(const Pending& entry, const ShardRange& ran
 
 // A live chunk of one of the namespaces.
 bool ChunkStore::State::is_listed(std::uint32_t chunk, const NamespaceSet& namespaces) const {
-  const auto& candidate = records[chunk];
-  return candidate && candidate->state == ChunkState::kLive && namespaces.contains(candidate->family->namespace_id);
+  return is_live(chunk) && namespaces.contains(record(chunk).family->namespace_id);
 }
 
 ChunkStore::ChunkSummary ChunkStore::State::summarize(const ChunkRecord& chunk) const {
@@ -415,7 +416,7 @@ void ChunkStore::State::release(std::uint32_t chunk) {
   counters.encoded_bytes -= leaving.encoded_bytes();
   counters.raw_bytes -= leaving.raw_bytes();
   families.release(leaving.family);
-  records[chunk].reset();
+  records[chunk] = {};
   spare_numbers.push_back(chunk);
 }
 
@@ -489,7 +490,7 @@ void ChunkStore::State::drop_incomplete(const NamespaceSet& namespaces, std::int
   std::erase_if(pending, [&](const auto& item) {
     const auto& [key, entry] = item;
     if (!entry.tickets.empty() || !namespaces.contains(key.namespace_id)) return false;
-    if (record(*entry.chunk).last_shard_ns > shards_before_ns) return false;
+    if (entry.last_shard_ns > shards_before_ns) return false;
     drop_shards(*entry.chunk);
     return true;
   });
@@ -605,6 +606,9 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
     return give_up(Code::kInvalid,
                    "a container of " + std::to_string(container_bytes) + " bytes does not fit the ticket");
   }
+  const std::uint8_t* const names =
+      find_block_names(slab_memory.subspan(ticket.extent.offset, container_bytes), info.codec_spec, info.block_hashes);
+  if (names == nullptr) return give_up(Code::kInvalid, "the container does not name its blocks where it should");
   Pending& entry = pending.at(ticket.key);
   if (is_covered(info)) {
     slab.free(ticket.extent);
@@ -620,7 +624,7 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
       return false;
     }
   } else {
-    entry.chunk = new_record(info);
+    entry.chunk = new_record(info, names);
     if (!entry.chunk) return give_up(Code::kBusy, "no chunk number is free: what is stored is in use");
     ++counters.incomplete_chunks;
   }
@@ -634,7 +638,7 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
   whole.shards.push_back({extent, ticket.range, info.shape.raw_bytes()});
   whole.lossy_generations = std::max(
       whole.lossy_generations, static_cast<std::uint8_t>(std::min<std::uint32_t>(info.lossy_generations, UINT8_MAX)));
-  whole.last_shard_ns = clock.now_ns();
+  entry.last_shard_ns = clock.now_ns();
   charge_chunk(whole, container_bytes);
   counters.encoded_bytes += container_bytes;
   counters.raw_bytes += info.shape.raw_bytes();
@@ -777,23 +781,19 @@ void ChunkStore::State::enroll(std::uint32_t chunk) {
   demotion->entered(chunk, no_ladder, {}, static_cast<double>(each.encoded_bytes()));
 }
 
-std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& info) {
+std::optional<std::uint32_t> ChunkStore::State::new_record(const ContainerInfo& info, const std::uint8_t* names) {
   if (!evict_until(0, [this] { return !spare_numbers.empty(); })) return std::nullopt;
-  auto fresh = std::make_unique<ChunkRecord>();
-  const std::size_t hash_bytes = info.block_hashes.front().size();
-  fresh->family = families.acquire(
-      {info.key.namespace_id, info.key.group, info.block_tokens, info.group_layers, info.model_heads, info.codec_spec});
-  fresh->hashes = std::make_unique<std::uint8_t[]>(info.block_hashes.size() * hash_bytes);
-  for (std::size_t block = 0; block < info.block_hashes.size(); ++block) {
-    std::memcpy(fresh->hashes.get() + block * hash_bytes, info.block_hashes[block].bytes().data(), hash_bytes);
-  }
-  fresh->position = info.position;
-  fresh->previous_tag = info.previous_tag;
-  fresh->blocks = static_cast<std::uint16_t>(info.block_hashes.size());
-  fresh->hash_bytes = static_cast<std::uint8_t>(hash_bytes);
   const std::uint32_t chunk = spare_numbers.back();
   spare_numbers.pop_back();
-  records[chunk] = std::move(fresh);
+  if (chunk >= records.size()) records.resize(chunk + std::size_t{1});
+  ChunkRecord& fresh = records[chunk];
+  fresh.family = families.acquire(
+      {info.key.namespace_id, info.key.group, info.block_tokens, info.group_layers, info.model_heads, info.codec_spec});
+  fresh.names = names;
+  fresh.position = info.position;
+  fresh.previous_tag = info.previous_tag;
+  fresh.blocks = static_cast<std::uint16_t>(info.block_hashes.size());
+  fresh.hash_bytes = static_cast<std::uint8_t>(info.block_hashes.front().size());
   return chunk;
 }
 
@@ -867,7 +867,7 @@ Presence ChunkStore::presence(const ChunkKey& key, const ShardShape& shard) cons
   if (s.find_live(key.namespace_id, key.group, key.last_block)) return Presence::kStored;
   const auto entry = s.pending.find(key);
   if (entry == s.pending.end()) return Presence::kAbsent;
-  const auto& [tickets, chunk] = entry->second;
+  const auto chunk = entry->second.chunk;
   if (chunk && s.record(*chunk).covers(range)) return Presence::kStored;
   if (s.is_in_flight(entry->second, range)) return Presence::kInFlight;
   return chunk ? Presence::kPartlyStored : Presence::kAbsent;
@@ -1308,7 +1308,13 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   }
   const auto extents = s.cut(object, shards);
   if (!extents) return extents.error();
-  std::vector<ShardRecord> fresh;
+  const std::uint8_t* const names = find_block_names(
+      s.slab_memory.subspan(extents->front().offset, shards.front().bytes), order.codec_spec, chunk.block_hashes());
+  if (names == nullptr) {
+    for (const Extent& extent : *extents) s.slab.free(extent);
+    return Status(Code::kInvalid, "the containers do not name the chunk's blocks");
+  }
+  ShardList fresh;
   for (std::size_t i = 0; i < shards.size(); ++i) {
     const std::uint64_t bytes = shards[i].bytes;
     const Extent extent{(*extents)[i].offset, bytes};
@@ -1327,6 +1333,7 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   for (const auto& each : s.former) pins -= each.chunk == number ? each.pins : 0;
   s.former.push_back({number, chunk.form, pins, std::exchange(chunk.shards, std::move(fresh))});
   ++chunk.form;
+  chunk.names = names;  // those that it was named in go once nobody reads them
   ChunkFamily family = *chunk.family;
   family.codec_spec = order.codec_spec;
   const ChunkFamily* const left = std::exchange(chunk.family, s.families.acquire(std::move(family)));

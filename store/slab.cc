@@ -6,7 +6,7 @@
 #include <cassert>
 #include <limits>
 #include <stdexcept>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace kvern {
@@ -33,6 +33,66 @@ Bin bin_of(std::uint32_t pages) {
   return {log2 - kStepBits + 1, (pages >> (log2 - kStepBits)) & (kSteps - 1)};
 }
 
+// Which block begins at a page: an open hash table of block numbers, in 4 to 8 bytes for each.
+class BlockAtPage {
+ public:
+  // page_of(block) of those that are in the table does not change.
+  template <typename PageOf>
+  void insert(std::uint32_t page, std::uint32_t block, PageOf page_of) {
+    if (slots_.size() * 3 < (used_ + 1) * 4) {
+      const std::vector<std::uint32_t> before =
+          std::exchange(slots_, std::vector<std::uint32_t>(std::max<std::size_t>(2 * slots_.size(), 16), kNone));
+      for (const std::uint32_t each : before) {
+        if (each != kNone) slots_[first_free(page_of(each))] = each;
+      }
+    }
+    slots_[first_free(page)] = block;
+    ++used_;
+  }
+  // kNone when none does.
+  template <typename PageOf>
+  std::uint32_t find(std::uint32_t page, PageOf page_of) const {
+    const std::size_t slot = slot_of(page, page_of);
+    return slot == slots_.size() ? kNone : slots_[slot];
+  }
+  // Those behind it move up, so that no search ends at the gap.
+  template <typename PageOf>
+  void erase(std::uint32_t page, PageOf page_of) {
+    std::size_t gap = slot_of(page, page_of);
+    const std::size_t mask = slots_.size() - 1;
+    for (std::size_t next = (gap + 1) & mask; slots_[next] != kNone; next = (next + 1) & mask) {
+      const std::size_t home = home_of(page_of(slots_[next]));
+      if (((next - home) & mask) < ((next - gap) & mask)) continue;
+      slots_[gap] = slots_[next];
+      gap = next;
+    }
+    slots_[gap] = kNone;
+    --used_;
+  }
+
+ private:
+  std::size_t home_of(std::uint32_t page) const {
+    return static_cast<std::size_t>((page * 0x9E3779B97F4A7C15ULL) >> 32U) & (slots_.size() - 1);
+  }
+  std::size_t first_free(std::uint32_t page) const {
+    std::size_t slot = home_of(page);
+    while (slots_[slot] != kNone) slot = (slot + 1) & (slots_.size() - 1);
+    return slot;
+  }
+  template <typename PageOf>
+  std::size_t slot_of(std::uint32_t page, PageOf page_of) const {
+    if (slots_.empty()) return 0;
+    std::size_t slot = home_of(page);
+    for (; slots_[slot] != kNone; slot = (slot + 1) & (slots_.size() - 1)) {
+      if (page_of(slots_[slot]) == page) return slot;
+    }
+    return slots_.size();
+  }
+
+  std::vector<std::uint32_t> slots_;  // a power of two of them, or none
+  std::size_t used_ = 0;
+};
+
 std::uint64_t pages_for(std::uint64_t bytes) { return bytes / Slab::kAlignment + (bytes % Slab::kAlignment != 0); }
 
 }  // namespace
@@ -53,10 +113,18 @@ struct Slab::State {
   std::uint64_t used_pages = 0;
   std::vector<Block> blocks;
   std::vector<std::uint32_t> spare_blocks;
-  std::unordered_map<std::uint32_t, std::uint32_t> used_by_page;
+  BlockAtPage used_by_page;
   std::array<std::array<std::uint32_t, kSteps>, kLevels> heads;
   std::uint32_t level_bits = 0;                  // levels that hold a free block
   std::array<std::uint32_t, kLevels> step_bits;  // steps of a level that do
+
+  auto page_of() const {
+    return [this](std::uint32_t id) { return blocks[id].page; };
+  }
+  // Of the used block that begins at the offset; kNone when none does.
+  std::uint32_t used_at(std::uint64_t offset) const {
+    return used_by_page.find(static_cast<std::uint32_t>(offset / kAlignment), page_of());
+  }
 
   std::uint32_t new_block(const Block& block) {
     if (spare_blocks.empty()) {
@@ -133,7 +201,7 @@ struct Slab::State {
 
   // Marks a block that is in no bin as used.
   void use(std::uint32_t id) {
-    used_by_page.emplace(blocks[id].page, id);
+    used_by_page.insert(blocks[id].page, id, page_of());
     used_pages += blocks[id].pages;
   }
 
@@ -204,11 +272,10 @@ std::optional<Extent> Slab::allocate(std::uint64_t bytes) {
 
 void Slab::free(const Extent& extent) {
   State& s = *state_;
-  const auto it = s.used_by_page.find(static_cast<std::uint32_t>(extent.offset / kAlignment));
-  assert(it != s.used_by_page.end() && "an extent is freed once");
-  if (it == s.used_by_page.end()) return;
-  std::uint32_t id = it->second;
-  s.used_by_page.erase(it);
+  std::uint32_t id = s.used_at(extent.offset);
+  assert(id != kNone && "an extent is freed once");
+  if (id == kNone) return;
+  s.used_by_page.erase(s.blocks[id].page, s.page_of());
   s.used_pages -= s.blocks[id].pages;
   s.absorb_successor_if_free(id);
   if (const std::uint32_t before = s.blocks[id].before; before != kNone && s.blocks[before].is_free) {
@@ -222,10 +289,9 @@ void Slab::free(const Extent& extent) {
 Extent Slab::shrink(const Extent& extent, std::uint64_t new_bytes) {
   State& s = *state_;
   assert(new_bytes > 0 && new_bytes <= extent.bytes);
-  const auto it = s.used_by_page.find(static_cast<std::uint32_t>(extent.offset / kAlignment));
-  assert(it != s.used_by_page.end());
-  if (it == s.used_by_page.end()) return extent;
-  const std::uint32_t id = it->second;
+  const std::uint32_t id = s.used_at(extent.offset);
+  assert(id != kNone);
+  if (id == kNone) return extent;
   const std::uint32_t before = s.blocks[id].pages;
   const auto pages = static_cast<std::uint32_t>(std::clamp<std::uint64_t>(pages_for(new_bytes), 1, before));
   s.split_off_tail(id, pages);
@@ -236,9 +302,9 @@ Extent Slab::shrink(const Extent& extent, std::uint64_t new_bytes) {
 std::pair<Extent, Extent> Slab::split(const Extent& extent, std::uint64_t head_bytes) {
   State& s = *state_;
   assert(head_bytes > 0 && head_bytes < extent.bytes && head_bytes % kAlignment == 0);
-  const std::uint32_t head = s.used_by_page.at(static_cast<std::uint32_t>(extent.offset / kAlignment));
+  const std::uint32_t head = s.used_at(extent.offset);
   const std::uint32_t tail = s.cut(head, static_cast<std::uint32_t>(head_bytes / kAlignment));
-  s.used_by_page.emplace(s.blocks[tail].page, tail);
+  s.used_by_page.insert(s.blocks[tail].page, tail, s.page_of());
   return {{extent.offset, head_bytes}, {extent.offset + head_bytes, extent.bytes - head_bytes}};
 }
 

@@ -88,7 +88,7 @@ Outcome read_until(SharedStore& shared, std::size_t slot, std::uint64_t wanted_c
         // Within a lease the pin would protect the bytes. Here it is the hazard that must, for the chunk that was hit.
         shared.store.unpin(pinned->pin);
         if (pinned->chunk == hit->chunk) {
-          const auto bytes = shared.store.bytes(pinned->shards[0]);
+          const auto bytes = shared.store.bytes(pinned->shards[0]).subspan(testing::kContainerHead);
           outcome.foreign += !is_filled_with(bytes, stamp_of(prompt));
           for (int i = 0; i < 3; ++i) {
             std::this_thread::yield();
@@ -116,6 +116,7 @@ void write_until(SharedStore& shared, std::uint64_t seed, const std::atomic<int>
       continue;
     }
     fill(shared.store.bytes(*ticket), stamp_of(prompt));
+    testing::write_names(shared.store.bytes(*ticket), info);
     if (random() % 8 == 0) {
       shared.store.abort(*ticket);
     } else {

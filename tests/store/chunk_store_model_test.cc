@@ -176,7 +176,9 @@ class Harness {
     if (tickets_.empty()) return;
     const ModelTicket ticket = take_ticket(which);
     const ChunkSpec& spec = ticket.spec;
-    const std::size_t bytes = 1 + (ticket.stamp * 64U) % ticket.ticket.extent.bytes;
+    const std::size_t bytes =
+        testing::kContainerHead + (ticket.stamp * 64U) % (ticket.ticket.extent.bytes - testing::kContainerHead);
+    testing::write_names(f_.store.bytes(ticket.ticket), spec.info());
     const auto outcome = f_.store.publish(ticket.ticket, spec.info(), bytes);
     // Numbers and index slots suffice for all chunks that the slab can hold, so that nothing has to go here.
     RC_ASSERT(outcome.has_value());
@@ -315,7 +317,7 @@ class Harness {
   void check_bytes(const PinnedChunk& pinned, const std::vector<std::uint8_t>& stamps) {
     RC_ASSERT(pinned.shards.size() == stamps.size());
     for (std::size_t shard = 0; shard < stamps.size(); ++shard) {
-      const auto bytes = f_.store.bytes(pinned.shards[shard]);
+      const auto bytes = f_.store.bytes(pinned.shards[shard]).subspan(testing::kContainerHead);
       const bool intact = std::ranges::all_of(bytes, [&](std::byte byte) { return byte == std::byte{stamps[shard]}; });
       RC_ASSERT(intact);
     }

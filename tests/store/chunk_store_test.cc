@@ -30,6 +30,7 @@ TEST(ChunkStore, APublishedChunkIsFoundByEachOfItsBlocks) {
   EXPECT_EQ(f.store.presence(info.key, info.shape), Presence::kInFlight);
   EXPECT_FALSE(f.has(spec)) << "manifest last";
 
+  testing::write_names(f.store.bytes(*ticket), info);
   const auto complete = f.store.publish(*ticket, info, 5000);
   ASSERT_TRUE(complete.has_value());
   EXPECT_TRUE(*complete);
@@ -127,11 +128,13 @@ TEST(ChunkStore, OneWriterPerShardAtATime) {
 TEST(ChunkStore, APublicationThatDoesNotFitItsTicketLeavesNothingBehind) {
   StoreFixture f(StoreFixture::pages(16));
   const ChunkSpec spec{.prompt = 1};
-  for (int wrong = 0; wrong < 4; ++wrong) {
+  for (int wrong = 0; wrong < 5; ++wrong) {
     const auto ticket = f.store.begin_write(spec.info(), 4096);
     ASSERT_TRUE(ticket.has_value());
     auto info = wrong == 0 ? ChunkSpec{.prompt = 2}.info() : wrong == 1 ? spec.shard(0, 4).info() : spec.info();
     const std::size_t bytes = wrong == 2 ? 4097 : wrong == 3 ? 0 : 4096;
+    std::ranges::fill(f.store.bytes(*ticket), std::byte{0});
+    if (wrong < 4) testing::write_names(f.store.bytes(*ticket), info);
     EXPECT_EQ(f.store.publish(*ticket, info, bytes).error().code(), Code::kInvalid) << wrong;
     EXPECT_EQ(f.store.stats().used_bytes, 0U) << wrong;
   }
@@ -230,6 +233,7 @@ TEST(ChunkStore, AShorterChunkThatComesLateIsDroppedSilently) {
   ASSERT_TRUE(f.put(longer));
   EXPECT_EQ(f.store.presence(shorter.info().key, shorter.info().shape), Presence::kStored);
   EXPECT_EQ(f.put(shorter).error().code(), Code::kBusy);
+  testing::write_names(f.store.bytes(*late), shorter.info());
   const auto outcome = f.store.publish(*late, shorter.shard(4, 4).info(), 4096);
   ASSERT_TRUE(outcome.has_value());
   EXPECT_TRUE(*outcome);
@@ -245,6 +249,7 @@ TEST(ChunkStore, ASupersededChunkStaysReadableWhileItIsHeld) {
   const auto ticket = f.store.begin_write(shorter.info(), 4096);
   ASSERT_TRUE(ticket.has_value());
   std::ranges::fill(f.store.bytes(*ticket), std::byte{11});
+  testing::write_names(f.store.bytes(*ticket), shorter.info());
   ASSERT_TRUE(f.store.publish(*ticket, shorter.info(), 4096));
   const auto pinned = f.pin(shorter);
   ASSERT_TRUE(pinned.has_value());
@@ -413,10 +418,10 @@ TEST(ChunkStore, DescribesWhatItHolds) {
   StoreFixture f(StoreFixture::pages(16));
   const ChunkSpec one{.prompt = 1};
   const ChunkSpec two{.prompt = 2, .blocks = 2, .namespace_number = 2};
-  ASSERT_TRUE(f.put(one, 100));
-  ASSERT_TRUE(f.put(two.shard(0, 4), 50));
+  ASSERT_TRUE(f.put(one, 1000));
+  ASSERT_TRUE(f.put(two.shard(0, 4), 500));
   EXPECT_EQ(f.store.snapshot(NamespaceSet::all(), 100).size(), 1U) << "complete ones only";
-  ASSERT_TRUE(f.put(two.shard(4, 4), 60));
+  ASSERT_TRUE(f.put(two.shard(4, 4), 600));
   EXPECT_EQ(f.store.snapshot(NamespaceSet::all(), 100).size(), 2U);
   EXPECT_EQ(f.store.snapshot(NamespaceSet::all(), 1).size(), 1U);
   ASSERT_EQ(f.store.snapshot(namespace_of(2), 100).size(), 1U);
@@ -425,7 +430,7 @@ TEST(ChunkStore, DescribesWhatItHolds) {
   EXPECT_EQ(summary->key, two.info().key);
   EXPECT_EQ(summary->blocks, two.info().block_hashes);
   EXPECT_EQ(summary->tokens, 32U);
-  EXPECT_EQ(summary->encoded_bytes, 110U);
+  EXPECT_EQ(summary->encoded_bytes, 1100U);
   EXPECT_EQ(summary->raw_bytes, two.info().shape.raw_bytes());
   EXPECT_EQ(summary->codec_spec, "raw");
   EXPECT_EQ(summary->shards, 2U);

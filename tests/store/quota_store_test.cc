@@ -60,6 +60,7 @@ TEST_F(Quotas, OpenTicketsCountAndAreGivenBack) {
   const auto ticket = f.store.begin_write(info, 2 * kPage).value();
   EXPECT_EQ(small().used_bytes, 2 * kPage);
   EXPECT_FALSE(f.put(chunk_of(1, 1), 2 * kPage)) << "two and two are more than three";
+  testing::write_names(f.store.bytes(ticket), info);
   ASSERT_TRUE(f.store.publish(ticket, info, kPage));
   EXPECT_EQ(small().used_bytes, kPage);
   const auto given_up = f.store.begin_write(chunk_of(1, 1).info(), 2 * kPage).value();

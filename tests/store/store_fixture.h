@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/container_layout.h"
 #include "store/chunk_store.h"
 
 namespace kvern::testing {
@@ -82,6 +83,18 @@ struct ChunkSpec {
   }
 };
 
+/// Room for what a made-up container must say: the names of its blocks, where a real one has them.
+inline constexpr std::size_t kContainerHead = 512;
+
+inline void write_names(std::span<std::byte> container, const ContainerInfo& info) {
+  std::size_t at = block_hashes_offset(info.codec_spec);
+  for (const BlockHash& hash : info.block_hashes) {
+    container[at++] = static_cast<std::byte>(hash.size());
+    std::memcpy(container.data() + at, hash.bytes().data(), hash.size());
+    at += hash.size();
+  }
+}
+
 /// A store over memory of its own, with hazards that the test sets by hand.
 struct StoreFixture {
   explicit StoreFixture(ChunkStoreConfig store_config)
@@ -102,6 +115,7 @@ struct StoreFixture {
     const auto info = spec.info();
     const auto ticket = store.begin_write(info, bytes);
     if (!ticket) return failure(ticket.error());
+    write_names(store.bytes(*ticket), info);
     return store.publish(*ticket, info, bytes);
   }
   bool has(const ChunkSpec& spec) {
