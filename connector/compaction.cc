@@ -7,6 +7,7 @@
 #include "connector/client.h"
 #include "connector/shard_message.h"
 #include "kernels/compaction.h"
+#include "kernels/page_pool.h"
 #include "transport/compact_handle.h"
 #include "transport/wire.h"
 
@@ -58,6 +59,7 @@ CompactionInfo info_of(const wire::CompactionReport& report) {
   if (report.has_error_max()) info.error_max = report.error_max();
   info.owner = report.tenant() + "/" + report.client_name();
   info.seconds = report.seconds();
+  info.layer_slots.assign(report.layer_slots().begin(), report.layer_slots().end());
   return info;
 }
 
@@ -77,10 +79,23 @@ CompactionInfo unknown(const std::string& handle, std::string reason) {
 
 }  // namespace
 
-Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens) {
-  auto plan = CompactionPlan::make(spec, prompt_tokens);
+Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens,
+                                         std::uint32_t page_tokens) {
+  auto plan = CompactionPlan::make(spec, prompt_tokens, page_tokens);
   if (!plan) return failure(plan.error());
-  return CompactionTerms{std::move(plan->chain.spec), plan->slots, plan->query_rows};
+  return CompactionTerms{std::move(plan->chain.spec), plan->slots, plan->query_rows, plan->ragged()};
+}
+
+Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> ragged_places(
+    std::span<const std::uint32_t> pages_of_layers) {
+  const auto pages = pool_pages(pages_of_layers);
+  if (!pages) return failure(pages.error());
+  std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>> places;
+  for (const auto& layer : *pages) {
+    auto& of_layer = places.emplace_back();
+    for (const PoolPage& page : layer) of_layer.emplace_back(page.layer, page.block);
+  }
+  return places;
 }
 
 Status check_compaction(const CompactionJob& job, const GroupPages& pages) {

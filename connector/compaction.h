@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/keys.h"
@@ -19,11 +21,18 @@ struct Session;
 /// What is known of a compact cache before its prompt is computed; follows from the spec and the prompt's length alone.
 struct CompactionTerms {
   std::string spec;              ///< canonical
-  std::uint32_t slots = 0;       ///< M: tokens that every layer and head keeps
+  std::uint32_t slots = 0;       ///< M: tokens that every layer and head keeps, or keeps on average
   std::uint32_t query_rows = 0;  ///< last queries of the prompt that the method reads; 0: none
+  bool ragged = false;           ///< layers keep different numbers of whole pages, M on average
 };
-/// kInvalid or kRefused with the reason, see CompactionPlan::make().
-Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens);
+/// kInvalid or kRefused with the reason, see CompactionPlan::make(). page_tokens: tokens of an engine's block where it
+/// can read ragged caches, otherwise 0.
+Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens,
+                                         std::uint32_t page_tokens = 0);
+
+/// Where the pages of a ragged cache lie: [layer][page] -> (layer, block of the request), see pool_pages().
+Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> ragged_places(
+    std::span<const std::uint32_t> pages_of_layers);
 
 /// Asks the daemon for a compact cache of a prompt whose blocks are stored, raw, under the source hashes of the handle
 /// (transport/compact_handle.h). Every rank asks for its shard.
@@ -71,9 +80,10 @@ struct CompactionInfo {
   /// ||O' - O|| / ||O|| of the attention outputs of the captured queries, over the layers; absent without queries.
   std::optional<double> error_mean;
   std::optional<double> error_max;
-  std::int64_t expires_at = 0;  ///< unix seconds
-  std::string owner;            ///< tenant and client
-  double seconds = 0;           ///< that the daemon worked on it
+  std::int64_t expires_at = 0;             ///< unix seconds
+  std::string owner;                       ///< tenant and client
+  double seconds = 0;                      ///< that the daemon worked on it
+  std::vector<std::uint32_t> layer_slots;  ///< of a ragged cache that is ready: tokens of each layer
 };
 
 /// Waits for at most `wait` while it is pending. kUnknown, with the reason, when there is no such handle, it has

@@ -10,12 +10,18 @@
 
 #include "kernels/attend.h"
 #include "kernels/key_scores.h"
+#include "kernels/layer_budgets.h"
 #include "kernels/observation.h"
+#include "kernels/page_pool.h"
+#include "kernels/preference_budgets.h"
 #include "kernels/token_scores.h"
 #include "kernels/window_scores.h"
 
 namespace kvern {
 namespace {
+
+/// Of PyramidKV: that of WindowKV's pyramid, with which docs/quality.md measures it.
+constexpr double kPyramidSlope = evict::kWindowPyramidSlope;
 
 /// A parameter of a canonical step: it is there and in its range.
 std::uint32_t number(const CodecStep& step, std::string_view name) {
@@ -50,19 +56,58 @@ std::uint32_t protected_tokens(const CodecStep& step, std::uint32_t prompt_token
   return number(step, "sinks") + number(step, "recent");
 }
 
-/// Budgets that differ between layers or heads do not fit a rectangle. CAKE's are made equal.
-Status check_rectangular(const CodecStep& step) {
+/// How tokens are shared out between layers and heads.
+std::string_view allocation_of(const CodecStep& step) {
+  const std::string* allocation = step.find("allocation");
+  return allocation == nullptr ? std::string_view("uniform") : std::string_view(*allocation);
+}
+
+/// One table of blocks serves all heads of a layer.
+Status check_allocation(const CodecStep& step) {
   if (step.name == "h2o") {
     return refused(step, "it needs the queries of the whole prompt, and only the last ones are captured").value();
   }
-  const std::string* allocation = step.find("allocation");
-  if (allocation != nullptr && *allocation != "uniform") {
-    return refused(step, "allocation=" + *allocation + " gives layers or heads different budgets; use uniform").value();
+  if (allocation_of(step) == "heads") {
+    return refused(step, "allocation=heads gives heads different budgets; use uniform").value();
+  }
+  if (step.name == "snapkv" && allocation_of(step) == "cake") {
+    return refused(step, "allocation=cake is for cake; use pyramid or uniform").value();
   }
   if (step.name == "windowkv" && number(step, "group") != 1) {
     return refused(step, "group must be 1: every layer picks its own windows").value();
   }
   return Status::ok();
+}
+
+/// The chain with the same budget for every layer.
+Result<Chain> made_uniform(const Chain& chain) {
+  std::string text = chain.spec;
+  const auto begin = text.find("allocation=");
+  if (begin == std::string::npos) return chain;
+  text.replace(begin, text.find_first_of(",)", begin) - begin, "allocation=uniform");
+  return parse_chain(text);
+}
+
+/// Whole windows, the best ones, and the last tokens of the next best where the budget is no multiple of a window.
+evict::Selection best_windows(std::span<const float> scores, const WindowCut& cut, std::uint32_t budget,
+                              std::uint32_t heads) {
+  const std::uint32_t whole = budget / cut.rule.tokens, rest = budget % cut.rule.tokens;
+  auto ranked = evict::ranked_best_of(scores, whole + (rest > 0 ? 1 : 0));
+  const std::uint32_t next = ranked.empty() ? 0 : ranked.back();
+  ranked.resize(std::min<std::size_t>(ranked.size(), whole));
+  std::ranges::sort(ranked);
+  evict::Selection kept = window_tokens(ranked, cut.rule, cut.columns, cut.tail, 1);
+  for (std::uint32_t token = (next + 1) * cut.rule.tokens - rest; token < (next + 1) * cut.rule.tokens; ++token) {
+    kept.tokens.insert(std::ranges::lower_bound(kept.tokens, token), token);
+  }
+  const std::vector<std::uint32_t> tokens = kept.tokens;
+  kept.tokens.clear();
+  kept.offsets.resize(1);
+  for (std::uint32_t head = 0; head < heads; ++head) {
+    kept.tokens.insert(kept.tokens.end(), tokens.begin(), tokens.end());
+    kept.offsets.push_back(static_cast<std::uint32_t>(kept.tokens.size()));
+  }
+  return kept;
 }
 
 evict::Pooling pooling_of(const CodecStep& step) {
@@ -73,36 +118,43 @@ evict::Pooling pooling_of(const CodecStep& step) {
           number(step, "kernel")};
 }
 
-Result<evict::Selection> select_by_queries(const CompactionPlan& plan, const CodecStep& step, const PromptLayer& layer,
-                                           Executor* executor) {
-  const bool windows = step.name == "windowkv";
-  const WindowCut cut = windows ? window_cut(step, plan.prompt_tokens) : WindowCut{};
-  const std::uint32_t columns = windows ? cut.columns : plan.prompt_tokens - plan.query_rows;
+Result<evict::Observation> observed(const PromptLayer& layer, std::uint32_t columns, bool dispersion,
+                                    Executor* executor) {
   evict::ObservationOptions options;
   options.columns = columns;
-  options.dispersion = step.name == "cake";
+  options.dispersion = dispersion;
   evict::ObservationWorkspace workspace;
   evict::Observation seen;
   if (const Status status = observe(layer.queries, layer.keys, options, workspace, executor, seen); !status) {
     return failure(status);
   }
+  return seen;
+}
+
+Result<evict::Selection> select_by_queries(const CompactionPlan& plan, const CodecStep& step, const PromptLayer& layer,
+                                           std::uint32_t slots, Executor* executor) {
+  const bool windows = step.name == "windowkv";
+  const WindowCut cut = windows ? window_cut(step, plan.prompt_tokens) : WindowCut{};
+  const std::uint32_t columns = windows ? cut.columns : plan.prompt_tokens - plan.query_rows;
+  const auto observation = observed(layer, columns, step.name == "cake", executor);
+  if (!observation) return failure(observation.error());
+  const evict::Observation& seen = *observation;
   const std::uint32_t tail = plan.prompt_tokens - columns;
   if (windows) {
     const auto scores = window_scores(seen, cut.rule, executor);
     if (!scores) return failure(scores.error());
-    return window_tokens(select_windows(*scores, cut.rule, columns, plan.slots - tail), cut.rule, columns, tail,
-                         layer.keys.heads);
+    return best_windows(*scores, cut, slots - tail, layer.keys.heads);
   }
   const auto scores = step.name == "cake" ? cake_scores(seen, layer.keys.heads,
                                                         static_cast<float>(step.decimal("gamma", 0, 0, 1e6).value()),
                                                         pooling_of(step), executor)
                                           : snapkv_scores(seen, layer.keys.heads, pooling_of(step), executor);
   if (!scores) return failure(scores.error());
-  return select_best(*scores, std::array{plan.slots - tail}, tail, executor);
+  return select_best(*scores, std::array{slots - tail}, tail, executor);
 }
 
 Result<evict::Selection> select_by_keys(const CompactionPlan& plan, const CodecStep& step, const HeadRows& keys,
-                                        Executor* executor) {
+                                        std::uint32_t slots, Executor* executor) {
   const auto scores =
       step.name == "knorm" ? evict::knorm_scores(keys, executor) : evict::keydiff_scores(keys, executor);
   if (!scores) return failure(scores.error());
@@ -115,20 +167,33 @@ Result<evict::Selection> select_by_keys(const CompactionPlan& plan, const CodecS
     std::ranges::copy(scores->of(head).first(candidates), to.begin());
     std::ranges::fill(to.first(number(step, "sinks")), std::numeric_limits<float>::infinity());
   }
-  return select_best(shortened, std::array{plan.slots - recent}, recent, executor);
+  return select_best(shortened, std::array{slots - recent}, recent, executor);
 }
 
-Result<evict::Selection> select(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor) {
+Result<evict::Selection> select(const CompactionPlan& plan, const PromptLayer& layer, std::uint32_t slots,
+                                Executor* executor) {
   const CodecStep& step = *plan.chain.find(StepKind::kEvict);
-  if (plan.slots == plan.prompt_tokens) {
-    return evict::select_sinks_and_recent(layer.keys.heads, plan.prompt_tokens, 0, plan.slots);
+  if (slots == plan.prompt_tokens) {
+    return evict::select_sinks_and_recent(layer.keys.heads, plan.prompt_tokens, 0, slots);
   }
-  if (plan.query_rows > 0) return select_by_queries(plan, step, layer, executor);
+  if (plan.query_rows > 0) return select_by_queries(plan, step, layer, slots, executor);
   if (step.name == "streaming") {
     const std::uint32_t sinks = number(step, "sinks");
-    return evict::select_sinks_and_recent(layer.keys.heads, plan.prompt_tokens, sinks, plan.slots - sinks);
+    return evict::select_sinks_and_recent(layer.keys.heads, plan.prompt_tokens, sinks, slots - sinks);
   }
-  return select_by_keys(plan, step, layer.keys, executor);
+  return select_by_keys(plan, step, layer.keys, slots, executor);
+}
+
+Status check_rows(const CompactionPlan& plan, const PromptLayer& layer) {
+  if (layer.keys.tokens != plan.prompt_tokens || layer.values.tokens != plan.prompt_tokens ||
+      layer.keys.heads != layer.values.heads) {
+    return {Code::kInvalid, "keys and values must be those of the plan's prompt, of the same heads"};
+  }
+  if (plan.query_rows > 0 && layer.queries.tokens != plan.query_rows) {
+    return {Code::kInvalid, "the plan needs the last " + std::to_string(plan.query_rows) + " queries, not " +
+                                std::to_string(layer.queries.tokens)};
+  }
+  return Status::ok();
 }
 
 Result<std::vector<std::byte>> gathered(const HeadRows& rows, const evict::Selection& kept, Executor* executor) {
@@ -173,7 +238,8 @@ Result<std::vector<float>> outputs(const PromptLayer& layer, const evict::Select
 
 }  // namespace
 
-Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t prompt_tokens) {
+Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t prompt_tokens,
+                                            std::uint32_t page_tokens) {
   auto chain = parse_chain(spec);
   if (!chain) return failure(chain.error());
   const CodecStep* step = chain->find(StepKind::kEvict);
@@ -181,7 +247,7 @@ Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t
     return failure(Code::kInvalid, "a compact cache needs a step that picks tokens, as in cake(budget=12%) | int8");
   }
   if (prompt_tokens == 0) return failure(Code::kInvalid, "a compact cache needs a prompt");
-  if (const Status status = check_rectangular(*step); !status) return failure(status);
+  if (const Status status = check_allocation(*step); !status) return failure(status);
   CompactionPlan plan;
   plan.prompt_tokens = prompt_tokens;
   plan.slots = budget_tokens(*step, prompt_tokens);
@@ -192,28 +258,85 @@ Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t
                                          std::to_string(plan.slots) + " tokens must be more than the " +
                                          std::to_string(least) + " that are always kept");
     }
+    if (page_tokens > 0 && allocation_of(*step) != "uniform" &&
+        (plan.slots - 1) / page_tokens + 1 < prompt_tokens / page_tokens) {
+      plan.page_tokens = page_tokens;
+      plan.slots = ((plan.slots - 1) / page_tokens + 1) * page_tokens;
+    }
     if (step->name == "windowkv") {
       plan.query_rows = number(*step, "alpha");
       const std::uint32_t window = number(*step, "omega");
-      plan.slots = least + (plan.slots - least) / window * window;
+      if (!plan.ragged()) plan.slots = least + (plan.slots - least) / window * window;
     } else if (step->name == "cake" || step->name == "snapkv") {
       plan.query_rows = number(*step, "window");
     }
   }
-  plan.chain = std::move(*chain);
+  if (plan.ragged()) {
+    plan.chain = std::move(*chain);
+  } else {
+    auto uniform = made_uniform(*chain);
+    if (!uniform) return failure(uniform.error());
+    plan.chain = std::move(*uniform);
+  }
   return plan;
 }
 
+bool CompactionPlan::reads_preferences() const {
+  return ragged() && allocation_of(*chain.find(StepKind::kEvict)) == "cake";
+}
+
+std::vector<std::uint32_t> CompactionPlan::layer_pages(std::span<const double> preferences,
+                                                       std::uint32_t layers) const {
+  const CodecStep& step = *chain.find(StepKind::kEvict);
+  const std::uint32_t kept = protected_tokens(step, prompt_tokens);
+  PageBudget budget;
+  budget.page_tokens = page_tokens;
+  budget.mean_pages = slots / page_tokens;
+  budget.least = std::max(1U, (kept + page_tokens - 1) / page_tokens);
+  budget.most = prompt_tokens / page_tokens;
+  const std::uint32_t mean = slots - kept, cap = budget.most * page_tokens - kept;
+  const std::uint64_t total = std::uint64_t{mean} * layers;
+  std::vector<double> tokens;
+  if (reads_preferences()) {
+    tokens = evict::preference_shares(preferences, {total, cap, number(step, "floor")});
+  } else if (step.name == "windowkv") {
+    const auto slope = static_cast<std::uint32_t>(step.decimal("lambda", 0, 0, 1e6).value());
+    const evict::LayerGroups groups{layers, 1};
+    if (allocation_of(step) == "printed") {
+      tokens = evict::window_pyramid_printed(mean, groups, slope);
+    } else {
+      const auto implemented = evict::window_pyramid_implemented(mean, groups, slope);
+      tokens.assign(implemented.begin(), implemented.end());
+    }
+  } else {
+    const auto pyramid = evict::pyramid_budgets(layers, total, cap, kPyramidSlope);
+    tokens.assign(pyramid.begin(), pyramid.end());
+  }
+  for (double& share : tokens) share += kept;
+  return whole_pages(tokens, budget);
+}
+
+Result<double> layer_preference(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor) {
+  if (const Status status = check_rows(plan, layer); !status) return failure(status);
+  const auto seen = observed(layer, plan.prompt_tokens - plan.query_rows, true, executor);
+  if (!seen) return failure(seen.error());
+  const CodecStep& step = *plan.chain.find(StepKind::kEvict);
+  const evict::Preference preference{step.decimal("tau1", 1, 0, 1e6).value(), step.decimal("tau2", 1, 0, 1e6).value()};
+  return preference.of(seen->dispersion, seen->shift);
+}
+
 Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor) {
-  if (layer.keys.tokens != plan.prompt_tokens || layer.values.tokens != plan.prompt_tokens ||
-      layer.keys.heads != layer.values.heads) {
-    return failure(Code::kInvalid, "keys and values must be those of the plan's prompt, of the same heads");
+  return compact_layer(plan, layer, plan.slots, executor);
+}
+
+Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer& layer, std::uint32_t slots,
+                                   Executor* executor) {
+  if (const Status status = check_rows(plan, layer); !status) return failure(status);
+  if (slots != plan.slots && (!plan.ragged() || slots % plan.page_tokens != 0 || slots > plan.prompt_tokens ||
+                              slots < protected_tokens(*plan.chain.find(StepKind::kEvict), plan.prompt_tokens))) {
+    return failure(Code::kInvalid, "a layer of this cache cannot keep " + std::to_string(slots) + " tokens");
   }
-  if (plan.query_rows > 0 && layer.queries.tokens != plan.query_rows) {
-    return failure(Code::kInvalid, "the plan needs the last " + std::to_string(plan.query_rows) + " queries, not " +
-                                       std::to_string(layer.queries.tokens));
-  }
-  auto kept = select(plan, layer, executor);
+  auto kept = select(plan, layer, slots, executor);
   if (!kept) return failure(kept.error());
   auto keys = gathered(layer.keys, *kept, executor);
   if (!keys) return failure(keys.error());

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -16,17 +17,30 @@ namespace kvern {
 class Executor;
 
 /// What a compact cache of a prompt looks like before any of its bytes is there: follows from the spec and the number
-/// of tokens alone, so that it can be told at once. Every layer and head keeps the same number of tokens (rectangular).
+/// of tokens alone, so that it can be told at once. Every head of a layer keeps the same number of tokens, and so do
+/// the layers (rectangular), unless the cache is ragged: then each layer keeps whole pages of the engine, M tokens on
+/// average.
 struct CompactionPlan {
   Chain chain;                      ///< canonical; its first step picks the tokens
   std::uint32_t prompt_tokens = 0;  ///< N
   std::uint32_t slots = 0;          ///< M <= N
   std::uint32_t query_rows = 0;     ///< last queries of the prompt that are needed; 0: none
+  std::uint32_t page_tokens = 0;    ///< of the engine, of a ragged cache; 0: rectangular
 
+  /// page_tokens: tokens of an engine's block, where it can read caches whose layers differ; 0 where it cannot. A cache
+  /// is ragged where the spec's allocation asks for it, the engine can, and the budget leaves a choice: M is then
+  /// rounded up to whole pages. Elsewhere the chain's allocation becomes uniform.
   /// kInvalid for a spec that is wrong, picks no tokens, or whose budget does not hold what the method always keeps;
-  /// kRefused, with the reason, for what this service does not make: budgets that differ between layers or heads, and
-  /// methods that need the queries of the whole prompt.
-  static Result<CompactionPlan> make(std::string_view spec, std::uint32_t prompt_tokens);
+  /// kRefused, with the reason, for what this service does not make: budgets that differ between heads, and methods
+  /// that need the queries of the whole prompt.
+  static Result<CompactionPlan> make(std::string_view spec, std::uint32_t prompt_tokens, std::uint32_t page_tokens = 0);
+
+  bool ragged() const { return page_tokens > 0; }
+  /// Whether a ragged cache's pages follow from layer_preference() of all layers.
+  bool reads_preferences() const;
+  /// Pages of each layer of a ragged cache, slots / page_tokens on average. preferences: of the layers where they are
+  /// read, otherwise empty.
+  std::vector<std::uint32_t> layer_pages(std::span<const double> preferences, std::uint32_t layers) const;
 
   /// Positions by which every kept key is turned when the cache is placed at slot `base`: base - (N - M). Queries from
   /// position base + M on then see every kept key at its distance in the prompt.
@@ -49,9 +63,15 @@ struct CompactLayer {
   std::vector<std::byte> values;
 };
 
-/// Scores, selects and gathers one layer; the same bytes whatever the executor (null: the caller's thread alone).
-/// kInvalid when the rows are not those of the plan.
+/// Scores, selects and gathers the `slots` tokens of one layer; the same bytes whatever the executor (null: the
+/// caller's thread alone). kInvalid when the rows are not those of the plan, or slots not what layer_pages() may give.
+Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer& layer, std::uint32_t slots,
+                                   Executor* executor);
+/// The same with the plan's slots.
 Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor);
+
+/// One layer's claim on the tokens of all, as CAKE has it (token_scores.h, Preference). kInvalid as compact_layer().
+Result<double> layer_preference(const CompactionPlan& plan, const PromptLayer& layer, Executor* executor);
 
 /// ||O' - O|| / ||O|| over all heads of the attention outputs of the layer's captured queries, O over the whole prompt
 /// and O' over what is kept; causal. kInvalid without queries, or when layer and kept do not belong together.

@@ -40,6 +40,15 @@ class Canonical {
     const auto value = step_.word(name, fallback, allowed);
     return value ? put(name, std::string(*value)) : fail(value.error());
   }
+  /// A word that is only written where it is not the fallback: a parameter that came later than the texts in use.
+  Canonical& later_word(std::string_view name, std::string_view fallback,
+                        std::initializer_list<std::string_view> allowed) {
+    const auto value = step_.word(name, fallback, allowed);
+    if (!value) return fail(value.error());
+    if (*value != fallback) return put(name, std::string(*value));
+    later_ = name;
+    return *this;
+  }
   /// How scores of neighbours are pooled.
   Canonical& pooling() {
     word("pool", "avg", {"none", "avg", "max"});
@@ -53,7 +62,7 @@ class Canonical {
   Result<CodecStep> finish() {
     if (!status_) return failure(status_);
     for (const auto& [name, value] : step_.parameters) {
-      if (made_.find(name) == nullptr) return unknown(name);
+      if (made_.find(name) == nullptr && name != later_) return unknown(name);
     }
     return std::move(made_);
   }
@@ -78,6 +87,7 @@ class Canonical {
 
   const CodecStep& step_;
   CodecStep made_;
+  std::string_view later_;  ///< a parameter that is known and not written
   Status status_ = Status::ok();
 };
 
@@ -97,6 +107,7 @@ Result<CodecStep> canonical_cake(const CodecStep& step) {
       .decimal("tau2", 100, 0.01, 100)
       .pooling()
       .number("floor", 0, 0, kMaxTokens)
+      .later_word("allocation", "uniform", {"uniform", "cake"})
       .finish();
 }
 

@@ -6,6 +6,7 @@
 #include <thread>
 #include <utility>
 
+#include "kernels/page_pool.h"
 #include "store/lease.h"
 
 namespace kvern {
@@ -60,9 +61,9 @@ class LayerRows final : public RowSink {
 /// The chunks of the cache in their canonical layout, zeros behind the last slot.
 class SlotChunks {
  public:
-  explicit SlotChunks(const CompactionOrder& order) : slots_(order.plan.slots), chunk_tokens_(order.chunk_tokens) {
-    const std::uint32_t block_tokens = order.info.block_tokens;
-    const std::uint32_t padded = (slots_ + block_tokens - 1) / block_tokens * block_tokens;
+  explicit SlotChunks(const CompactionOrder& order)
+      : block_tokens_(order.info.block_tokens), chunk_tokens_(order.chunk_tokens) {
+    const std::uint32_t padded = (order.plan.slots + block_tokens_ - 1) / block_tokens_ * block_tokens_;
     for (std::uint32_t first = 0; first < padded; first += chunk_tokens_) {
       ShardShape& shape = shapes_.emplace_back(order.info.shape);
       shape.tokens = std::min(chunk_tokens_, padded - first);
@@ -70,15 +71,19 @@ class SlotChunks {
     }
   }
 
-  void put(std::uint32_t layer, Part part, std::span<const std::byte> rows) {
-    for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+  /// Rows [head][slots of the layer][dim] to the layer's pages, one after the other.
+  void put(std::span<const PoolPage> pages, std::uint32_t slots, Part part, std::span<const std::byte> rows) {
+    for (std::size_t page = 0; page < pages.size(); ++page) {
+      const std::uint32_t to = pages[page].block * block_tokens_;
+      const std::uint32_t first = static_cast<std::uint32_t>(page) * block_tokens_;
+      const std::size_t chunk = to / chunk_tokens_;
       const ShardShape& shape = shapes_[chunk];
       const std::size_t row = shape.row_bytes(part);
-      const auto first = static_cast<std::uint32_t>(chunk) * chunk_tokens_;
-      const std::uint32_t count = std::min(shape.tokens, slots_ - first);
+      const std::uint32_t count = std::min(block_tokens_, slots - first);
       for (std::uint32_t head = 0; head < shape.heads; ++head) {
-        std::memcpy(chunks_[chunk].data() + shape.plane_offset(layer, part, head),
-                    rows.data() + (std::size_t{head} * slots_ + first) * row, count * row);
+        std::memcpy(
+            chunks_[chunk].data() + shape.plane_offset(pages[page].layer, part, head) + to % chunk_tokens_ * row,
+            rows.data() + (std::size_t{head} * slots + first) * row, count * row);
       }
     }
   }
@@ -87,7 +92,7 @@ class SlotChunks {
   std::span<const std::byte> bytes(std::size_t chunk) const { return chunks_[chunk]; }
 
  private:
-  const std::uint32_t slots_;
+  const std::uint32_t block_tokens_;
   const std::uint32_t chunk_tokens_;
   std::vector<ShardShape> shapes_;
   std::vector<std::vector<std::byte>> chunks_;
@@ -188,16 +193,44 @@ Status read_layer(const std::vector<SourceChunk>& prompt, std::uint32_t layer, s
   return Status::ok();
 }
 
-/// Cuts one layer into the slots; the error of its attention where there are queries.
-Result<std::optional<double>> cut_layer(const CompactionOrder& order, std::uint32_t layer, const LayerRows& rows,
-                                        LayerQueries& queries, SlotChunks& slots) {
+PromptLayer prompt_layer(const CompactionOrder& order, std::uint32_t layer, const LayerRows& rows,
+                         LayerQueries& queries) {
   const ShardShape& shape = order.info.shape;
   const std::uint32_t tokens = order.plan.prompt_tokens;
   PromptLayer prompt;
   prompt.keys = HeadRows::contiguous(rows.of(Part::kKey), shape.dtype, shape.heads, tokens, shape.key_dim);
   prompt.values = HeadRows::contiguous(rows.of(Part::kValue), shape.dtype, shape.heads, tokens, shape.value_dim);
   if (order.plan.query_rows > 0) prompt.queries = queries.of(layer);
-  auto cut = compact_layer(order.plan, prompt, nullptr);
+  return prompt;
+}
+
+/// Pages of each layer. Budgets that follow from what all layers claim need the prompt once before it is cut.
+Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, const std::vector<SourceChunk>& prompt,
+                                               LayerRows& rows, LayerQueries& queries,
+                                               const std::atomic<bool>& cancelled) {
+  const ShardShape& shape = order.info.shape;
+  if (!order.plan.ragged()) {
+    const std::uint32_t blocks = (order.plan.slots + order.info.block_tokens - 1) / order.info.block_tokens;
+    return std::vector<std::uint32_t>(shape.layers, blocks);
+  }
+  std::vector<double> preferences;
+  for (std::uint32_t layer = 0; order.plan.reads_preferences() && layer < shape.layers; ++layer) {
+    if (cancelled.load()) return failure(cancelled_status());
+    if (const Status read = read_layer(prompt, layer, shape.heads, rows); !read) return failure(read);
+    const auto preference = layer_preference(order.plan, prompt_layer(order, layer, rows, queries), nullptr);
+    if (!preference) return failure(preference.error());
+    preferences.push_back(*preference);
+  }
+  return order.plan.layer_pages(preferences, shape.layers);
+}
+
+/// Cuts one layer into its pages; the error of its attention where there are queries.
+Result<std::optional<double>> cut_layer(const CompactionOrder& order, const PromptLayer& prompt,
+                                        std::span<const PoolPage> pages, SlotChunks& chunks) {
+  const ShardShape& shape = order.info.shape;
+  const auto room = static_cast<std::uint32_t>(pages.size()) * order.info.block_tokens;
+  const std::uint32_t slots = order.plan.ragged() ? room : order.plan.slots;
+  auto cut = compact_layer(order.plan, prompt, slots, nullptr);
   if (!cut) return failure(cut.error());
   std::optional<double> error;
   if (order.plan.query_rows > 0) {
@@ -207,13 +240,13 @@ Result<std::optional<double>> cut_layer(const CompactionOrder& order, std::uint3
   }
   const std::int64_t shift = order.plan.shift(0);
   if (order.rotation && shift != 0) {
-    const auto keys = HeadRows::contiguous(cut->keys.data(), shape.dtype, shape.heads, order.plan.slots, shape.key_dim);
+    const auto keys = HeadRows::contiguous(cut->keys.data(), shape.dtype, shape.heads, slots, shape.key_dim);
     if (const Status placed = place_keys(keys, shift, *order.rotation, cut->keys.data(), nullptr); !placed) {
       return failure(placed);
     }
   }
-  slots.put(layer, Part::kKey, cut->keys);
-  slots.put(layer, Part::kValue, cut->values);
+  chunks.put(pages, slots, Part::kKey, cut->keys);
+  chunks.put(pages, slots, Part::kValue, cut->values);
   return error;
 }
 
@@ -296,11 +329,18 @@ Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, cons
   const ShardShape& shape = order.info.shape;
   LayerRows rows(shape, order.plan.prompt_tokens);
   LayerQueries queries(order);
+  const auto counts = layer_pages(order, *prompt, rows, queries, cancelled);
+  if (!counts) return failure(counts.error());
+  const auto pages = pool_pages(*counts);
+  if (!pages) return failure(pages.error());
+  if (order.plan.ragged()) {
+    for (const std::uint32_t count : *counts) outcome.layer_slots.push_back(count * order.info.block_tokens);
+  }
   SlotChunks slots(order);
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
     if (const Status read = read_layer(*prompt, layer, shape.heads, rows); !read) return failure(read);
-    const auto error = cut_layer(order, layer, rows, queries, slots);
+    const auto error = cut_layer(order, prompt_layer(order, layer, rows, queries), (*pages)[layer], slots);
     if (!error) return failure(error.error());
     if (!*error) continue;
     outcome.error_mean = outcome.error_mean.value_or(0) + **error / shape.layers;

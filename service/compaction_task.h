@@ -59,6 +59,7 @@ struct CompactionOutcome {
   std::uint64_t stored_bytes = 0;
   std::optional<double> error_mean;  ///< over the layers; without queries there is none
   std::optional<double> error_max;
+  std::vector<std::uint32_t> layer_slots;  ///< of a ragged cache: tokens that each layer keeps
 };
 
 /// Makes compact caches out of stored chunks. Thread-safe.

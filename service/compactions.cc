@@ -59,8 +59,10 @@ Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, c
     return failure(invalid("block hashes of compact caches have 16 to 32 bytes"));
   }
   if (handle.prompt_tokens > kMaxPromptTokens) return failure(refused("the prompt is too long for a compact cache"));
-  const auto plan = CompactionPlan::make(request.spec(), handle.prompt_tokens);
+  const auto plan =
+      CompactionPlan::make(request.spec(), handle.prompt_tokens, handle.ragged ? space.shape.block_tokens : 0);
   if (!plan) return failure(plan.error());
+  if (plan->ragged() != handle.ragged) return failure(invalid("the spec gives all layers the same slots"));
   if (plan->slots != handle.slots) {
     return failure(invalid("the spec makes " + std::to_string(plan->slots) + " slots, the handle says " +
                            std::to_string(handle.slots)));
@@ -417,6 +419,7 @@ void Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<Compa
       report.set_stored_bytes(outcome->stored_bytes);
       if (outcome->error_mean) report.set_error_mean(*outcome->error_mean);
       if (outcome->error_max) report.set_error_max(*outcome->error_max);
+      report.mutable_layer_slots()->Assign(outcome->layer_slots.begin(), outcome->layer_slots.end());
     } else {
       report.set_state(wire::COMPACTION_FAILED);
       report.set_reason(outcome.error().message().substr(0, kMaxReasonBytes));

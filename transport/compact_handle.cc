@@ -12,6 +12,7 @@ namespace kvern {
 namespace {
 
 constexpr std::string_view kPrefix = "kvc1";
+constexpr std::string_view kRaggedPrefix = "kvc2";
 constexpr std::size_t kDigits = 64;
 
 /// Up to the next dot, which is taken away too.
@@ -55,15 +56,18 @@ std::vector<BlockHash> hashes_of(std::string_view purpose, std::string_view hand
 
 Result<CompactHandle> CompactHandle::parse(std::string_view text) {
   std::string_view rest = text;
-  const bool known = text.size() <= kMaxBytes && next_part(rest) == kPrefix;
+  const std::string_view prefix = next_part(rest);
+  const bool ragged = prefix == kRaggedPrefix;
+  const bool known = text.size() <= kMaxBytes && (ragged || prefix == kPrefix);
   const auto prompt_tokens = number_of<std::uint32_t>(next_part(rest));
   const auto slots = number_of<std::uint32_t>(next_part(rest));
   const auto expires_at = number_of<std::int64_t>(next_part(rest));
   if (!known || !prompt_tokens || !slots || !expires_at || *slots > *prompt_tokens || rest.size() != kDigits ||
       !std::ranges::all_of(rest, is_digit)) {
-    return failure(Code::kInvalid, "this is no handle of a compact cache: kvc1.<tokens>.<slots>.<expiry>.<64 digits>");
+    return failure(Code::kInvalid,
+                   "this is no handle of a compact cache: kvc1 or kvc2, and .<tokens>.<slots>.<expiry>.<64 digits>");
   }
-  return CompactHandle{std::string(text), std::string(rest), *prompt_tokens, *slots, *expires_at};
+  return CompactHandle{std::string(text), std::string(rest), *prompt_tokens, *slots, *expires_at, ragged};
 }
 
 std::vector<BlockHash> CompactHandle::source_hashes(std::uint32_t block_tokens, std::uint32_t hash_bytes) const {

@@ -11,7 +11,9 @@
 namespace kvern {
 
 /// Names a compact cache and says what it is: "kvc1.<N>.<M>.<expiry>.<64 hexadecimal digits>", N the tokens of the
-/// prompt, M <= N the slots that are kept, expiry in unix seconds. The digits cannot be guessed, so that whoever has
+/// prompt, M <= N the slots that are kept, expiry in unix seconds. "kvc2" in front: a ragged cache, whose layers keep
+/// different numbers of slots, M on average; its blocks are not what their numbers say (kernels/page_pool.h), and
+/// whoever does not know that must not take it. The digits cannot be guessed, so that whoever has
 /// the text may use the cache. The blocks of the prompt and of the cache are stored as ordinary chunks under hashes
 /// that follow from the whole text: another N, M or expiry is another handle, and misses.
 struct CompactHandle {
@@ -24,6 +26,7 @@ struct CompactHandle {
   std::uint32_t prompt_tokens = 0;
   std::uint32_t slots = 0;
   std::int64_t expires_at = 0;
+  bool ragged = false;
 
   /// kInvalid unless the text is one that is written like this: no leading zeros, small letters.
   static Result<CompactHandle> parse(std::string_view text);

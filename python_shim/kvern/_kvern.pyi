@@ -6,9 +6,13 @@ __version__: str
 PROTOCOL_VERSION: int
 
 # A compact cache of a prompt of so many tokens, as the spec asks for it ("cake(budget=12%) | int8"): the canonical spec,
-# the slots that every layer and head keeps, and how many of the prompt's last queries the method reads (0: none). Raises
-# ValueError with the reason when there can be none.
-def compaction_plan(spec: str, prompt_tokens: int) -> tuple[str, int, int]: ...
+# the slots that every layer and head keeps, how many of the prompt's last queries the method reads (0: none), and whether
+# it is ragged: layers keep whole pages of page_tokens each, the slots on average. page_tokens: tokens of the engine's block
+# where it can read such caches; 0: equal budgets instead. Raises ValueError with the reason when there can be none.
+def compaction_plan(spec: str, prompt_tokens: int, page_tokens: int = 0) -> tuple[str, int, int, bool]: ...
+# Where the pages of a ragged cache lie: [layer][page] -> (layer, block of the request) (kernels/page_pool.h). Raises
+# ValueError when the pages do not divide by the layers, or a layer has none.
+def pool_pages(pages_of_layers: list[int]) -> list[list[tuple[int, int]]]: ...
 
 class Client:
     def __init__(self, address: str, *, scheduler: bool, client_name: str = "",
@@ -41,7 +45,8 @@ class Client:
     # What the daemon knows of a compact cache; waits for at most wait_ms while it is pending. Keys: handle; state
     # (pending | ready | failed | unknown); reason (why it failed; unknown: there is none, it has expired or is another
     # tenant's, or no daemon answers); prompt_tokens; slots; method; namespace (id, 16 bytes); group; stored_bytes;
-    # raw_bytes; error_mean, error_max (None: not measured); expires_at (unix seconds); owner; seconds.
+    # raw_bytes; error_mean, error_max (None: not measured); expires_at (unix seconds); owner; seconds;
+    # layer_slots (of each layer of a ragged cache, otherwise empty).
     def compaction(self, handle: str, wait_ms: int = 0) -> dict: ...
     # False when there is none. Its chunks leave all tiers. RuntimeError when no daemon answers, also of the next one.
     def delete_compaction(self, handle: str) -> bool: ...

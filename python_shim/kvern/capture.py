@@ -121,7 +121,8 @@ class QueryCapture:
         return capturing
 
     def _copy_rows(self, name: str, query: torch.Tensor, metadata) -> None:
-        for order, source, begin, end in self._locate(metadata):
+        # Beside requests with ragged caches the layers' blocks have other numbers.
+        for order, source, begin, end in self._locate(getattr(metadata, "kvern_own", metadata)):
             captured = self._captured.get(order.request)
             if captured is None or (captured.first, captured.rows) != (order.first, order.rows):
                 captured = self._captured[order.request] = _Captured(order.first, order.rows, {}, {})

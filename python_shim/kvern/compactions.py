@@ -21,23 +21,28 @@ class Making:
     slots: int
     query_rows: int  # last queries of the prompt that the method reads
     ttl_seconds: int
+    ragged: bool = False  # layers keep different numbers of pages, slots on average
     skip_local: bool = False  # the local prefix hit left too few tokens to compute
     obstacle: str = "the request ended before its prompt was computed"  # why nothing has been handed over yet
     handle: Handle | None = None  # once the order has gone out
 
 
-def plan_making(request, options: RequestOptions, geometry: Geometry, plan_compaction) -> Making:
-    """plan_compaction: of the native binding. Throws ValueError with the reason of a refusal."""
+def plan_making(
+    request, options: RequestOptions, geometry: Geometry, plan_compaction, can_be_ragged: bool = True
+) -> Making:
+    """plan_compaction: of the native binding. can_be_ragged: the engine reads caches whose layers differ. Throws ValueError with the reason of a refusal."""
     if len(geometry.groups) > 1 or geometry.groups[0].window:
         raise ValueError("compact caches are made for models whose layers all have full attention")
     if geometry.ranks > 1:
         raise ValueError("compact caches are made by engines of one rank; this one has more")
     if getattr(request, "sampling_params", None) is None or getattr(request, "resumable", False):
         raise ValueError("compact caches are made of prompts of ordinary generation requests")
-    spec, slots, query_rows = plan_compaction(options.compact, request.num_prompt_tokens)
+    page_tokens = geometry.block_tokens if can_be_ragged else 0
+    plan = plan_compaction(options.compact, request.num_prompt_tokens, page_tokens)
     if options.task:
-        spec, slots, query_rows = plan_compaction(_for_task(spec, options), request.num_prompt_tokens)
-    return Making(spec, request.num_prompt_tokens, slots, query_rows, options.ttl_seconds)
+        plan = plan_compaction(_for_task(plan[0], options), request.num_prompt_tokens, page_tokens)
+    spec, slots, query_rows, ragged = plan
+    return Making(spec, request.num_prompt_tokens, slots, query_rows, options.ttl_seconds, ragged)
 
 
 def _for_task(spec: str, options: RequestOptions) -> str:
@@ -80,6 +85,18 @@ def handle_to_decode(request, options: RequestOptions, now: float) -> Handle:
             f"{request.num_prompt_tokens} tokens"
         )
     return handle
+
+
+def layer_pages(handle: Handle, state: dict, geometry: Geometry) -> tuple[int, ...]:
+    """Pages of each layer of a ragged cache, from what the daemon says of it. Throws HandleError."""
+    if state["state"] != "ready":
+        raise HandleError(f"it is {state['state']}: {state['reason']}")
+    group = geometry.groups[0]
+    slots = state["layer_slots"]
+    whole = all(count > 0 and count % group.block_tokens == 0 for count in slots)
+    if len(slots) != group.group_layers or not whole or sum(slots) != len(slots) * handle.slots:
+        raise HandleError("the daemon does not know how many slots its layers keep")
+    return tuple(count // group.block_tokens for count in slots)
 
 
 def nothing_found(request, trouble: str) -> tuple[int | None, bool]:

@@ -33,6 +33,13 @@ def block_tables(scheduler_output, request_id: str) -> tuple[list[int], ...] | N
     return state.get_block_ids(request_id) if state is not None else None
 
 
+def offers_block_tables() -> bool:
+    """Whether has_block_tables() will hold, before there is a step."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    return "kv_connector_block_state" in getattr(SchedulerOutput, "__dataclass_fields__", {})
+
+
 def has_block_tables(scheduler_output) -> bool:
     return getattr(scheduler_output, "kv_connector_block_state", None) is not None
 

@@ -1,7 +1,8 @@
 """Handles of compact caches: what they say, and the names under which the store keeps what belongs to them.
 
 A handle is the text kvc1.N.M.EXPIRY.DIGEST: N prompt tokens, M slots, the end of its life in unix seconds, and a SHA-256
-with 16 random bytes in it, so that nobody guesses it. Who has the handle may read the cache; logs get `Handle.short`.
+with 16 random bytes in it, so that nobody guesses it. kvc2 in front: the layers keep different numbers of slots, M on
+average, and only an engine that gives each layer its own (kvern/page_pool.py) can read it. Who has the handle may read the cache; logs get `Handle.short`.
 """
 
 import dataclasses
@@ -9,8 +10,8 @@ import hashlib
 import re
 import secrets
 
-PREFIX = "kvc1."
-_TEXT = re.compile(r"kvc1\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,11})\.([0-9a-f]{64})")
+PREFIXES = ("kvc1.", "kvc2.")
+_TEXT = re.compile(r"kvc([12])\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,11})\.([0-9a-f]{64})")
 MAX_HASH_BYTES = 32
 
 
@@ -24,26 +25,29 @@ class Handle:
     prompt_tokens: int  # N
     slots: int  # M <= N
     expires_at: int  # unix seconds
+    ragged: bool = False
 
     @classmethod
     def parse(cls, text) -> "Handle":
         """Throws HandleError."""
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise HandleError("the handle is malformed: it must be kvc1.N.M.EXPIRY and 64 hexadecimal digits")
-        prompt_tokens, slots, expires_at = (int(match[i]) for i in (1, 2, 3))
+            raise HandleError("the handle is malformed: it must be kvc1.N.M.EXPIRY (or kvc2) and 64 hexadecimal digits")
+        prompt_tokens, slots, expires_at = (int(match[i]) for i in (2, 3, 4))
         if slots > prompt_tokens:
             raise HandleError(f"the handle claims {slots} slots for a prompt of {prompt_tokens} tokens")
-        return cls(text, prompt_tokens, slots, expires_at)
+        return cls(text, prompt_tokens, slots, expires_at, match[1] == "2")
 
     @classmethod
-    def make(cls, namespace: dict[str, str], spec: str, prompt_tokens: int, slots: int, expires_at: int) -> "Handle":
+    def make(
+        cls, namespace: dict[str, str], spec: str, prompt_tokens: int, slots: int, expires_at: int, ragged: bool = False
+    ) -> "Handle":
         """A new one, unlike any other. namespace: the facts that the cache's engine is registered under."""
         digest = hashlib.sha256()
         for part in (*(f"{name}={value}" for name, value in sorted(namespace.items())), spec):
             digest.update(len(part.encode()).to_bytes(4, "little") + part.encode())
         digest.update(f"{prompt_tokens}.{slots}.{expires_at}.".encode() + secrets.token_bytes(16))
-        return cls.parse(f"{PREFIX}{prompt_tokens}.{slots}.{expires_at}.{digest.hexdigest()}")
+        return cls.parse(f"{PREFIXES[ragged]}{prompt_tokens}.{slots}.{expires_at}.{digest.hexdigest()}")
 
     @property
     def short(self) -> str:
@@ -66,4 +70,4 @@ class Handle:
 def is_handle_salt(salt) -> bool:
     """Whether a cache_salt is a handle or means to be one. Blocks under such a salt are a compact cache's, so a request
     that carries it decodes from the handle, whatever else it says."""
-    return isinstance(salt, str) and salt.startswith(PREFIX)
+    return isinstance(salt, str) and salt.startswith(PREFIXES)

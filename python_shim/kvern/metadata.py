@@ -40,6 +40,14 @@ class CaptureOrder:
 
 
 @dataclasses.dataclass
+class RaggedOrder:
+    """Of one step: a request that it runs decodes from a ragged compact cache."""
+
+    first_block: int  # which no other request has, but those with the same cache; -1: not known, and the step must fail
+    pages: tuple[int, ...]  # of each layer
+
+
+@dataclasses.dataclass
 class CompactOrder:
     """The daemon is to make a compact cache of a prompt, once the store job has ended."""
 
@@ -68,6 +76,7 @@ class KvernMetadata(KVConnectorMetadata):
     stores: list[StoreOrder] = dataclasses.field(default_factory=list)
     captures: list[CaptureOrder] = dataclasses.field(default_factory=list)
     compactions: list[CompactOrder] = dataclasses.field(default_factory=list)
+    ragged: list[RaggedOrder] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -78,6 +87,7 @@ class RankReport:
     stored: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # job -> chunks that others can read
     refusal: str = ""  # why this rank can neither load nor store, ever
     no_capture: str | None = None  # once: why this rank cannot capture queries; "": it can
+    no_pool: str | None = None  # once: why this rank cannot read ragged compact caches; "": it can
 
 
 class KvernWorkerMetadata(compat.WorkerMetadataBase):

@@ -14,7 +14,7 @@ from kvern.events import ChunkNote, EventLog, note_chunk
 from kvern.groups import Geometry, Group
 from kvern.guard import guarded, log_once, logger
 from kvern.handles import Handle, HandleError
-from kvern.metadata import CaptureOrder, CompactOrder, KvernMetadata, LoadOrder, StoreOrder
+from kvern.metadata import CaptureOrder, CompactOrder, KvernMetadata, LoadOrder, RaggedOrder, StoreOrder
 from kvern.page_holds import PageHolds
 from kvern.stats import Recorder
 
@@ -57,6 +57,8 @@ class _RequestState:
         self.refusal = options.compact_refusal  # why it gets none
         self.decodes = False  # from a compact cache: its placeholders must never be computed, nothing of it is stored
         self.handle: Handle | None = None
+        self.asked: concurrent.futures.Future | None = None  # what the daemon knows of a ragged cache
+        self.pages: tuple[int, ...] | None = None  # of each of its layers
         self.doomed = ""  # why it must fail
 
     def reset_marks(self, epoch: int) -> None:
@@ -125,6 +127,8 @@ class SchedulerSide:
         self._wall_clock = wall_clock
         self._makings: dict[str, _RequestState] = {}  # requests whose compact cache has not been ordered yet
         self._skip_local: list = []  # requests that are to be asked about again without their local prefix hit
+        self._ragged: dict[str, _RequestState] = {}  # requests that decode from ragged caches
+        self._no_pool: dict[int, str] = {}  # rank -> why it cannot read such, "": it can
         self._no_capture: dict[int, str] = {}  # rank -> why it cannot capture queries, "": it can
         self._jobs = itertools.count(1)
         self._loads_due: list[LoadOrder] = []
@@ -137,6 +141,7 @@ class SchedulerSide:
         self._connected = False
         self._said_absent = False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-digest")
+        self._asking = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-ask")
         self._adapters = identity.AdapterDigests(self._executor)
         events = getattr(vllm_config, "kv_events_config", None)
         self._events = EventLog() if events is not None and events.enable_kv_cache_events else None
@@ -234,7 +239,9 @@ class SchedulerSide:
         if state.making is None:
             return self._match(state, request, local_tokens)
         answer = None, False
-        if self._leaves_queries(state, request, local_tokens):
+        if self._knows_layout(state, request) and (
+            state.making is None or self._leaves_queries(state, request, local_tokens)
+        ):
             answer = self._match(state, request, local_tokens)
         if answer[0] is None and state.making is not None and state.making.skip_local:
             self._skip_local.append(request)
@@ -448,6 +455,7 @@ class SchedulerSide:
             for request in self._skip_local:
                 request.skip_reading_prefix_cache = True  # until vLLM asks about it again
             self._skip_local = []
+        self._plan_ragged(metadata, scheduler_output)
         self._plan_step(metadata, scheduler_output)
         self._describe_namespaces(metadata)
         return metadata
@@ -592,6 +600,8 @@ class SchedulerSide:
         except HandleError as error:
             self._fail(state, request, str(error))
             return
+        if state.handle.ragged:
+            self._ragged[request.request_id] = state
         blocks = -(-state.handle.slots // self._geometry.block_tokens)
         state.joined = (blocks, state.handle.slot_hashes(blocks, self._hash_bytes))
 
@@ -603,6 +613,10 @@ class SchedulerSide:
             reason = "its load failed"
         if not reason and self._refused:
             reason = f"this engine runs without the store: {self._refused}"
+        if not reason and handle.ragged and state.pages is None:
+            known, reason = self._learn_pages(state, now)
+            if not known:
+                return None, False
         if not reason and local_tokens >= handle.slots:
             self._release(state)
             return 0, False
@@ -624,6 +638,45 @@ class SchedulerSide:
         answer = (handle.slots - local_tokens, True)
         state.answer = (local_tokens, 0, self._client.session_count, now, answer)
         return answer
+
+    def _learn_pages(self, state: _RequestState, now: float) -> tuple[bool, str]:
+        """(known, why there are none). Not known: ask again."""
+        state.first_asked = state.first_asked or now
+        known, problem = self._pool_problem(state, now)
+        if not known or problem:
+            return known, f"this engine gives all layers the same slots: {problem}"
+        if state.asked is None:
+            if not self._ready():
+                return now - state.first_asked >= self._setup_seconds, "no daemon"
+            state.asked = self._asking.submit(self._client.compaction, state.handle.text, 0)
+        if not state.asked.done():
+            return False, ""
+        try:
+            state.pages = compactions.layer_pages(state.handle, state.asked.result(), self._geometry)
+        except HandleError as error:
+            return True, str(error)
+        return True, ""
+
+    def _pool_problem(self, state: _RequestState, now: float) -> tuple[bool, str]:
+        """(known, why this engine cannot read ragged caches). Not known: ask again."""
+        if not compat.offers_block_tables():
+            return True, "this vLLM does not show its connector the requests' blocks"
+        if len(self._no_pool) < self._geometry.ranks:  # they tell with their first step
+            return now - state.first_asked >= self._setup_seconds, "the workers have not said whether they can do else"
+        return True, next(filter(None, self._no_pool.values()), "")
+
+    def _plan_ragged(self, metadata: KvernMetadata, scheduler_output) -> None:
+        """Tells the workers of every ragged request that runs: without its layers' tables it would read other pages than
+        its own. One that cannot be described fails the step."""
+        for request_id, state in self._ragged.items():
+            if request_id not in scheduler_output.num_scheduled_tokens:
+                continue
+            try:
+                ((first_block, *_),) = compat.block_tables(scheduler_output, request_id)
+            except Exception:
+                self.errors += 1
+                first_block = -1
+            metadata.ragged.append(RaggedOrder(first_block, state.pages or ()))
 
     def _fail(self, state: _RequestState, request, reason: str) -> None:
         if not state.doomed:
@@ -649,6 +702,26 @@ class SchedulerSide:
         state.making, state.refusal = None, reason
         self._makings.pop(state.request.request_id, None)
         self._recorder.count("compactions_refused", label=_label(reason))
+
+    def _knows_layout(self, state: _RequestState, request) -> bool:
+        """Whether it is settled that the layers of the cache differ, or that they do not; False: ask again."""
+        if not state.making.ragged:
+            return True
+        now = self._clock()
+        state.first_asked = state.first_asked or now
+        known, problem = self._pool_problem(state, now)
+        if known and problem:
+            log_once(logging.INFO, "Kvern: compact caches get the same slots for all layers: %s.", problem)
+            self._plan_anew(state, request)
+        return known
+
+    def _plan_anew(self, state: _RequestState, request) -> None:
+        try:
+            state.making = compactions.plan_making(
+                request, state.options, self._geometry, self._plan_compaction, can_be_ragged=False
+            )
+        except ValueError as error:
+            self._refuse_making(state, str(error))
 
     def _leaves_queries(self, state: _RequestState, request, local_tokens: int) -> bool:
         """Whether the queries that the method reads will be computed here; False: ask again. A local prefix hit cannot be
@@ -713,7 +786,9 @@ class SchedulerSide:
         blocks = -(-making.prompt_tokens // group.block_tokens)
         block_ids = list(table[:blocks])
         expires_at = int(self._wall_clock()) + making.ttl_seconds
-        handle = Handle.make(namespace.facts, making.spec, making.prompt_tokens, making.slots, expires_at)
+        handle = Handle.make(
+            namespace.facts, making.spec, making.prompt_tokens, making.slots, expires_at, making.ragged
+        )
         size = self._hash_bytes
         hashes = handle.source_hashes(blocks, size)
         chunks = []
@@ -780,6 +855,8 @@ class SchedulerSide:
                     self.refuse(report.refusal)
                 if report.no_capture is not None:
                     self._no_capture[rank] = report.no_capture
+                if report.no_pool is not None:
+                    self._no_pool[rank] = report.no_pool
                 for job in report.gathered:
                     self._holds.gathered(job, rank)
                 for job, chunks in report.stored.items():
@@ -816,6 +893,7 @@ class SchedulerSide:
             del self._states[request.request_id]
         self._release(state)
         self._makings.pop(request.request_id, None)
+        self._ragged.pop(request.request_id, None)
         if not state.options.asked:
             return False, None
         answer = {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}
@@ -881,6 +959,7 @@ class SchedulerSide:
     @guarded()
     def shutdown(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._asking.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
 

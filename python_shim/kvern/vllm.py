@@ -6,6 +6,7 @@
 The class only sorts vLLM's calls to the two halves, scheduler_side and worker_side. No callback blocks, none raises.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -214,6 +215,16 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         if self._worker is not None:
             layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
             self._worker.register_kv_caches(kv_caches, layers, self._vllm_config)
+            self._worker.test_pool(self._step_with)
+
+    @contextlib.contextmanager
+    def _step_with(self, ragged):
+        self.bind_connector_metadata(KvernMetadata(ragged=ragged))
+        try:
+            yield
+        finally:
+            self._worker.bind(KvernMetadata())
+            super().clear_connector_metadata()
 
     def bind_connector_metadata(self, connector_metadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -231,10 +242,14 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             self._worker.submit_loads(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """All loads are asynchronous: no layer ever waits."""
+        """All loads are asynchronous: no layer ever waits. But this runs right before a layer's attention."""
+        if self._worker is not None and (pool := self._worker.pool) is not None:
+            pool.exchange(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
         """Whole chunks are stored after the forward pass."""
+        if self._worker is not None and (pool := self._worker.pool) is not None:
+            pool.restore(layer_name, kv_layer)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:

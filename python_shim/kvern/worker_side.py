@@ -13,6 +13,7 @@ from kvern.config import Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once
 from kvern.metadata import CompactOrder, KvernMetadata, KvernWorkerMetadata, LoadOrder, RankReport, StoreOrder
+from kvern.page_pool import PagePool
 from kvern.stats import Recorder
 
 # Orders wait this long for their namespace to be registered with the daemon.
@@ -58,7 +59,8 @@ class WorkerSide:
         self._loads: dict[int, LoadOrder] = {}
         self._stores: dict[int, StoreOrder] = {}
         self._capture: QueryCapture | None = None
-        self._capture_told = False
+        self._pool: PagePool | None = None
+        self._abilities_told = False
         self._compactions: dict[int, tuple[CompactOrder, list]] = {}  # store job -> what waits for its end
         self._compacting: dict[int, list] = {}  # job -> queries that the native side may still read
         self._on_device = False
@@ -112,6 +114,13 @@ class WorkerSide:
             return
         self._transfer, self._refusal = transfer, ""
         self._capture = QueryCapture(self._geometry, kv_caches, attention_layers, vllm_config)
+        self._pool = PagePool(self._geometry, kv_caches, attention_layers, vllm_config, self._native.pool_pages)
+
+    @guarded()
+    def test_pool(self, run_step) -> None:
+        """run_step: see PagePool.self_test()."""
+        if self._pool is not None:
+            self._pool.self_test(run_step)
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -121,6 +130,8 @@ class WorkerSide:
 
     @guarded()
     def bind(self, metadata: KvernMetadata) -> None:
+        if self._pool is not None:
+            self._pool.begin_step(metadata.ragged)
         # Stores wait for the end of the forward pass: only then are the pages complete.
         self._stores_due += metadata.stores
         if self._capture is not None:
@@ -129,6 +140,11 @@ class WorkerSide:
         for key, facts in metadata.namespaces.items():
             if key not in self._handles and self._client is not None:
                 self._handles[key] = self._client.add_namespace(facts)
+
+    @property
+    def pool(self) -> PagePool | None:
+        """Where this step runs requests that decode from ragged compact caches, who gives the layers their tables."""
+        return self._pool if self._pool is not None and self._pool.active else None
 
     def submit_loads(self, metadata: KvernMetadata) -> None:
         for order in metadata.loads:
@@ -312,18 +328,20 @@ class WorkerSide:
         return received, failed
 
     def take_failed_blocks(self) -> set[int]:
-        """Only for a vLLM that has no get_transfer_results()."""
+        """Of loads only for a vLLM that has no get_transfer_results(). Called once after each forward pass."""
         blocks, self._failed_blocks = self._failed_blocks, set()
-        return set() if compat.HAS_TRANSFER_RESULTS else blocks
+        ragged = self._pool.end_step() if self._pool is not None else set()
+        return ragged if compat.HAS_TRANSFER_RESULTS else blocks | ragged
 
     @guarded()
     def take_report(self) -> KvernWorkerMetadata | None:
         report, self._report = self._report, RankReport()
         if self._refusal and not self._refusal_told:
             report.refusal, self._refusal_told = self._refusal, True
-        if not self._capture_told:
-            self._capture_told = True
+        if not self._abilities_told:
+            self._abilities_told = True
             report.no_capture = self._capture.problem if self._capture is not None else "this worker has no cache to watch"
+            report.no_pool = self._pool.problem if self._pool is not None else "this worker has no cache"
         elif not report.gathered and not report.stored and not report.refusal:
             return None
         return KvernWorkerMetadata({self.rank: report})

@@ -135,6 +135,7 @@ nb::dict to_dict(const CompactionInfo& info) {
   dict["raw_bytes"] = info.raw_bytes;
   dict["error_mean"] = info.error_mean;
   dict["error_max"] = info.error_max;
+  dict["layer_slots"] = info.layer_slots;
   dict["expires_at"] = info.expires_at;
   dict["owner"] = info.owner;
   dict["seconds"] = info.seconds;
@@ -511,12 +512,20 @@ void bind_worker(nb::module_& module) {
 void bind_compaction(nb::module_& module) {
   module.def(
       "compaction_plan",
-      [](const std::string& spec, std::uint32_t prompt_tokens) {
-        auto terms = compaction_terms(spec, prompt_tokens);
+      [](const std::string& spec, std::uint32_t prompt_tokens, std::uint32_t page_tokens) {
+        auto terms = compaction_terms(spec, prompt_tokens, page_tokens);
         if (!terms) throw std::invalid_argument(terms.error().message());
-        return std::make_tuple(std::move(terms->spec), terms->slots, terms->query_rows);
+        return std::make_tuple(std::move(terms->spec), terms->slots, terms->query_rows, terms->ragged);
       },
-      nb::arg("spec"), nb::arg("prompt_tokens"));
+      nb::arg("spec"), nb::arg("prompt_tokens"), nb::arg("page_tokens") = 0);
+  module.def(
+      "pool_pages",
+      [](const std::vector<std::uint32_t>& pages_of_layers) {
+        auto places = ragged_places(pages_of_layers);
+        if (!places) throw std::invalid_argument(places.error().message());
+        return std::move(*places);
+      },
+      nb::arg("pages_of_layers"));
 }
 
 }  // namespace

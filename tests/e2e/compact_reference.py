@@ -50,9 +50,41 @@ def by_windows(settings: dict, queries, keys, slots: int) -> torch.Tensor:
     columns = (tokens - alpha) // omega * omega
     sums = attention(queries[:, -alpha:], keys)[:, :, :columns].sum(1).reshape(queries.shape[0], -1, omega)
     scores = sums.sort(-1, descending=True).values[:, :, :top].mean(-1).mean(0)
-    kept = best(scores[None], (slots - (tokens - columns)) // omega, range(0))[0]
-    inside = (kept[:, None] * omega + torch.arange(omega)).reshape(-1)
-    return torch.cat([inside, torch.arange(columns, tokens)]).expand(heads, -1)
+    whole, rest = divmod(slots - (tokens - columns), omega)
+    ranked = scores.sort(descending=True, stable=True).indices
+    inside = (ranked[:whole, None] * omega + torch.arange(omega)).reshape(-1)
+    if rest:  # where layers keep whole pages: the last tokens of the next best window
+        inside = torch.cat([inside, (ranked[whole] + 1) * omega - rest + torch.arange(rest)])
+    return torch.cat([inside.sort().values, torch.arange(columns, tokens)]).expand(heads, -1)
+
+
+def shares(preferences: torch.Tensor, total: float, cap: float) -> torch.Tensor:
+    """CAKE's tokens of each layer in real numbers: in proportion to the preferences, none above the cap."""
+    low, high = 0.0, cap / preferences.min().item()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * preferences).clamp(max=cap).sum() < total else (low, middle)
+    return (high * preferences).clamp(max=cap)
+
+
+def layer_tokens(spec: str, slots: int, page: int, prompt: dict) -> torch.Tensor:
+    """Tokens that each layer of a ragged cache keeps, in real numbers: CAKE's preferences, or a falling line."""
+    name, settings = parameters(spec)
+    layers, tokens = len(prompt["keys"]), prompt["keys"][0].shape[1]
+    if settings["allocation"] != "cake":
+        slope = 14
+        tail = int(settings["recent"]) if name in ("knorm", "keydiff") else int(settings["window"])
+        if name in ("knorm", "keydiff"):
+            tail += int(settings["sinks"])
+        line = torch.linspace(2 - 1 / slope, 1 / slope, layers, dtype=torch.double)
+        return tail + shares(line, (slots - tail) * layers, tokens // page * page - tail)
+    window, preferences = int(settings["window"]), []
+    for queries, keys in zip(prompt["queries"], prompt["keys"]):
+        seen = attention(queries[:, -window:], keys)[:, :, : tokens - window]
+        dispersion, shift = -torch.xlogy(seen, seen).sum(), seen.var(1).sum()
+        preferences.append(dispersion ** (1 / float(settings["tau1"])) * shift ** (1 / float(settings["tau2"])))
+    preferences = torch.stack(preferences)
+    return window + shares(preferences, (slots - window) * layers, tokens // page * page - window)
 
 
 def by_keys(name: str, settings: dict, keys, slots: int) -> torch.Tensor:
@@ -83,22 +115,36 @@ def selection(spec: str, slots: int, queries, keys) -> torch.Tensor:
     return by_keys(name, settings, keys, slots)
 
 
-def pruned(spec: str, slots: int, prompt: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Kept keys and values of each layer, [1, KV head, slot, dim]. prompt: as engine_process.save_prompt() saves it."""
+def pruned(spec: str, slots: int | list[int], prompt: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Kept keys and values of each layer, [1, KV head, slot, dim]. slots: of all layers, or of each. prompt: as engine_process.save_prompt() saves it."""
     layers = []
     for i, (keys, values) in enumerate(zip(prompt["keys"], prompt["values"])):
-        kept = selection(spec, slots, prompt["queries"][i] if len(prompt["queries"]) else None, keys)[..., None]
-        assert kept.shape[1] == slots
+        count = slots if isinstance(slots, int) else slots[i]
+        kept = selection(spec, count, prompt["queries"][i] if len(prompt["queries"]) else None, keys)[..., None]
+        assert kept.shape[1] == count
         layers.append(tuple(rows.gather(1, kept.expand(-1, -1, rows.shape[2]))[None] for rows in (keys, values)))
     return layers
+
+
+def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
+    """Causal attention of the last rows over all tokens that the layer has."""
+    group, rows, tokens = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    late = torch.arange(tokens)[None, :] > torch.arange(tokens - rows, tokens)[:, None]
+    output = logits.masked_fill(late, -math.inf).softmax(-1) @ value.repeat_interleave(group, 1)
+    return output.transpose(1, 2).contiguous(), None
 
 
 @torch.no_grad()
 def decode(model, layers, suffix: list[int], generated: list[int], position: int) -> torch.Tensor:
     """Log-probabilities of each generated token's position, [token, vocabulary]: the suffix and the generated tokens at
     positions from `position` on, over the given rows and over each other."""
-    from transformers import DynamicCache
+    from transformers import AttentionInterface, DynamicCache
 
+    # The model's own attention takes one mask for all layers, which their lengths forbid when they differ.
+    AttentionInterface.register("by_definition", attend)
+    ragged = len({keys.shape[2] for keys, _ in layers}) > 1
+    model.config._attn_implementation = "by_definition" if ragged else "sdpa"
     cache = DynamicCache(config=model.config)
     for i, (keys, values) in enumerate(layers):
         cache.update(keys.to(model.dtype), values.to(model.dtype), i)

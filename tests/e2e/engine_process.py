@@ -227,6 +227,17 @@ class EngineProcess:
                 queries.append(self.watched[layer_name].transpose(0, 1))
         torch.save({"keys": torch.stack(keys), "values": torch.stack(values), "queries": queries}, path)
 
+    def break_ragged_steps(self, broken: bool):
+        """While it is broken, the last layer's attention runs without having been given tables of its own."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector = get_kv_transfer_group()
+        last = [name for _, name, _ in self._pages()][-1]
+        vars(connector).pop("wait_for_layer_load", None)
+        if broken:
+            whole = connector.wait_for_layer_load
+            connector.wait_for_layer_load = lambda name: None if name == last else whole(name)
+
     def free_blocks(self) -> int:
         return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 

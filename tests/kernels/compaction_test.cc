@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <set>
 
@@ -61,13 +62,78 @@ TEST(CompactionPlan, NeedsQueriesOnlyWhereTheMethodReadsThem) {
 
 TEST(CompactionPlan, RefusesWhatItDoesNotMake) {
   EXPECT_EQ(status_of_plan("h2o").code(), Code::kRefused);
-  EXPECT_EQ(status_of_plan("snapkv(allocation=pyramid)").code(), Code::kRefused);
+  EXPECT_EQ(status_of_plan("snapkv(allocation=cake)").code(), Code::kRefused);
   EXPECT_EQ(status_of_plan("keydiff(allocation=heads)").code(), Code::kRefused);
   EXPECT_EQ(status_of_plan("windowkv(group=2)").code(), Code::kRefused);
   EXPECT_EQ(status_of_plan("int8").code(), Code::kInvalid);
   EXPECT_EQ(status_of_plan("cake(budget=32)").code(), Code::kInvalid);
   EXPECT_EQ(status_of_plan("cake(budget=12%)", 0).code(), Code::kInvalid);
   EXPECT_NE(status_of_plan("cake(budget=20)").message().find("more than the 32"), std::string::npos);
+}
+
+const std::array kRagged = {
+    "cake(budget=25%,window=8,allocation=cake)", "snapkv(budget=25%,window=8,allocation=pyramid)",
+    "windowkv(budget=25%,alpha=8,allocation=pyramid)", "windowkv(budget=25%,alpha=8,allocation=printed)",
+    "knorm(budget=25%,recent=8,allocation=pyramid)"};
+
+TEST(CompactionPlan, IsRaggedInWholePagesWhereTheEngineCanReadIt) {
+  const auto plan = CompactionPlan::make("cake(budget=12%,allocation=cake) | int8", 1000, 32).value();
+  EXPECT_TRUE(plan.ragged() && plan.reads_preferences());
+  EXPECT_EQ(plan.slots, 128U);  // 120 in whole pages
+  EXPECT_NE(plan.chain.spec.find("allocation=cake"), std::string::npos);
+  EXPECT_EQ(plan.query_rows, 32U);
+}
+
+TEST(CompactionPlan, GivesAllLayersTheSameWhereTheEngineCannotOrThereIsNoChoice) {
+  const auto cannot = plan_of("cake(budget=12%,allocation=cake) | int8", 1000);
+  EXPECT_FALSE(cannot.ragged());
+  EXPECT_EQ(cannot.slots, 120U);
+  EXPECT_EQ(cannot.chain.spec, plan_of("cake(budget=12%) | int8", 1000).chain.spec);
+  const auto pyramid = plan_of("snapkv(budget=25%,allocation=pyramid)", 1000);
+  EXPECT_EQ(pyramid.chain.spec, plan_of("snapkv(budget=25%)", 1000).chain.spec);
+  // 63 tokens are one whole page and a rest: no layer could have more than another.
+  EXPECT_FALSE(CompactionPlan::make("keydiff(budget=60,allocation=pyramid)", 95, 32).value().ragged());
+  EXPECT_FALSE(CompactionPlan::make("cake(budget=100%,allocation=cake)", 1000, 32).value().ragged());
+  EXPECT_FALSE(CompactionPlan::make("cake(budget=12%)", 1000, 32).value().ragged());
+}
+
+TEST(CompactionPlan, GivesLayersThatClaimMoreMorePages) {
+  const auto plan = CompactionPlan::make("cake(budget=320,allocation=cake)", 2000, 32).value();
+  EXPECT_EQ(plan.layer_pages(std::array{1.0, 1.0, 1.0}, 3), (std::vector<std::uint32_t>{10, 10, 10}));
+  // (320 - 32) * 3 tokens as 4 : 1 : 1, and the window's page for each.
+  EXPECT_EQ(plan.layer_pages(std::array{4.0, 1.0, 1.0}, 3), (std::vector<std::uint32_t>{19, 6, 5}));
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(plan.layer_pages(std::array{nan, nan, nan}, 3), (std::vector<std::uint32_t>{10, 10, 10}));
+}
+
+RC_GTEST_PROP(Compaction, RaggedLayersKeepTheirOwnNumberOfTokensAndThePlansOnAverage, ()) {
+  const auto tokens = *rc::gen::inRange<std::uint32_t>(200, 500);
+  constexpr std::uint32_t kLayers = 5, kPage = 16;
+  for (const char* method : kRagged) {
+    const auto plan = CompactionPlan::make(method, tokens, kPage).value();
+    RC_ASSERT(plan.ragged());
+    std::vector<Prompt> layers;
+    std::vector<double> preferences;
+    for (std::uint32_t layer = 0; layer < kLayers; ++layer) {
+      layers.emplace_back(tokens, plan.query_rows, DType::kFloat32, tokens + 10 * layer);
+      if (plan.reads_preferences()) {
+        preferences.push_back(layer_preference(plan, layers[layer].layer(), nullptr).value());
+        RC_ASSERT(preferences.back() > 0);
+      }
+    }
+    const auto pages = plan.layer_pages(preferences, kLayers);
+    RC_ASSERT(std::accumulate(pages.begin(), pages.end(), 0U) * kPage == plan.slots * kLayers);
+    for (std::uint32_t layer = 0; layer < kLayers; ++layer) {
+      const auto made = compact_layer(plan, layers[layer].layer(), pages[layer] * kPage, nullptr);
+      RC_ASSERT(made.has_value());
+      for (std::size_t head = 0; head < kHeads; ++head) {
+        const auto kept = made->kept.of(head);
+        RC_ASSERT(kept.size() == pages[layer] * kPage);
+        RC_ASSERT(std::ranges::is_sorted(kept, std::less_equal{}) && kept.back() == tokens - 1);
+      }
+    }
+    RC_ASSERT(!compact_layer(plan, layers[0].layer(), plan.slots + 1, nullptr).has_value());
+  }
 }
 
 RC_GTEST_PROP(Compaction, EveryHeadKeepsThePlansSlotsAndTheirBytes, ()) {

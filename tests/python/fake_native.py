@@ -54,16 +54,33 @@ class Store:
         return counts
 
 
-def compaction_plan(spec, prompt_tokens):
-    """streaming(slots=M) and snapkv(slots=M,window=W) stand for methods without and with queries."""
-    match = re.match(r"(streaming|snapkv)\(slots=(\d+)(?:,window=(\d+))?\)", spec)
+def compaction_plan(spec, prompt_tokens, page_tokens=0):
+    """streaming(slots=M) and snapkv(slots=M,window=W) stand for methods without and with queries; with `,ragged` the
+    layers shall differ."""
+    match = re.match(r"(streaming|snapkv)\(slots=(\d+)(?:,window=(\d+))?(,ragged)?\)", spec)
     if match is None:
         raise ValueError("compact cache: the daemon knows no such method")
     slots = min(int(match[2]), prompt_tokens)
     window = int(match[3] or 0)
     if window >= slots:
         raise ValueError(f"the budget of {slots} tokens does not hold the {window} that are always kept")
-    return spec.replace(" ", ""), slots, window
+    ragged = bool(match[4] and page_tokens)
+    if ragged:
+        slots = -(-slots // page_tokens) * page_tokens
+    return spec.replace(" ", "").replace(",ragged", ",ragged" if ragged else ""), slots, window, ragged
+
+
+def pool_pages(pages_of_layers):
+    """As kernels/page_pool.h has it."""
+    layers, blocks = len(pages_of_layers), sum(pages_of_layers) // len(pages_of_layers)
+    if blocks * layers != sum(pages_of_layers) or 0 in pages_of_layers:
+        raise ValueError("these pages do not fit")
+    free = ((layer, block) for layer in range(layers) for block in range(pages_of_layers[layer], blocks))
+    places = []
+    for layer, pages in enumerate(pages_of_layers):
+        own = [(layer, block) for block in range(min(pages, blocks))]
+        places.append(own + [next(free) for _ in range(pages - len(own))])
+    return places
 
 
 class Client:

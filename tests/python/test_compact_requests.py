@@ -77,6 +77,14 @@ def test_a_prompt_is_handed_over_whole(engine, store, length):
     assert_at_rest(one)
 
 
+def test_layers_get_the_same_slots_where_the_engine_cannot_read_others(engine):
+    one = engine(policy="fail")
+    answer = told(one, one.generate(prompt_of(500), params=compact("snapkv(slots=60,window=40,ragged)")))
+    assert (answer["slots"], answer["method"]) == (60, "snapkv(slots=60,window=40)")
+    assert answer["handle"].startswith("kvc1.")
+    assert_at_rest(one)
+
+
 def test_the_store_has_the_prompt_in_its_own_name_too(engine):
     one = engine()
     prompt = prompt_of(500)
@@ -323,10 +331,11 @@ def break_digit(handle: str) -> str:
         lambda handle: {"params": {"kvern": {"handle": handle, "compact": "streaming(slots=5)"}}},
         lambda handle: decode_options(break_digit(handle)),
         lambda handle: decode_options(handle.replace(".100.", ".99.")),
+        lambda handle: decode_options(handle.replace("kvc1", "kvc2")),
         lambda handle: {"skip_reading": True},
     ],
     ids=[
-        "malformed", "null", "number", "no salt", "other salt", "salt alone", "no handle", "both", "unknown", "other M", "skip",
+        "malformed", "null", "number", "no salt", "other salt", "salt alone", "no handle", "both", "unknown", "other M", "ragged", "skip",
     ],
 )  # fmt: skip
 def test_a_request_that_is_not_as_it_must_be_fails(one, change):

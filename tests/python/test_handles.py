@@ -17,6 +17,12 @@ def test_a_handle_says_what_it_was_made_of():
     assert len(made.text) <= 128 and not set(made.text) & set("@/\\\0"), "it is a cache_salt too"
 
 
+def test_a_handle_says_whether_its_layers_keep_different_numbers_of_slots():
+    ragged = Handle.make({}, "cake", 1501, 576, 1_800_000_000, ragged=True)
+    assert ragged.text.startswith("kvc2.") and ragged.ragged and Handle.parse(ragged.text) == ragged
+    assert is_handle_salt(ragged.text) and not Handle.parse(TEXT).ragged
+
+
 def test_no_two_handles_are_alike():
     assert len({Handle.make({}, "streaming", 10, 5, 1).text for _ in range(100)}) == 100
 
@@ -47,7 +53,7 @@ def test_a_handle_that_says_something_else_names_other_blocks(other):
         TEXT + "0",
         TEXT + "\n",
         TEXT.upper(),
-        TEXT.replace("kvc1", "kvc2"),
+        TEXT.replace("kvc1", "kvc3"),
         TEXT.replace(".579.", ".0579."),
         TEXT.replace(".579.", ".0."),
         TEXT.replace(".579.", ".-5."),

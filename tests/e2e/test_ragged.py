@@ -1,0 +1,152 @@
+"""Compact caches whose layers keep different numbers of slots: vLLM reads, in each layer, just those, and a request holds
+the blocks of the mean. transformers decodes on the same pruned cache, with lengths per layer."""
+
+import pytest
+
+import compact_reference
+from kvern import compact
+from models import random_llama, smollm2
+from prompts import prose, tokens
+from test_compact import GENERATED, TOLERANCE, Bench
+
+METHODS = {
+    "cake": "cake(budget=25%,window=16,allocation=cake)",
+    "snapkv": "snapkv(budget=25%,window=16,allocation=pyramid)",
+    "windowkv": "windowkv(budget=30%,allocation=pyramid)",
+    "keydiff": "keydiff(budget=25%,allocation=pyramid)",
+}
+
+
+class Ragged(Bench):
+    def __init__(self, stage, model, **options):
+        super().__init__(stage, model, kvern={"policy": "fail"}, **options)
+
+    def layer_slots(self, cache) -> list[int]:
+        return self.daemon.wait(cache, seconds=120)["layer_slots"]
+
+    def difference(self, output, cache, prompt, suffix, position=None) -> float:
+        layers = compact_reference.pruned(cache.method, self.layer_slots(cache) or cache.slots, prompt)
+        where = cache.prompt_tokens if position is None else position
+        wanted = compact_reference.decode(self.reference, layers, suffix, output.tokens, where)
+        assert len(output.logprobs) == len(output.tokens) == len(wanted)
+        assert self.dtype != "float32" or wanted.argmax(-1).tolist() == output.tokens
+        return max(abs(value - wanted[i, token].item()) for i, row in enumerate(output.logprobs) for token, value in row)
+
+    def check_ragged(self, method: str, length: int, page: int = 32):
+        cache, rows, output = self.check(METHODS[method], prose(method, "ragged", length=length), prose("q", method, length=9))
+        slots = self.layer_slots(cache)
+        print(method, slots)
+        assert cache.handle.startswith("kvc2.") and len(set(slots)) > 1
+        assert sum(slots) == cache.slots * len(slots) and cache.slots % page == 0 and all(s % page == 0 for s in slots)
+        if method != "windowkv":
+            exact = compact_reference.layer_tokens(cache.method, cache.slots, page, rows)
+            assert all(abs(s - e) <= 1.01 * page for s, e in zip(slots, exact.tolist()))
+        return cache, rows, output
+
+
+@pytest.fixture(scope="module")
+def daemon(stage):
+    return stage.start_daemon({"store.dram_bytes": "1GiB", "compact.state_dir": str(stage.folder / "compact")})
+
+
+@pytest.fixture(scope="module")
+def bench(stage, daemon):
+    bench = Ragged(stage, smollm2(), max_num_batched_tokens=512)
+    yield bench
+    bench.close()
+
+
+def test_each_layer_reads_its_own_slots(bench):
+    bench.check_ragged("cake", 611)
+
+
+def test_requests_of_all_kinds_in_one_batch(bench):
+    plain, question = prose("plain", length=333), prose("a question", length=70)
+    alone = bench.engine.generate(plain, max_tokens=GENERATED)
+    first, first_rows, _ = bench.check_ragged("cake", 523)
+    second, second_rows, _ = bench.check_ragged("keydiff", 700)
+    level, level_rows, _ = bench.check("streaming(budget=20%)", prose("level", length=401), [5, 6, 7])
+    bench.engine.forget_kv()
+    bench.engine.poison(value=50.0)
+    wanted = [
+        (first, first_rows, question),
+        (second, second_rows, question[:40]),
+        (first, first_rows, question[:3]),
+        (level, level_rows, question[:20]),
+    ]
+    requests = [{"name": f"r{i}", **bench.submit(cache, suffix)} for i, (cache, _, suffix) in enumerate(wanted)]
+    requests.insert(2, {"name": "plain", "prompt": plain, "max_tokens": GENERATED})
+    wish = compact.wish(METHODS["cake"])
+    requests.append({"name": "maker", "prompt": prose("made beside", length=450), "max_tokens": 2, "kv_transfer_params": wish})
+    bench.engine.call("submit", requests=requests)
+    names = [request["name"] for request in requests]
+    bench.engine.run(names=names)
+    outputs = dict(zip(names, bench.engine.collect(names)))
+    for i, (cache, rows, suffix) in enumerate(wanted):
+        assert bench.difference(outputs[f"r{i}"], cache, rows, suffix) < TOLERANCE["float32"]
+    assert outputs["plain"].tokens == alone.tokens
+    assert bench.engine.settle(limit=60)
+    made = compact.CompactCache.from_answer(outputs["maker"].kv_transfer_params)
+    assert 0 < bench.daemon.wait(made, seconds=120)["error_mean"] < 1
+
+
+def test_preemption_and_resume(bench):
+    cache, rows, alone = bench.check_ragged("keydiff", 450)
+    suffix = prose("q", "keydiff", length=9)
+    bench.engine.call("submit", requests=[{"name": "preempted", **bench.submit(cache, suffix)}])
+    bench.engine.run_until_token(name="preempted")
+    bench.engine.preempt_all()
+    bench.engine.poison(value=50.0)
+    bench.engine.run(names=["preempted"])
+    (output,) = bench.engine.collect(["preempted"])
+    assert output.tokens == alone.tokens and bench.difference(output, cache, rows, suffix) < TOLERANCE["float32"]
+
+
+def test_a_step_whose_layers_were_not_all_served_fails_its_ragged_requests_alone(bench):
+    cache, _, _ = bench.check_ragged("keydiff", 480)
+    bench.engine.call("break_ragged_steps", broken=True)
+    plain = prose("beside it", length=90)
+    requests = [{"name": "ragged", **bench.submit(cache, [1, 2])}, {"name": "beside", "prompt": plain, "max_tokens": 4}]
+    bench.engine.call("submit", requests=requests)
+    bench.engine.run(names=["ragged", "beside"])
+    ragged, beside = bench.engine.collect(["ragged", "beside"])
+    bench.engine.call("break_ragged_steps", broken=False)
+    assert (ragged.finish_reason, ragged.tokens) == ("error", [])
+    assert len(beside.tokens) == 4
+    assert len(bench.decode(cache, [1, 2]).tokens) == GENERATED
+
+
+# ---------------------------------------------------------------- the matrix
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(bench, method):
+    bench.check_ragged(method, 1200)
+
+
+@pytest.mark.full
+def test_torch_compile(stage, daemon):
+    bench = Ragged(stage, smollm2(), enforce_eager=False)
+    bench.watches = False
+    cache, rows, output = bench.check_ragged("keydiff", 611)
+    bench.close()
+    bench.engine.stop()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("heads, kv_heads, rope", [(8, 8, None), (8, 2, "llama3")])
+def test_other_heads_and_rotations(stage, daemon, heads, kv_heads, rope):
+    bench = Ragged(stage, random_llama(heads, kv_heads, rope=rope))
+    cache, rows, output = bench.check(METHODS["keydiff"], tokens("rope", rope, length=900), tokens("suffix", length=5))
+    assert len(set(bench.layer_slots(cache))) > 1
+    bench.close()
+    bench.engine.stop()
+
+
+@pytest.mark.full
+def test_bf16_and_larger_blocks(stage, daemon):
+    bench = Ragged(stage, smollm2(), dtype="bfloat16", block_size=64)
+    bench.check_ragged("cake", 1023, page=64)
+    bench.close()
+    bench.engine.stop()

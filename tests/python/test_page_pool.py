@@ -1,0 +1,130 @@
+"""Tables of blocks and lengths for each layer, as a ragged compact cache needs them."""
+
+import random
+import types
+
+import fake_native
+import pytest
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+from kvern.metadata import RaggedOrder
+from kvern.page_pool import PagePool
+
+LAYERS, BLOCKS, BLOCK, WIDTH = 6, 50, 32, 40
+
+
+def pool(monkeypatch) -> PagePool:
+    monkeypatch.setattr(PagePool, "_set_up", lambda self, *_: "")
+    monkeypatch.setattr(PagePool, "_schedule", lambda self, layer, seq_lens, starts: tuple(seq_lens.tolist()))
+    made = PagePool(None, {}, {}, None, fake_native.pool_pages)
+    made._layers = {f"layer{i}": types.SimpleNamespace(kv_cache=i) for i in range(LAYERS)}
+    made._bases = torch.arange(LAYERS, dtype=torch.int32) * BLOCKS
+    made._block_tokens, made._class, made._blocks, made._whole = BLOCK, CPUAttentionMetadata, BLOCKS, "whole"
+    return made
+
+
+def batch(rows: list[tuple[list[int], int]], **more):
+    table = torch.zeros(len(rows), WIDTH, dtype=torch.int32)
+    for row, (blocks, _) in enumerate(rows):
+        table[row, : len(blocks)] = torch.tensor(blocks)
+    lengths = torch.tensor([length for _, length in rows], dtype=torch.int32)
+    metadata = CPUAttentionMetadata(
+        num_actual_tokens=len(rows), max_query_len=1, query_start_loc=torch.arange(len(rows) + 1), max_seq_len=0,
+        seq_lens=lengths, block_table=table, slot_mapping=None, scheduler_metadata=None, **more,
+    )  # fmt: skip
+    return {f"layer{i}": metadata for i in range(LAYERS)}
+
+
+def random_pages(seed: int, mean: int) -> tuple[int, ...]:
+    draw, pages = random.Random(seed), [mean] * LAYERS
+    for _ in range(30):
+        giver, taker = draw.randrange(LAYERS), draw.randrange(LAYERS)
+        if pages[giver] > 1:
+            pages[giver] -= 1
+            pages[taker] += 1
+    return tuple(pages)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_layer_reads_its_pages_and_then_the_requests_own_blocks(monkeypatch, seed):
+    made, draw = pool(monkeypatch), random.Random(seed)
+    pages, level = random_pages(seed, 4), random_pages(seed + 100, 3)
+    ids = draw.sample(range(1, BLOCKS), 20)
+    ragged, plain, other = ids[:7], ids[7:12], ids[12:17]
+    made.begin_step([RaggedOrder(ragged[0], pages), RaggedOrder(other[0], level)])
+    context = batch([(ragged, 6 * BLOCK + 9), (plain, 4 * BLOCK + 1), (other, 3 * BLOCK + 40)])
+    shared = next(iter(context.values()))
+    before = shared.seq_lens.clone(), shared.block_table.clone()
+    found = made._prepare(context)
+    for number, metadata in enumerate(found.values()):
+        places = fake_native.pool_pages(list(pages))[number]
+        wanted = [layer * BLOCKS + ragged[block] for layer, block in places] + [number * BLOCKS + b for b in ragged[4:]]
+        length = pages[number] * BLOCK + 2 * BLOCK + 9
+        assert metadata.seq_lens.tolist() == [length, 4 * BLOCK + 1, level[number] * BLOCK + 40]
+        used = -(-length // BLOCK)
+        assert metadata.block_table[0, :used].tolist() == wanted[:used]
+        assert metadata.block_table[1, :5].tolist() == [number * BLOCKS + b for b in plain]
+        assert metadata.max_seq_len >= max(metadata.seq_lens)
+        assert metadata.scheduler_metadata == tuple(metadata.seq_lens.tolist())
+        assert metadata.query_start_loc is shared.query_start_loc
+    assert torch.equal(shared.seq_lens, before[0]) and torch.equal(shared.block_table, before[1])
+
+
+def test_tables_follow_their_requests(monkeypatch):
+    """As they grow, change places and are joined by others, whatever was kept from the step before."""
+    made = pool(monkeypatch)
+    pages = {3: random_pages(3, 3), 20: random_pages(4, 2)}
+    for step in range(1, 300, 7):
+        rows = [(list(range(3, 18)), 3 * BLOCK + step), (list(range(20, 34)), 2 * BLOCK + step)]
+        if step % 3 == 0:
+            rows.reverse()
+        if step % 5 == 0:
+            rows.insert(1, (list(range(40, 50)), 9 + step))
+        made.begin_step([RaggedOrder(first, pages[first]) for first in pages])
+        context = batch(rows)
+        kept = list(made._prepare(context).values())
+        fresh = pool(monkeypatch)
+        fresh.begin_step(made._orders)
+        for one, other in zip(kept, fresh._prepare(context).values()):
+            assert torch.equal(one.seq_lens, other.seq_lens)
+            for row, length in enumerate(one.seq_lens.tolist()):
+                used = -(-length // BLOCK)
+                assert torch.equal(one.block_table[row, :used], other.block_table[row, :used])
+
+
+def test_what_is_not_as_expected_fails_the_ragged_requests(monkeypatch):
+    good = [([3, 4, 5], 2 * BLOCK + 1), ([7, 8], 40)]
+    order = RaggedOrder(3, random_pages(1, 2))
+
+    def failed(rows, orders, **more):
+        made = pool(monkeypatch)
+        made.begin_step(orders)
+        context = types.SimpleNamespace(attn_metadata=batch(rows, **more))
+        monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: context)
+        for name in made._layers:
+            made.exchange(name)
+        return made.end_step()
+
+    assert failed(good, [order]) == set()
+    assert failed(good, [RaggedOrder(9, order.pages)]) == {9}, "not in the batch"
+    assert failed(good, [order, order]) == {3}, "one of two is not in the batch"
+    assert failed([([3, 4, 5], 2 * BLOCK)], [order]) == {3}, "no token after the cache"
+    assert failed(good, [RaggedOrder(3, ())]) == {3}, "nothing known of it"
+    assert failed(good, [RaggedOrder(3, order.pages[1:])]) == {3}, "another model"
+    assert failed(good, [order], causal=False) == {3}
+    assert failed(good, [RaggedOrder(-1, order.pages)]) == set(range(1, BLOCKS)), "nobody knows which"
+
+
+def test_a_layer_that_is_not_called_fails_the_ragged_requests(monkeypatch):
+    made = pool(monkeypatch)
+    context = types.SimpleNamespace(attn_metadata=batch([([3, 4, 5], 2 * BLOCK + 1)]))
+    monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: context)
+    made.begin_step([RaggedOrder(3, random_pages(1, 2))])
+    names = list(made._layers)
+    for name in names[:-1]:
+        made.exchange(name)
+        assert made._layers[name].kv_cache == "whole"
+        made.restore(name, "own")
+        assert made._layers[name].kv_cache == "own"
+    assert made.active and made.end_step() == {3} and not made.active
