@@ -335,6 +335,7 @@ Status Compactions::take_part(const CompactionAsker& asker, const Namespace& spa
   entry->query_bytes += part.query_bytes;
   query_bytes_ += part.query_bytes;
   entry->parts.push_back(std::move(part));
+  if (!entry->span) entry->span = asker.span;
   start_if_whole_locked(entry);
   return Status::ok();
 }
@@ -386,11 +387,19 @@ void Compactions::start_if_whole_locked(const std::shared_ptr<Entry>& entry) {
 void Compactions::run(const std::shared_ptr<Entry>& entry) {
   lower_priority();
   const std::int64_t started_ns = parts_.clock.now_ns();
+  const SpanPtr span = child_of(entry->span, "kvern.compaction");
   Result<CompactionOutcome> outcome;
   try {
     outcome = task_.run(*entry->order, entry->cancelled);
   } catch (const std::exception& error) {
     outcome = failure(Code::kInternal, error.what());
+  }
+  if (span) {
+    span->set("kvern.tokens", entry->handle.prompt_tokens);
+    span->set("kvern.slots", entry->handle.slots);
+    span->set("kvern.raw_bytes", entry->order->prompt_bytes());
+    if (outcome) span->set("kvern.encoded_bytes", outcome->stored_bytes);
+    span->end(status_of(outcome));
   }
   finish(entry, outcome, static_cast<double>(parts_.clock.now_ns() - started_ns) * 1e-9);
 }

@@ -14,6 +14,7 @@
 #include "base/clock.h"
 #include "base/executor.h"
 #include "base/status.h"
+#include "base/trace.h"
 #include "service/compact_manifests.h"
 #include "service/compaction_task.h"
 #include "service/metrics.h"
@@ -36,6 +37,7 @@ struct CompactionAsker {
   std::string tenant;
   std::string client_name;
   bool sees_all = false;
+  SpanPtr span = nullptr;  ///< of the request; null: not recorded
 };
 
 /// Compact caches from the first part of a request to their expiry: which there are, who owns them, what became of
@@ -97,6 +99,7 @@ class Compactions {
     std::vector<RankPart> parts;
     std::int64_t began_ns = 0;
     std::uint64_t query_bytes = 0;
+    SpanPtr span;              ///< of the first request that is recorded
     bool handed_over = false;  ///< to the executor, which cleans up after it
     std::atomic<bool> cancelled{false};
 

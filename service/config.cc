@@ -244,6 +244,28 @@ constexpr ConfigKey kKeys[] = {
     {"log.lines_per_second", KeyType::kNumber, "lines", "", 0, 1'000'000,
      "Most lines of one kind of event a second; more are counted and left out; 0: no limit.",
      KVERN_SLOT(log.lines_per_second)},
+
+    {"tracing.endpoint", KeyType::kText, "", "", 0, kNoLimit,
+     "OpenTelemetry collector that gets spans by OTLP/HTTP in JSON, http://host:4318; without a path /v1/traces is "
+     "meant. Empty: no spans.",
+     KVERN_SLOT(tracing.endpoint)},
+    {"tracing.service_name", KeyType::kText, "", "", 0, kNoLimit, "Resource attribute service.name of all spans.",
+     KVERN_SLOT(tracing.service_name)},
+    {"tracing.sample_one_in", KeyType::kNumber, "requests", "", 0, 1'000'000'000,
+     "Requests that belong to a trace of the engine are recorded when that is; of the others one in so many; 0: none.",
+     KVERN_SLOT(tracing.sample_one_in)},
+    {"tracing.queue_spans", KeyType::kNumber, "spans", "", 1, 1'000'000,
+     "Spans that wait for the collector, about 1 KiB each; more are dropped and counted.",
+     KVERN_SLOT(tracing.queue_spans)},
+    {"tracing.interval_ms", KeyType::kNumber, "ms", "", 10, 600'000,
+     "How often what waits is sent; sooner when 512 spans do.", KVERN_SLOT(tracing.interval_ms)},
+    {"tracing.timeout_ms", KeyType::kNumber, "ms", "", 10, 600'000, "Of one answer of the collector.",
+     KVERN_SLOT(tracing.timeout_ms)},
+    {"tracing.headers_file", KeyType::kText, "", "", 0, kNoLimit,
+     "File with lines \"Name: value\" that go along, such as an Authorization; empty: none.",
+     KVERN_SLOT(tracing.headers_file)},
+    {"tracing.ca_file", KeyType::kText, "", "", 0, kNoLimit,
+     "Certificates that an https collector is checked against, PEM; empty: the system's.", KVERN_SLOT(tracing.ca_file)},
 };
 #undef KVERN_SLOT
 
@@ -634,8 +656,22 @@ Status ServiceConfig::validate() const {
   if (!compact.state_dir.empty() && compact.state_dir == server.run_dir) {
     return invalid("compact.state_dir must be a folder of its own, not server.run_dir");
   }
+  const std::string_view to = tracing.endpoint;
+  const std::size_t host = to.starts_with("http://") ? 7 : to.starts_with("https://") ? 8 : 0;
+  const bool named = host != 0 && to.size() > host && to[host] != '/' &&
+                     std::ranges::all_of(to, [](char c) { return c > ' ' && c <= '~'; });
+  if (!to.empty() && !named) {
+    return invalid("tracing.endpoint must be http://host:port or https://host:port, not \"" + tracing.endpoint + "\"");
+  }
+  if (!to.empty() && tracing.service_name.empty()) return invalid("tracing.service_name must not be empty");
   if (demotion_free_bytes() >= store.dram_bytes) return invalid("ladder.free_bytes must be less than store.dram_bytes");
   return Status::ok();
+}
+
+std::string ServiceConfig::Tracing::url() const {
+  const std::size_t path = endpoint.find('/', endpoint.find("://") + 3);
+  if (path == std::string::npos) return endpoint + "/v1/traces";
+  return path + 1 == endpoint.size() ? endpoint + "v1/traces" : endpoint;
 }
 
 const NamespaceRule* ServiceConfig::rule_for(const std::map<std::string, std::string>& facts) const {

@@ -143,6 +143,18 @@ struct ServiceConfig {
     std::string format = "text";
     std::uint64_t lines_per_second = 10;
   } log;
+  struct Tracing {
+    std::string endpoint;  ///< empty: no spans
+    std::string service_name = "kvernd";
+    std::uint64_t sample_one_in = 100;
+    std::uint64_t queue_spans = 8192;
+    std::uint64_t interval_ms = 1000;
+    std::uint64_t timeout_ms = 5000;
+    std::string headers_file;
+    std::string ca_file;
+
+    std::string url() const;  ///< the endpoint; without a path, that of OTLP
+  } tracing;
 
   /// What no single key shows: limits that contradict each other, paths that are too long, codecs that do not exist.
   Status validate() const;

@@ -126,7 +126,7 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
       if (parts_.compactions == nullptr) return finish(refused("this daemon makes no compact caches"));
       if (request.has_compact()) {
         return later([this](const Session& of, const wire::ControlRequest& asked, wire::ControlReply*) {
-          return compact(of, asked.compact());
+          return compact(of, asked);
         });
       }
       if (request.has_compact_queries()) {
@@ -323,13 +323,22 @@ Status ControlService::register_device_pages(Session& session, const wire::Regis
   return Status::ok();
 }
 
-Status ControlService::compact(const Session& session, const wire::Compact& request) {
+Status ControlService::compact(const Session& session, const wire::ControlRequest& asked) {
+  const wire::Compact& request = asked.compact();
   if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
   const auto id = optional_namespace(request.namespace_id());
   if (!id) return id.error();
   const auto space = *id ? session.find_namespace(**id) : nullptr;
   if (!space) return Status(Code::kInvalid, "this session has not registered the namespace of the compact cache");
-  return parts_.compactions->begin(asker_of(session), space, request);
+  CompactionAsker asker = asker_of(session);
+  if (parts_.tracer != nullptr)
+    asker.span = parts_.tracer->start("kvern.compact", SpanKind::kServer, asked.traceparent());
+  if (!asker.span) return parts_.compactions->begin(asker, space, request);
+  describe(*asker.span, session);
+  asker.span->set("kvern.namespace", space->id.to_hex());
+  const Status taken = parts_.compactions->begin(asker, space, request);
+  asker.span->end(taken);
+  return taken;
 }
 
 void ControlService::find_compactions(const Session& session, const wire::ControlRequest& request,

@@ -53,6 +53,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
     Metrics& metrics;
     DeviceService* devices = nullptr;    ///< nullptr: pages on devices are refused
     Compactions* compactions = nullptr;  ///< nullptr: compact caches are refused
+    const Tracer* tracer = nullptr;      ///< nullptr: nothing is recorded
     std::function<std::string()> metrics_text = [] { return std::string(); };  ///< for StatusQuery.with_metrics
   };
   explicit ControlService(Parts parts) : parts_(std::move(parts)) {}
@@ -76,7 +77,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
                             wire::NamespaceRegistered* answer);
   Status poll_events(const Session& session, const wire::PollEvents& request, wire::Events* answer) const;
   Status snapshot(const Session& session, const wire::SnapshotQuery& request, wire::Snapshot* answer) const;
-  Status compact(const Session& session, const wire::Compact& request);
+  Status compact(const Session& session, const wire::ControlRequest& request);
   void find_compactions(const Session& session, const wire::ControlRequest& request, ControlReplyFunction reply);
   /// Status, explain and flush: for local peers and for tools with a key.
   Status administrate(const wire::ControlRequest& request, wire::ControlReply* reply);

@@ -2,13 +2,17 @@
 
 #include <openssl/rand.h>
 #include <prometheus/text_serializer.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <filesystem>
+#include <fstream>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -17,6 +21,7 @@
 #include "base/block_index.h"
 #include "base/clock.h"
 #include "base/executor.h"
+#include "base/trace.h"
 #include "service/collector.h"
 #include "service/compactions.h"
 #include "service/control_service.h"
@@ -37,6 +42,7 @@
 #include "service/store_pipeline.h"
 #include "service/terms.h"
 #include "service/tiers.h"
+#include "service/trace_exporter.h"
 #include "store/chunk_store.h"
 #include "store/demoter.h"
 #include "store/eviction_policy.h"
@@ -135,12 +141,60 @@ std::int64_t unix_seconds() {
   return std::chrono::duration_cast<std::chrono::seconds>(now).count();
 }
 
+std::int64_t unix_ns() {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
 CompactionLimits compaction_limits(const ServiceConfig& config) {
   return {.max_pending = config.compact.max_pending,
           .job_bytes = config.compact.job_bytes,
           .max_handles = config.compact.max_handles,
           .max_ttl_seconds = static_cast<std::int64_t>(config.compact.max_ttl_seconds),
           .collect_ns = static_cast<std::int64_t>(config.store.incomplete_ttl_seconds) * 1'000'000'000};
+}
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "";
+}
+
+std::vector<std::string> header_lines(const std::string& path) {
+  std::vector<std::string> lines;
+  if (path.empty()) return lines;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    while (!line.empty() && (line.back() == '\r' || line.back() == ' ')) line.pop_back();
+    if (line.empty()) continue;
+    if (line.find(':') == std::string::npos) {
+      throw std::runtime_error("tracing.headers_file " + path + ": a line is not \"Name: value\"");
+    }
+    lines.push_back(std::move(line));
+  }
+  if (!file.eof()) throw std::runtime_error("tracing.headers_file " + path + " cannot be read");
+  return lines;
+}
+
+std::unique_ptr<TraceExporter> make_exporter(const ServiceConfig& config, Metrics& metrics, const Clock& clock) {
+  const ServiceConfig::Tracing& tracing = config.tracing;
+  if (tracing.endpoint.empty()) return nullptr;
+  constexpr std::int64_t kNsPerMs = 1'000'000;
+  const std::string host = host_name();
+  return std::make_unique<TraceExporter>(
+      TraceExporter::Config{.url = tracing.url(),
+                            .headers = header_lines(tracing.headers_file),
+                            .ca_file = tracing.ca_file,
+                            .queue_spans = tracing.queue_spans,
+                            .interval_ns = static_cast<std::int64_t>(tracing.interval_ms) * kNsPerMs,
+                            .timeout_ns = static_cast<std::int64_t>(tracing.timeout_ms) * kNsPerMs,
+                            .resource = {.service_name = tracing.service_name,
+                                         .service_version = KVERN_VERSION,
+                                         .instance = host + ":" + config.server.socket,
+                                         .host = host}},
+      TraceExporter::Counters{.exported = metrics.spans_exported,
+                              .queue_full = metrics.spans_queue_full,
+                              .not_taken = metrics.spans_not_taken},
+      clock, unix_ns);
 }
 
 bool is_any_address(const std::string& address) { return address == "*" || address == "0.0.0.0" || address == "::"; }
@@ -171,6 +225,8 @@ struct Daemon::State {
   UniqueFd index_reader;
 
   Metrics metrics;
+  std::unique_ptr<TraceExporter> exporter;  ///< null: nothing is recorded; outlives all that records
+  std::optional<Tracer> tracer;
   EventLog events;
   HazardRegistry hazards;
   InFlight in_flight;
@@ -217,6 +273,9 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
           block_index_bytes({.chunk_capacity = config.chunk_capacity(), .slot_count = config.index_slots()})))),
       slab_reader(or_throw(slab.read_only_fd())),
       index_reader(or_throw(index.read_only_fd())),
+      exporter(make_exporter(config, metrics, clock)),
+      tracer(exporter ? std::optional<Tracer>(std::in_place, *exporter, clock, config.tracing.sample_one_in)
+                      : std::nullopt),
       store(std::make_unique<ChunkStore>(
           ChunkStoreConfig{
               .slab_bytes = config.store.dram_bytes,
@@ -264,7 +323,8 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
            .metrics = metrics,
            .clock = clock,
            .slab_bytes = config.store.dram_bytes,
-           .devices = &devices}),
+           .devices = &devices,
+           .tracer = tracer ? &*tracer : nullptr}),
       remote(sessions, *store),
       inspector({.config = config,
                  .sessions = sessions,
@@ -363,6 +423,7 @@ void Daemon::State::start_servers() {
                                                                    .metrics = metrics,
                                                                    .devices = &devices,
                                                                    .compactions = compactions.get(),
+                                                                   .tracer = tracer ? &*tracer : nullptr,
                                                                    .metrics_text = [this] { return metrics_text(); }});
   rings = std::make_unique<RingServer>(
       RingServer::Config{.spin_us = static_cast<std::uint32_t>(config.pipeline.ring_spin_us)}, hot);

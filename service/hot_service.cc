@@ -177,26 +177,94 @@ class PendingLoad {
 /// A line of level debug when the request is answered.
 HotReplyFunction logged(std::uint64_t session_id, const wire::HotRequest& request, HotReplyFunction reply) {
   const auto* kind = wire::HotRequest::descriptor()->FindFieldByNumber(request.body_case());
-  return [session_id, kind = std::string(kind == nullptr ? "unknown" : kind->name()), reply = std::move(reply),
+  return [session_id, kind = std::string(kind == nullptr ? "unknown" : kind->name()),
+          trace = trace_id_of(request.traceparent()), reply = std::move(reply),
           started = Clock::system().now_ns()](wire::HotReply answer) {
     log_debug("a request was answered", {{"session", session_id},
                                          {"request", answer.id()},
                                          {"kind", kind},
+                                         {"trace", trace},
                                          {"status", code_name(static_cast<Code>(answer.status().code()))},
                                          {"seconds", seconds_since(Clock::system(), started)}});
     reply(std::move(answer));
   };
 }
 
+/// The span's name; nullptr for requests that take no time worth recording.
+const char* span_name(wire::HotRequest::BodyCase body) {
+  switch (body) {
+    case wire::HotRequest::kMatch:
+      return "kvern.match";
+    case wire::HotRequest::kReserve:
+      return "kvern.reserve";
+    case wire::HotRequest::kCommit:
+      return "kvern.commit";
+    case wire::HotRequest::kFetch:
+      return "kvern.fetch";
+    case wire::HotRequest::kStorePages:
+      return "kvern.store_pages";
+    case wire::HotRequest::kLoadPages:
+      return "kvern.load_pages";
+    case wire::HotRequest::kAbandon:
+    case wire::HotRequest::kRelease:
+    case wire::HotRequest::kReleaseMatch:
+    case wire::HotRequest::kReport:
+    case wire::HotRequest::kRetain:
+    case wire::HotRequest::BODY_NOT_SET:
+      return nullptr;
+  }
+  return nullptr;
+}
+
+void set_namespace(const SpanPtr& span, const Namespace& space) {
+  if (span) span->set("kvern.namespace", space.id.to_hex());
+}
+
+/// The span ends with the answer. Items that failed on their own are counted.
+HotReplyFunction traced(SpanPtr span, HotReplyFunction reply) {
+  return [span = std::move(span), reply = std::move(reply)](wire::HotReply answer) {
+    std::uint64_t failed = 0;
+    const auto count = [&failed](const wire::StatusMessage& status) { failed += to_status(status) ? 0U : 1U; };
+    for (const auto& item : answer.committed().items()) count(item);
+    for (const auto& item : answer.pages_stored().items()) count(item);
+    for (const auto& item : answer.fetched().items()) count(item.status());
+    std::uint64_t tokens = 0, raw_bytes = 0, encoded_bytes = 0;
+    for (const auto& item : answer.pages_loaded().items()) {
+      count(item.status());
+      tokens += item.tokens();
+      raw_bytes += item.raw_bytes();
+      encoded_bytes += item.encoded_bytes();
+    }
+    if (answer.has_pages_loaded()) {
+      span->set("kvern.tokens", tokens);
+      span->set("kvern.raw_bytes", raw_bytes);
+      span->set("kvern.encoded_bytes", encoded_bytes);
+    }
+    if (failed > 0) span->set("kvern.failed", failed);
+    span->end(to_status(answer.status()));
+    reply(std::move(answer));
+  };
+}
+
 }  // namespace
+
+SpanPtr HotService::start_span(const Session& session, const wire::HotRequest& request) const {
+  const char* name = span_name(request.body_case());
+  if (name == nullptr) return nullptr;
+  SpanPtr span = parts_.tracer->start(name, SpanKind::kServer, request.traceparent());
+  if (span) describe(*span, session);
+  return span;
+}
 
 void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotReplyFunction reply) {
   wire::HotReply answer;
   answer.set_id(request.id());
   const auto finish = [&](const Status& status) {
     if (status.code() == Code::kInvalid) {
-      log_warn("a request is not valid",
-               {{"session", session_id}, {"request", request.id()}, {"why", status.message()}});
+      log_warn("a request is not valid", {{"session", session_id},
+                                          {"request", request.id()},
+                                          {"trace", trace_id_of(request.traceparent())},
+                                          {"why", status.message()}});
     }
     set_status(status, answer.mutable_status());
     reply(std::move(answer));
@@ -206,25 +274,27 @@ void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotR
   if (process_log().writes(LogLevel::kDebug)) reply = logged(session_id, request, std::move(reply));
   const std::int64_t started = parts_.clock.now_ns();
   session->touch(started);
+  const SpanPtr span = parts_.tracer == nullptr ? nullptr : start_span(*session, request);
+  if (span) reply = traced(span, std::move(reply));
   switch (request.body_case()) {
     case wire::HotRequest::kMatch:
       parts_.metrics.request(RequestType::kMatch);
-      return finish(match(*session, request.match(), answer.mutable_matched()));
+      return finish(match(*session, request.match(), answer.mutable_matched(), span));
     case wire::HotRequest::kReserve: {
       parts_.metrics.request(RequestType::kReserve);
-      const Status status = reserve(*session, request.reserve(), answer.mutable_reserved());
+      const Status status = reserve(*session, request.reserve(), answer.mutable_reserved(), span);
       parts_.metrics.reserve_seconds.Observe(seconds_since(parts_.clock, started));
       return finish(status);
     }
     case wire::HotRequest::kCommit:
       parts_.metrics.request(RequestType::kCommit);
-      return commit(session, request, std::move(reply));
+      return commit(session, request, std::move(reply), span);
     case wire::HotRequest::kAbandon:
       parts_.metrics.request(RequestType::kAbandon);
       return finish(abandon(*session, request.abandon()));
     case wire::HotRequest::kFetch: {
       parts_.metrics.request(RequestType::kFetch);
-      const Status status = fetch(*session, request.fetch(), answer.mutable_fetched());
+      const Status status = fetch(*session, request.fetch(), answer.mutable_fetched(), span);
       parts_.metrics.fetch_seconds.Observe(seconds_since(parts_.clock, started));
       return finish(status);
     }
@@ -241,7 +311,7 @@ void HotService::handle(std::uint64_t session_id, wire::HotRequest request, HotR
       return finish(Status::ok());
     case wire::HotRequest::kStorePages:
       parts_.metrics.request(RequestType::kStorePages);
-      return store_pages(session, request, std::move(reply));
+      return store_pages(session, request, std::move(reply), span);
     case wire::HotRequest::kLoadPages:
       parts_.metrics.request(RequestType::kLoadPages);
       return load_pages(session, request, std::move(reply));
@@ -263,35 +333,45 @@ void HotService::protocol_error(std::uint64_t session_id, const Status& why) {
 
 /// Whether chunks are still on their way up. Starts the movement when it is asked for the first time.
 Result<bool> HotService::prefetch(Session& session, const wire::Match& request, const Namespace& space,
-                                  std::span<const BlockHash> blocks) {
+                                  std::span<const BlockHash> blocks, const SpanPtr& span) {
   const auto group = static_cast<std::uint16_t>(request.group());
   if (!request.prefetch() || !parts_.tiers.has_tiers()) return false;
-  if (const auto running = session.find_prefetch(request.lease_id(), group)) return running->pending();
+  if (const auto running = session.find_prefetch(request.lease_id(), group)) {
+    // Clients ask every few milliseconds: what they wait for has a span of its own.
+    const bool pending = running->pending();
+    if (pending && span) span->discard();
+    return pending;
+  }
   const std::size_t first = std::min<std::size_t>(request.first_block(), blocks.size());
   auto started =
-      parts_.tiers.prefetch(space.id, group, blocks, first, space.shape.chunk_tokens / space.shape.block_tokens);
+      parts_.tiers.prefetch(space.id, group, blocks, first, space.shape.chunk_tokens / space.shape.block_tokens,
+                            child_of(span, "kvern.prefetch"));
   const bool pending = started->pending();
   if (Status added = session.add_prefetch(request.lease_id(), group, std::move(started)); !added) return failure(added);
   return pending;
 }
 
-Status HotService::match(Session& session, const wire::Match& request, wire::Matched* answer) {
+Status HotService::match(Session& session, const wire::Match& request, wire::Matched* answer, const SpanPtr& span) {
   const auto space = named_namespace(session, request.namespace_id(), request.group());
   if (!space) return space.error();
   const auto hashes = split_hashes(request.block_hashes(), request.hash_bytes(), kMaxMatchBlocks);
   if (!hashes) return hashes.error();
   const auto group = static_cast<std::uint16_t>(request.group());
-  const auto pending = prefetch(session, request, **space, *hashes);
+  set_namespace(span, **space);
+  if (span) span->set("kvern.blocks", hashes->size());
+  const auto pending = prefetch(session, request, **space, *hashes, span);
   if (!pending) return pending.error();
   answer->set_pending(*pending);
   if (*pending) return Status::ok();
   std::string present((hashes->size() + 7) / 8, '\0');
   std::vector<std::shared_ptr<Lease>> leases;
   std::shared_ptr<Lease> last;
+  std::uint64_t found = 0;
   for (std::size_t i = 0; i < hashes->size(); ++i) {
     auto pinned = parts_.store.pin((*space)->id, group, (*hashes)[i]);
     if (!pinned) continue;
     present[i / 8] = static_cast<char>(present[i / 8] | 1 << (i % 8));
+    ++found;
     // While a lease holds the chunk its number means that chunk: one pin for all blocks of it.
     const bool held = last && last->chunk().chunk == pinned->chunk;
     auto lease = std::make_shared<Lease>(parts_.store, std::move(*pinned), (*space)->id, group, (*hashes)[i]);
@@ -302,6 +382,7 @@ Status HotService::match(Session& session, const wire::Match& request, wire::Mat
   if (!leases.empty()) {
     if (Status added = session.add_match(request.lease_id(), std::move(leases)); !added) return added;
   }
+  if (span) span->set("kvern.tokens", found * (*space)->shape.block_tokens);
   answer->set_present(std::move(present));
   return Status::ok();
 }
@@ -361,7 +442,8 @@ Result<HotService::ReserveTerms> HotService::reserve_terms(Session& session, con
   return terms;
 }
 
-Status HotService::reserve(Session& session, const wire::Reserve& request, wire::Reserved* answer) {
+Status HotService::reserve(Session& session, const wire::Reserve& request, wire::Reserved* answer,
+                           const SpanPtr& span) {
   const auto terms = reserve_terms(session, request);
   if (!terms) {
     if (terms.error().code() == Code::kInvalid) parts_.metrics.refused(Refusal::kInvalid);
@@ -370,6 +452,13 @@ Status HotService::reserve(Session& session, const wire::Reserve& request, wire:
   }
   if (!session.staging()) return Status(Code::kRefused, "the session asked for no staging memory");
   for (const auto& item : request.items()) reserve_item(session, *terms, item, answer->add_items());
+  if (span) {
+    set_namespace(span, *terms->space);
+    const auto reserved = std::ranges::count(answer->items(), wire::RESERVED, &wire::ReservedItem::outcome);
+    span->set("kvern.codec", std::string(terms->codec->spec()));
+    span->set("kvern.chunks", static_cast<std::uint64_t>(request.items_size()));
+    span->set("kvern.reserved", static_cast<std::uint64_t>(reserved));
+  }
   return Status::ok();
 }
 
@@ -475,8 +564,9 @@ Status HotService::retain(const Session& session, const wire::Retain& request, w
 }
 
 void HotService::commit(const std::shared_ptr<Session>& session, const wire::HotRequest& request,
-                        HotReplyFunction reply) {
+                        HotReplyFunction reply, const SpanPtr& span) {
   const auto& items = request.commit().items();
+  if (span) span->set("kvern.chunks", static_cast<std::uint64_t>(items.size()));
   if (const Status count = check_item_count(items.size()); !count) {
     wire::HotReply answer;
     answer.set_id(request.id());
@@ -509,6 +599,7 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
       continue;
     }
     if (reservation->previous) pending->follows(*reservation->previous, reservation->info.key);
+    reservation->span = span;
     const Status queued =
         parts_.pipeline.submit(reservation, parse_checksums(item.plane_checksums()),
                                [pending, mine](Status status) { pending->finish(mine, std::move(status)); });
@@ -520,7 +611,7 @@ void HotService::commit(const std::shared_ptr<Session>& session, const wire::Hot
 }
 
 void HotService::store_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request,
-                             HotReplyFunction reply) {
+                             HotReplyFunction reply, const SpanPtr& span) {
   const wire::StorePages& body = request.store_pages();
   const auto refuse = [&](const Status& status) {
     wire::HotReply answer;
@@ -536,6 +627,8 @@ void HotService::store_pages(const std::shared_ptr<Session>& session, const wire
   if (Status fits = check_pages(pages->cache(), terms->info); !fits) return refuse(fits);
   const auto& items = body.reserve().items();
   if (body.blocks_size() != items.size()) return refuse(invalid("as many lists of block ids as items are needed"));
+  set_namespace(span, *terms->space);
+  if (span) span->set("kvern.chunks", static_cast<std::uint64_t>(items.size()));
 
   const auto answer_all = [id = request.id(), reply](std::span<const Status> statuses) {
     wire::HotReply answer;
@@ -563,6 +656,7 @@ void HotService::store_pages(const std::shared_ptr<Session>& session, const wire
       continue;
     }
     if (reservation->previous) pending->follows(*reservation->previous, reservation->info.key);
+    reservation->span = span;
     const Status queued =
         parts_.devices->store(pages, reservation, std::move(*ids), body.deadline_ns(),
                               [pending, mine](Status status) { pending->finish(mine, std::move(status)); });
@@ -619,7 +713,7 @@ Status HotService::abandon(Session& session, const wire::Abandon& request) {
   return Status::ok();
 }
 
-Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer) {
+Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer, const SpanPtr& span) {
   if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
   if (Status count = check_item_count(request.items_size()); !count) return count;
   const auto space = named_namespace(session, request.namespace_id(), request.group());
@@ -640,6 +734,18 @@ Status HotService::fetch(Session& session, const wire::Fetch& request, wire::Fet
       parts_.store.link((*space)->id, static_cast<std::uint16_t>(request.group()), *previous, *block);
     }
     previous = block;
+  }
+  if (span) {
+    std::uint64_t tokens = 0, bytes = 0;
+    for (const auto& item : answer->items()) {
+      tokens += item.tokens();
+      for (const auto& shard : item.shards()) bytes += shard.bytes();
+    }
+    set_namespace(span, **space);
+    span->set("kvern.tier", "dram");
+    span->set("kvern.chunks", static_cast<std::uint64_t>(request.items_size()));
+    span->set("kvern.tokens", tokens);
+    span->set("kvern.encoded_bytes", bytes);
   }
   return Status::ok();
 }

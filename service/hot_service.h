@@ -6,6 +6,7 @@
 #include <span>
 
 #include "base/clock.h"
+#include "base/trace.h"
 #include "service/device_service.h"
 #include "service/in_flight.h"
 #include "service/metrics.h"
@@ -37,6 +38,7 @@ class HotService final : public HotHandler {
     const Clock& clock;
     std::uint64_t slab_bytes;
     DeviceService* devices = nullptr;  ///< nullptr: pages on devices are refused
+    const Tracer* tracer = nullptr;    ///< nullptr: nothing is recorded
   };
   explicit HotService(const Parts& parts) : parts_(parts) {}
 
@@ -47,18 +49,22 @@ class HotService final : public HotHandler {
   void begin_stop() { stopping_.store(true); }
 
  private:
+  // span: of the request; null where nothing is recorded.
+  SpanPtr start_span(const Session& session, const wire::HotRequest& request) const;
   Result<bool> prefetch(Session& session, const wire::Match& request, const Namespace& space,
-                        std::span<const BlockHash> blocks);
-  Status match(Session& session, const wire::Match& request, wire::Matched* answer);
-  Status reserve(Session& session, const wire::Reserve& request, wire::Reserved* answer);
-  void commit(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);
+                        std::span<const BlockHash> blocks, const SpanPtr& span);
+  Status match(Session& session, const wire::Match& request, wire::Matched* answer, const SpanPtr& span);
+  Status reserve(Session& session, const wire::Reserve& request, wire::Reserved* answer, const SpanPtr& span);
+  void commit(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply,
+              const SpanPtr& span);
   Status abandon(Session& session, const wire::Abandon& request);
-  Status fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer);
+  Status fetch(Session& session, const wire::Fetch& request, wire::Fetched* answer, const SpanPtr& span);
   Status release(Session& session, const wire::Release& request);
   void report(const wire::Report& request);
   Status retain(const Session& session, const wire::Retain& request, wire::Retained* answer);
 
-  void store_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);
+  void store_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply,
+                   const SpanPtr& span);
   void load_pages(const std::shared_ptr<Session>& session, const wire::HotRequest& request, HotReplyFunction reply);
 
   struct ReserveTerms;

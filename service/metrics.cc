@@ -123,7 +123,14 @@ Metrics::Metrics()
       compaction_seconds(histogram(*registry_, "kvern_compaction_seconds", "Time to make a compact cache")),
       compaction_error(histograms(*registry_, "kvern_compaction_error",
                                   "Relative error of the attention output over compact caches, mean over the layers")
-                           .Add({}, error_buckets())) {
+                           .Add({}, error_buckets())),
+      spans_exported(
+          counter(*registry_, "kvern_trace_spans_exported_total", "Spans that the tracing collector has taken")),
+      spans_queue_full(counter(*registry_, "kvern_trace_spans_dropped_total",
+                               "Spans that the tracing collector never had, by reason", {{"reason", "queue_full"}})),
+      spans_not_taken(counters(*registry_, "kvern_trace_spans_dropped_total",
+                               "Spans that the tracing collector never had, by reason")
+                          .Add({{"reason", "collector"}})) {
   label_all(requests_, counters(*registry_, "kvern_requests_total", "Hot requests by type"), "type",
             {"match", "reserve", "commit", "abandon", "fetch", "release", "release_match", "report", "store_pages",
              "load_pages", "retain"});

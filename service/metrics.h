@@ -134,6 +134,9 @@ class Metrics final : public TierObserver, public DemotionObserver {
   prometheus::Counter& compacted_stored_bytes;
   prometheus::Histogram& compaction_seconds;
   prometheus::Histogram& compaction_error;
+  prometheus::Counter& spans_exported;
+  prometheus::Counter& spans_queue_full;
+  prometheus::Counter& spans_not_taken;
 
  private:
   /// One operation of one tier.

@@ -23,6 +23,12 @@ std::shared_ptr<T> look_up(const std::unordered_map<std::uint64_t, std::shared_p
 
 }  // namespace
 
+void describe(Span& span, const Session& session) {
+  span.set("kvern.session", session.id());
+  span.set("kvern.client", session.identity().client_name);
+  span.set("kvern.tenant", session.identity().tenant);
+}
+
 Session::Session(std::uint64_t id, std::string token, SessionIdentity identity, std::int64_t now_ns)
     : id_(id), token_(std::move(token)), identity_(std::move(identity)), created_ns_(now_ns), last_seen_ns_(now_ns) {}
 

@@ -13,6 +13,7 @@
 
 #include "base/keys.h"
 #include "base/status.h"
+#include "base/trace.h"
 #include "kernels/container.h"
 #include "service/device_pages.h"
 #include "service/in_flight.h"
@@ -48,6 +49,10 @@ struct SessionIdentity {
   std::uint64_t staging_bytes = 0;                ///< 0: none
 };
 
+class Session;
+/// Tells a span whose work it is.
+void describe(Span& span, const Session& session);
+
 /// Staging that waits for a shard. Whoever holds it last gives the extent back and ends the claim on the key.
 struct Reservation {
   std::uint64_t id = 0;
@@ -56,6 +61,7 @@ struct Reservation {
   std::shared_ptr<const Codec> codec;
   Staging::Block block;
   InFlight::Claim claim;
+  SpanPtr span;                        ///< of the request that stores it; null: not recorded
   std::atomic<int> running_pushes{0};  ///< of the remote data plane, which still write to the block
 };
 

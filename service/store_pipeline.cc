@@ -54,15 +54,22 @@ bool StorePipeline::wait_idle(std::chrono::milliseconds timeout) {
 }
 
 Status StorePipeline::store(const Reservation& reservation, const Encode& encode) {
-  const Status status = encode_and_publish(reservation, encode);
+  const SpanPtr span = child_of(reservation.span, "kvern.encode");
+  const Status status = encode_and_publish(reservation, encode, span);
+  if (span) span->end(status);
   (status ? stored_ : failed_).fetch_add(1, std::memory_order_relaxed);
   return status;
 }
 
-Status StorePipeline::encode_and_publish(const Reservation& reservation, const Encode& encode) {
+Status StorePipeline::encode_and_publish(const Reservation& reservation, const Encode& encode, const SpanPtr& span) {
   if (cancelled_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
   const Codec& codec = *reservation.codec;
   const ContainerInfo& info = reservation.info;
+  if (span) {
+    span->set("kvern.codec", info.codec_spec);
+    span->set("kvern.tokens", info.shape.tokens);
+    span->set("kvern.raw_bytes", info.shape.raw_bytes());
+  }
   const auto ticket = store_.begin_write(info, container_max_bytes(codec, info));
   if (!ticket) {
     metrics_.refused(ticket.error().code() == Code::kRefused ? Refusal::kTooLarge : Refusal::kStoreFull);
@@ -81,12 +88,13 @@ Status StorePipeline::encode_and_publish(const Reservation& reservation, const E
     return encoded.error();
   }
   const double seconds = static_cast<double>(clock_.now_ns() - started) * 1e-9;
+  if (span) span->set("kvern.encoded_bytes", *encoded);
   const auto published = store_.publish(*ticket, info, *encoded);
   if (!published) {
     metrics_.refused(Refusal::kStoreFull);
     return published.error();
   }
-  if (*published) tiers_.stored(info.key);
+  if (*published) tiers_.stored(info.key, span);
   Metrics::OfCodec& figures = metrics_.codec(info.codec_spec);
   figures.stored_chunks.Increment();
   figures.stored_raw_bytes.Increment(static_cast<double>(info.shape.raw_bytes()));

@@ -71,7 +71,7 @@ class StorePipeline {
  private:
   void begin_work();
   void end_work();
-  Status encode_and_publish(const Reservation& reservation, const Encode& encode);
+  Status encode_and_publish(const Reservation& reservation, const Encode& encode, const SpanPtr& span);
 
   ChunkStore& store_;
   TieredStore& tiers_;

@@ -36,6 +36,14 @@ Result<std::vector<LoadedShard>> verify_object(std::span<const std::byte> object
   return shards;
 }
 
+SpanPtr tier_span(const SpanPtr& parent, const char* name, const Tier& tier, std::uint64_t bytes) {
+  SpanPtr span = child_of(parent, name, SpanKind::kClient);
+  if (!span) return span;
+  span->set("kvern.tier", tier.name());
+  span->set("kvern.encoded_bytes", bytes);
+  return span;
+}
+
 }  // namespace
 
 Status TieredStoreConfig::validate() const {
@@ -73,7 +81,7 @@ struct TieredStore::State : std::enable_shared_from_this<State> {
   Status publish(Place& place, std::size_t number, const TierHit& hit, const WriteTicket& ticket,
                  std::uint64_t flushes_before);
   void finish_load(const ChunkKey& key, const Status& status);
-  void save(const ChunkKey& key, std::uint8_t wanted);
+  void save(const ChunkKey& key, std::uint8_t wanted, const SpanPtr& parent = nullptr);
   bool is_erasing(const ChunkKey& key);
   void end_erasing(const ChunkKey& key);
   void forget_erased_locked(const ChunkKey& key);
@@ -215,7 +223,7 @@ void TieredStore::State::finish_load(const ChunkKey& key, const Status& status) 
   for (const auto& waiter : waiters) waiter(status);
 }
 
-void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
+void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted, const SpanPtr& parent) {
   if (flushing.load() > 0 || !begin_task()) return;
   const std::uint64_t flushes_before = flushes.load();
   {
@@ -268,18 +276,20 @@ void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted) {
       done(bit_of(number));
       continue;
     }
-    place.tier->write(
-        object, [this, self = shared_from_this(), number, bytes, key, flushes_before, done](const Status& status) {
-          places[number]->saving_bytes.fetch_sub(bytes);
-          // It may have overtaken the flush, or its own erasure, on its way, and must not outlive it.
-          if (status && (flushes.load() != flushes_before || is_erasing(key)) && begin_task()) {
-            places[number]->tier->erase({key}, [](const Status&) {});
-            end_task();
-          }
-          ++(status ? places[number]->saved_chunks : places[number]->unsaved_chunks);
-          if (status) dram.mark_saved(key, bit_of(number));
-          done(bit_of(number));
-        });
+    const SpanPtr span = tier_span(parent, "kvern.tier.write", *place.tier, bytes);
+    place.tier->write(object, [this, self = shared_from_this(), number, bytes, key, flushes_before, done,
+                               span](const Status& status) {
+      if (span) span->end(status);
+      places[number]->saving_bytes.fetch_sub(bytes);
+      // It may have overtaken the flush, or its own erasure, on its way, and must not outlive it.
+      if (status && (flushes.load() != flushes_before || is_erasing(key)) && begin_task()) {
+        places[number]->tier->erase({key}, [](const Status&) {});
+        end_task();
+      }
+      ++(status ? places[number]->saved_chunks : places[number]->unsaved_chunks);
+      if (status) dram.mark_saved(key, bit_of(number));
+      done(bit_of(number));
+    });
   }
   end_task();
 }
@@ -293,7 +303,8 @@ class TieredStore::Job : public std::enable_shared_from_this<Job> {
     std::size_t place = 0;
   };
 
-  Job(std::shared_ptr<State> state, std::vector<Cell> cells) : state_(std::move(state)), cells_(std::move(cells)) {}
+  Job(std::shared_ptr<State> state, std::vector<Cell> cells, SpanPtr span)
+      : state_(std::move(state)), cells_(std::move(cells)), span_(std::move(span)) {}
   ~Job() { state_->jobs.fetch_sub(1); }
 
   void start() { find(0); }
@@ -306,7 +317,10 @@ class TieredStore::Job : public std::enable_shared_from_this<Job> {
   }
 
  private:
-  void end() { ended_.store(true, std::memory_order_release); }
+  void end() {
+    if (span_) span_->end(stop_.stop_requested() ? Status(Code::kExpired, "nobody waits any more") : Status::ok());
+    ended_.store(true, std::memory_order_release);
+  }
 
   void find(std::size_t place) {
     std::vector<CellQuery> queries;
@@ -343,6 +357,7 @@ class TieredStore::Job : public std::enable_shared_from_this<Job> {
       if (!whole) break;
     }
     cells_.resize(useful);
+    if (span_) span_->set("kvern.chunks", useful);
     read_on();
   }
 
@@ -354,8 +369,12 @@ class TieredStore::Job : public std::enable_shared_from_this<Job> {
       under_way_bytes_ += cell.hit.bytes;
       const std::size_t mine = next_++;
       lock.unlock();
+      const SpanPtr span = tier_span(span_, "kvern.tier.read", *state_->places[cell.place]->tier, cell.hit.bytes);
       state_->load(cell.place, cell.hit, stop_.get_token(),
-                   [self = shared_from_this(), mine](const Status& status) { self->loaded(mine, status); });
+                   [self = shared_from_this(), mine, span](const Status& status) {
+                     if (span) span->end(status);
+                     self->loaded(mine, status);
+                   });
       lock.lock();
     }
     if (under_way_bytes_ == 0) end();
@@ -388,6 +407,7 @@ class TieredStore::Job : public std::enable_shared_from_this<Job> {
 
   const std::shared_ptr<State> state_;
   std::vector<Cell> cells_;  ///< not changed any more once reading began
+  const SpanPtr span_;
   std::stop_source stop_;
   std::atomic<bool> ended_{false};
   std::mutex mutex_;
@@ -452,7 +472,7 @@ bool TieredStore::has_tiers() const { return !state_->places.empty(); }
 
 std::shared_ptr<Prefetch> TieredStore::prefetch(const NamespaceId& namespace_id, std::uint16_t group,
                                                 std::span<const BlockHash> blocks, std::size_t first_block,
-                                                std::size_t chunk_blocks) {
+                                                std::size_t chunk_blocks, SpanPtr span) {
   State& state = *state_;
   std::vector<Job::Cell> cells;
   for (std::size_t begin = first_block / chunk_blocks * chunk_blocks; begin < blocks.size(); begin += chunk_blocks) {
@@ -460,18 +480,22 @@ std::shared_ptr<Prefetch> TieredStore::prefetch(const NamespaceId& namespace_id,
     if (state.places.empty() || state.dram.match(namespace_id, group, cell) == cell.size()) continue;
     cells.push_back({{namespace_id, group, {cell.begin(), cell.end()}}, {}, 0});
   }
-  if (cells.empty()) return std::make_shared<NothingToPrefetch>();
-  if (state.jobs.fetch_add(1) >= state.config.prefetches_max) {
-    state.jobs.fetch_sub(1);
+  if (cells.empty()) {
+    if (span) span->discard();
     return std::make_shared<NothingToPrefetch>();
   }
-  auto job = std::make_shared<Job>(state_, std::move(cells));
+  if (state.jobs.fetch_add(1) >= state.config.prefetches_max) {
+    state.jobs.fetch_sub(1);
+    if (span) span->end(Status(Code::kBusy, "too many prefetches at once"));
+    return std::make_shared<NothingToPrefetch>();
+  }
+  auto job = std::make_shared<Job>(state_, std::move(cells), std::move(span));
   job->start();
   return std::make_shared<RunningPrefetch<Job>>(std::move(job));
 }
 
-void TieredStore::stored(const ChunkKey& key) {
-  if (state_->written_through != 0) state_->save(key, state_->written_through);
+void TieredStore::stored(const ChunkKey& key, const SpanPtr& span) {
+  if (state_->written_through != 0) state_->save(key, state_->written_through, span);
 }
 
 void TieredStore::save_victims() {

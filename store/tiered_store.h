@@ -13,6 +13,7 @@
 #include "base/executor.h"
 #include "base/keys.h"
 #include "base/status.h"
+#include "base/trace.h"
 #include "store/chunk_store.h"
 #include "store/prefix_flush.h"
 #include "store/tier.h"
@@ -94,13 +95,13 @@ class TieredStore {
 
   /// Brings up the chunks of a prompt that lower tiers have and DRAM has not: from first_block on, up to the first gap.
   /// blocks: all of the prompt's, in order; chunk_blocks: blocks per grid cell. Chunks appear in the index one by one,
-  /// verified. Never null.
+  /// verified. Never null. span: ends when the movement does, with a child for each chunk that is read.
   std::shared_ptr<Prefetch> prefetch(const NamespaceId& namespace_id, std::uint16_t group,
                                      std::span<const BlockHash> blocks, std::size_t first_block,
-                                     std::size_t chunk_blocks);
+                                     std::size_t chunk_blocks, SpanPtr span = nullptr);
 
-  /// A chunk has become complete in DRAM.
-  void stored(const ChunkKey& key);
+  /// A chunk has become complete in DRAM. span: gets a child for each tier that it is written to.
+  void stored(const ChunkKey& key, const SpanPtr& span = nullptr);
   /// Saves those that will leave DRAM next. Called now and then, and cheap when there is room.
   void save_victims();
   /// Waits for what is being written; kExpired when that takes longer.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "base/trace.h"
 #include "transport/compact_handle.h"
 #include "transport/ring.h"
 #include "transport/wire.h"
@@ -50,6 +51,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   namespace wire = kvern::wire;
   const std::string bytes = through_a_ring(std::string(reinterpret_cast<const char*>(data), size));
   require(bytes.size() == size);
+  if (const auto context = kvern::TraceContext::parse(bytes)) {
+    require(kvern::TraceContext::parse(context->traceparent()).has_value());
+  }
   parse<wire::HotRequest>(bytes);
   parse<wire::ControlRequest>(bytes);
   parse<wire::Admit>(bytes);

@@ -122,13 +122,29 @@ TEST(Config, ContradictionsAreRefused) {
       {"[codec]\ndefault = \"cake | int8\"\n", "compact caches"},
       {"[codec]\nprofiles = \"/nowhere\"\n", "codec.profiles must be a folder"},
       {"[codec]\ndefault = \"zstd | int8\"\n", "int8 comes before zstd"},
-      {"[metrics]\nlisten = \"9464\"\n", "host:port"}};
+      {"[metrics]\nlisten = \"9464\"\n", "host:port"},
+      {"[tracing]\nendpoint = \"collector:4318\"\n", "tracing.endpoint must be http://"},
+      {"[tracing]\nendpoint = \"http://\"\n", "tracing.endpoint must be http://"},
+      {"[tracing]\nendpoint = \"http:///v1/traces\"\n", "tracing.endpoint must be http://"},
+      {"[tracing]\nendpoint = \"http://a b\"\n", "tracing.endpoint must be http://"},
+      {"[tracing]\nendpoint = \"http://a:4318\"\nservice_name = \"\"\n", "tracing.service_name"},
+      {"[tracing]\nqueue_spans = 0\n", "tracing.queue_spans"}};
   for (const auto& [text, said] : wrong) {
     EXPECT_THAT(parse_config(text, "f").errors, ElementsAre(HasSubstr(said))) << text;
   }
   const std::string long_path = "[server]\nsocket = \"/" + std::string(104, 'x') + "\"\n";
   EXPECT_THAT(parse_config(long_path, "f").errors, ElementsAre(HasSubstr("too long")));
   EXPECT_THAT(parse_config("[server]\ntcp_listen = \"*:7070\"\ninsecure = true\n", "f").errors, IsEmpty());
+}
+
+TEST(Config, AnEndpointWithoutAPathMeansTheOneOfOtlp) {
+  ServiceConfig::Tracing tracing;
+  for (const auto& [endpoint, url] :
+       {std::pair("http://a:4318", "http://a:4318/v1/traces"), std::pair("https://a/", "https://a/v1/traces"),
+        std::pair("http://a:4318/otlp/v1/traces", "http://a:4318/otlp/v1/traces")}) {
+    tracing.endpoint = endpoint;
+    EXPECT_EQ(tracing.url(), url);
+  }
 }
 
 TEST(Config, TheDumpSaysTheSameAgain) {

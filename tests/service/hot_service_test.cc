@@ -207,6 +207,71 @@ TEST_F(HotServiceTest, AMatchBringsUpWhatLowerTiersHave) {
   expect_nothing_held();
 }
 
+TEST_F(HotServiceTest, ARequestIsRecordedInTheTraceThatItBelongsTo) {
+  const std::string parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+  auto reserve = ServiceFixture::reserve_request(id, 7, 2);
+  reserve.set_traceparent(parent);
+  const auto reserved = service.ask(session->id(), reserve);
+  wire::HotRequest commit;
+  commit.set_traceparent(parent);
+  for (const auto& item : reserved->reserved().items()) {
+    *commit.mutable_commit()->add_items() = ServiceFixture::write(*session, item.reservation_id(), 7);
+  }
+  service.ask(session->id(), commit);
+  EXPECT_TRUE(service.spans.named("kvern.commit").empty()) << "it is under way";
+  service.executor.run_all();
+  service.store.flush(NamespaceSet::all());
+  auto match = match_request(7, 8, 5);
+  match.set_traceparent(parent);
+  match.mutable_match()->set_prefetch(true);
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(service.ask(session->id(), match)->matched().pending());
+  service.movers.run_all();
+  EXPECT_FALSE(service.ask(session->id(), match)->matched().pending());
+
+  const auto one = [&](const char* name) {
+    const auto found = service.spans.named(name);
+    EXPECT_EQ(found.size(), 1U) << name;
+    return found.at(0);
+  };
+  const FinishedSpan request = one("kvern.reserve"), committed = one("kvern.commit"), prefetch = one("kvern.prefetch");
+  EXPECT_EQ(request.parent_id, TraceContext::parse(parent)->span_id);
+  EXPECT_EQ(testing::attribute_of(request, "kvern.client")->text, session->identity().client_name);
+  EXPECT_EQ(testing::attribute_of(request, "kvern.namespace")->text, id.to_hex());
+  EXPECT_EQ(testing::attribute_of(request, "kvern.reserved")->number, 2U);
+  const auto encoded = service.spans.named("kvern.encode"), written = service.spans.named("kvern.tier.write");
+  ASSERT_EQ(encoded.size(), 2U);
+  EXPECT_EQ(encoded[0].parent_id, committed.context.span_id);
+  EXPECT_EQ(testing::attribute_of(encoded[0], "kvern.tokens")->number, testing::kChunkTokens);
+  ASSERT_EQ(written.size(), 2U);
+  EXPECT_EQ(written[0].parent_id, encoded[0].context.span_id);
+  EXPECT_EQ(testing::attribute_of(written[0], "kvern.tier")->text, service.lower->name());
+  const auto matches = service.spans.named("kvern.match");
+  ASSERT_EQ(matches.size(), 2U) << "the one that began the movement, and the one with the answer";
+  EXPECT_EQ(testing::attribute_of(matches[1], "kvern.tokens")->number, 8U * kBlockTokens);
+  EXPECT_EQ(prefetch.parent_id, matches[0].context.span_id);
+  const auto read = service.spans.named("kvern.tier.read");
+  ASSERT_EQ(read.size(), 2U);
+  EXPECT_EQ(read[0].parent_id, prefetch.context.span_id);
+  for (const FinishedSpan& span : service.spans.spans) {
+    EXPECT_EQ(span.context.trace_id, TraceContext::parse(parent)->trace_id) << span.name;
+    EXPECT_TRUE(span.status) << span.name;
+  }
+}
+
+TEST_F(HotServiceTest, WhatFailsIsRecordedWithItsReason) {
+  wire::HotRequest request = match_request(7, 8, 5);
+  request.set_traceparent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+  request.mutable_match()->set_hash_bytes(0);
+  service.ask(session->id(), request);
+  ASSERT_EQ(service.spans.spans.size(), 1U);
+  EXPECT_EQ(service.spans.spans[0].status.code(), Code::kInvalid);
+  for (const char* odd : {"", "00-", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00", "\xff\xff"}) {
+    request.set_traceparent(odd);
+    service.ask(session->id(), request);
+  }
+  EXPECT_EQ(service.spans.spans.size(), 1U);
+}
+
 TEST_F(HotServiceTest, AReleasedMatchOrADeadSessionEndsItsPrefetch) {
   service.store_chunks(*session, id, 7, 3);
   service.store.flush(NamespaceSet::all());

@@ -26,6 +26,7 @@
 #include "store/chunk_store.h"
 #include "store/eviction_policy.h"
 #include "store/tiered_store.h"
+#include "tests/base/collected_spans.h"
 #include "tests/store/memory_tier.h"
 #include "transport/shared_memory.h"
 #include "transport/wire.h"
@@ -142,7 +143,8 @@ class ServiceFixture {
              .in_flight = in_flight,
              .metrics = metrics,
              .clock = clock,
-             .slab_bytes = slab_bytes}),
+             .slab_bytes = slab_bytes,
+             .tracer = &tracer}),
         remote(sessions, store) {}
 
   /// One tier that ends its operations at once, and is written through.
@@ -261,6 +263,8 @@ class ServiceFixture {
   }
 
   ManualClock clock;
+  CollectedSpans spans;
+  Tracer tracer{spans, clock, 0};           ///< records what comes with a sampled trace context
   std::uint64_t usable_bytes = UINT64_MAX;  ///< of the slab
   Metrics metrics;
   HazardRegistry hazards;
