@@ -121,6 +121,7 @@ Status send_compaction(const Session& session, const NamespaceId& namespace_id, 
                        const GroupPages& pages, milliseconds timeout) {
   wire::ControlRequest request;
   wire::ControlReply reply;
+  request.set_traceparent(job.traceparent);
   wire::Compact* compact = request.mutable_compact();
   compact->set_handle(job.handle);
   compact->set_namespace_id(namespace_id.bytes.data(), namespace_id.bytes.size());

@@ -52,6 +52,7 @@ struct CompactionJob {
   std::uint32_t query_heads = 0;  ///< of this rank
   /// One per layer of this shard, [query_rows][query_heads][key_dim] of the group's dtype; none without query_rows.
   std::vector<std::string> queries;
+  std::string traceparent = {};  ///< as in StoreJob
 };
 
 /// Whether the job agrees with itself and with the pages: kInvalid with a sentence. The hashes must be those that the

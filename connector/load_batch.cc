@@ -209,6 +209,7 @@ Status fetch_and_decode(const LoadContext& context, std::uint16_t group, std::sp
                         LoadedBytes* loaded, TakenLeases* leases) {
   if (Status status = may_go_on(context); !status) return status;
   wire::HotRequest request;
+  request.set_traceparent(context.traceparent);
   wire::Fetch* fetch = request.mutable_fetch();
   fetch->set_namespace_id(context.namespace_id.bytes.data(), context.namespace_id.bytes.size());
   fetch->set_group(group);
@@ -260,6 +261,7 @@ Status load_pages(const LoadContext& context, std::uint64_t pages_id, std::span<
   if (Status status = may_go_on(context); !status) return status;
   const GroupPages& pages = *wanted.front().pages;
   wire::HotRequest request;
+  request.set_traceparent(context.traceparent);
   wire::LoadPages* body = request.mutable_load_pages();
   body->set_pages_id(pages_id);
   body->set_namespace_id(context.namespace_id.bytes.data(), context.namespace_id.bytes.size());

@@ -25,6 +25,7 @@ struct LoadContext {
   const std::atomic<bool>& cancelled;
   std::chrono::steady_clock::time_point deadline;
   std::function<DeviceGroup*(std::uint16_t group)> device;  ///< nullptr for a group whose pages are in host memory
+  const std::string& traceparent;                           ///< of the job
 };
 
 struct LoadedBytes {

@@ -77,6 +77,7 @@ struct Claim {
 struct RemoteMatch {
   std::shared_ptr<const Session> session;
   Question question;
+  std::string traceparent;
   std::uint64_t lease_id = 0;
   SteadyClock::time_point ask_at;
   SteadyClock::time_point prefetch_until;  ///< then the daemon is asked for what is there
@@ -122,10 +123,13 @@ struct PrefixMatcher::State {
 
   Answer match_local(const Session& session, const std::string& request, const Question& question,
                      std::string_view hashes, std::uint32_t limit);
-  Answer match_remote(std::shared_ptr<const Session> session, const std::string& request, Question question);
-  bool is_brought_up(std::shared_ptr<const Session> session, const std::string& request, Question question);
+  Answer match_remote(std::shared_ptr<const Session> session, const std::string& request, Question question,
+                      const std::string& traceparent);
+  bool is_brought_up(std::shared_ptr<const Session> session, const std::string& request, Question question,
+                     const std::string& traceparent);
   const RemoteMatch* find_locked(const Session& session, const std::string& request, const Question& question);
-  bool start_locked(std::shared_ptr<const Session> session, const std::string& request, Question question);
+  bool start_locked(std::shared_ptr<const Session> session, const std::string& request, Question question,
+                    const std::string& traceparent);
   void put_claim(const std::string& request, Claim claim);
   void give_lease_back(const std::string& request);
   void drop_remote_locked(const std::string& request);
@@ -254,7 +258,7 @@ const RemoteMatch* PrefixMatcher::State::find_locked(const Session& session, con
 
 /// Asks the daemon; false when it is asked too much already.
 bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, const std::string& request,
-                                        Question question) {
+                                        Question question, const std::string& traceparent) {
   if (questions.size() >= kMaxQuestions) return false;
   start_helper_locked();
   auto match = std::make_shared<RemoteMatch>();
@@ -264,6 +268,7 @@ bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, 
   match->deadline = match->prefetch_until + std::chrono::milliseconds(config.remote_deadline_ms);
   match->session = std::move(session);
   match->question = std::move(question);
+  match->traceparent = traceparent;
   match->lease_id = next_lease++;
   remote[request] = match;
   questions.push_back(std::move(match));
@@ -272,14 +277,15 @@ bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, 
 }
 
 PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const Session> session,
-                                                         const std::string& request, Question question) {
+                                                         const std::string& request, Question question,
+                                                         const std::string& traceparent) {
   const std::lock_guard lock(mutex);
   if (const auto* match = find_locked(*session, request, question)) {
     if (match->answered) return match->answer;
     if (SteadyClock::now() < match->deadline) return {false, 0, "asked the daemon"};
     return {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
   }
-  if (!start_locked(std::move(session), request, std::move(question))) {
+  if (!start_locked(std::move(session), request, std::move(question), traceparent)) {
     return {true, 0, "too many questions at once"};
   }
   return {false, 0, "asked the daemon"};
@@ -287,12 +293,12 @@ PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const S
 
 /// For a local client: whether lower tiers have brought up all that they will. The first call starts it.
 bool PrefixMatcher::State::is_brought_up(std::shared_ptr<const Session> session, const std::string& request,
-                                         Question question) {
+                                         Question question, const std::string& traceparent) {
   const std::lock_guard lock(mutex);
   if (const auto* match = find_locked(*session, request, question)) {
     return match->answered || SteadyClock::now() >= match->deadline;
   }
-  return !start_locked(std::move(session), request, std::move(question));
+  return !start_locked(std::move(session), request, std::move(question), traceparent);
 }
 
 /// nullopt: chunks are still on their way up.
@@ -308,6 +314,7 @@ std::optional<PrefixMatcher::Answer> PrefixMatcher::State::ask(const RemoteMatch
   bool pending = false;
   for (const GroupWindow& group : config.groups) {
     wire::HotRequest request;
+    request.set_traceparent(match.traceparent);
     wire::Match* body = request.mutable_match();
     body->set_namespace_id(question.namespace_id.bytes.data(), question.namespace_id.bytes.size());
     body->set_group(group.group);
@@ -400,7 +407,8 @@ PrefixMatcher::~PrefixMatcher() {
 
 PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int namespace_handle, std::string_view hashes,
                                            std::uint32_t hash_bytes, std::uint32_t local_tokens,
-                                           std::uint32_t max_tokens, std::uint32_t prompt_tokens) {
+                                           std::uint32_t max_tokens, std::uint32_t prompt_tokens,
+                                           const std::string& traceparent) {
   State& state = *state_;
   const auto session = state.client->session();
   if (!session || !session->alive()) {
@@ -424,7 +432,7 @@ PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int names
     if (session->lower_tiers && state.config.prefetch_deadline_ms > 0 &&
         answer.tokens / state.config.block_tokens < limit) {
       question.hashes = hashes;
-      if (!state.is_brought_up(session, request, question)) return {false, 0, "lower tiers are searched"};
+      if (!state.is_brought_up(session, request, question, traceparent)) return {false, 0, "lower tiers are searched"};
       answer = state.match_local(*session, request, question, hashes, limit);
       state.give_lease_back(request);
     }
@@ -434,7 +442,7 @@ PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int names
     return answer;
   }
   question.hashes = hashes;
-  return state.match_remote(session, request, std::move(question));
+  return state.match_remote(session, request, std::move(question), traceparent);
 }
 
 void PrefixMatcher::retain(int namespace_handle, std::uint16_t group, std::string_view hashes, std::uint32_t hash_bytes,

@@ -50,9 +50,11 @@ class PrefixMatcher {
   /// below). max_tokens: cut the answer there. Rule for several groups: T tokens hit when each full-attention group has
   /// all blocks up to T, and each sliding group those from floor(max(0, T - window + 1) / block) on. A prompt of
   /// exactly T tokens has its last one recomputed; where that token's window begins a block earlier (T - window + 1 is
-  /// a multiple of the block), the engine holds no page for it and the answer is a smaller T.
+  /// a multiple of the block), the engine holds no page for it and the answer is a smaller T. traceparent: see
+  /// StoreJob; a question that the daemon has keeps that of its first call.
   Answer match(const std::string& request, int namespace_handle, std::string_view hashes, std::uint32_t hash_bytes,
-               std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens);
+               std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens,
+               const std::string& traceparent = {});
   void release(const std::string& request);
   /// Asks the daemon to keep what it has of these blocks for so long (wire::Retain). A wish: it is lost where no daemon
   /// answers, and when too many wait to be sent.

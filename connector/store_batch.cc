@@ -29,6 +29,7 @@ void abandon(const Session& session, std::span<const std::uint64_t> reservations
 wire::HotRequest reserve_request(const StoreContext& context, std::span<const std::uint32_t> chunks) {
   const GroupPages& pages = context.pages;
   wire::HotRequest request;
+  request.set_traceparent(context.job.traceparent);
   wire::Reserve* body = request.mutable_reserve();
   body->set_namespace_id(context.namespace_id.bytes.data(), context.namespace_id.bytes.size());
   body->set_group(pages.group);
@@ -166,6 +167,7 @@ Status gather_batch(const StoreContext& context, std::span<const std::uint32_t> 
 Status store_pages(const StoreContext& context, std::uint64_t pages_id, std::span<const std::uint32_t> chunks,
                    std::chrono::milliseconds timeout, GatheredBatch* batch) {
   wire::HotRequest request;
+  request.set_traceparent(context.job.traceparent);
   wire::StorePages* body = request.mutable_store_pages();
   body->set_pages_id(pages_id);
   *body->mutable_reserve() = std::move(*reserve_request(context, chunks).mutable_reserve());
@@ -198,8 +200,10 @@ Status store_pages(const StoreContext& context, std::uint64_t pages_id, std::spa
 }
 
 std::vector<std::uint32_t> commit_batch(const Session& session, std::span<const GatheredChunk> gathered,
-                                        std::chrono::milliseconds timeout, std::string* reason) {
+                                        const std::string& traceparent, std::chrono::milliseconds timeout,
+                                        std::string* reason) {
   wire::HotRequest request;
+  request.set_traceparent(traceparent);
   for (const GatheredChunk& chunk : gathered) {
     wire::CommitItem* item = request.mutable_commit()->add_items();
     item->set_reservation_id(chunk.reservation_id);

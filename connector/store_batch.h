@@ -55,6 +55,7 @@ Status store_pages(const StoreContext& context, std::uint64_t pages_id, std::spa
 /// Commits what was gathered and returns the indices of the chunks that others can read now. reason gets a sentence
 /// when some cannot be read.
 std::vector<std::uint32_t> commit_batch(const Session& session, std::span<const GatheredChunk> gathered,
-                                        std::chrono::milliseconds timeout, std::string* reason);
+                                        const std::string& traceparent, std::chrono::milliseconds timeout,
+                                        std::string* reason);
 
 }  // namespace kvern

@@ -225,8 +225,10 @@ void TransferWorker::State::run_load_batch(const std::shared_ptr<Load>& load, st
   TakenLeases leases;
   Status status;
   try {
-    const LoadContext context{*load->session,  load->namespace_id, [&](std::uint16_t group) { return pages(group); },
-                              load->cancelled, load->deadline,     [&](std::uint16_t group) { return device(group); }};
+    const LoadContext context{
+        *load->session,       load->namespace_id, [&](std::uint16_t group) { return pages(group); },
+        load->cancelled,      load->deadline,     [&](std::uint16_t group) { return device(group); },
+        load->job.traceparent};
     for (const LoadPiece& piece : pieces) {
       if (status && device(piece.group) != nullptr) status = device(piece.group)->wait(load->job.ready_event);
     }
@@ -441,7 +443,7 @@ void TransferWorker::State::end_gathering(const std::shared_ptr<Store>& store) {
 
 void TransferWorker::State::commit(const std::shared_ptr<Store>& store, const std::vector<GatheredChunk>& gathered) {
   std::string reason;
-  const auto stored = commit_batch(*store->session, gathered, call_timeout(), &reason);
+  const auto stored = commit_batch(*store->session, gathered, store->job.traceparent, call_timeout(), &reason);
   const std::lock_guard lock(mutex);
   store->stored.insert(store->stored.end(), stored.begin(), stored.end());
   if (!reason.empty()) store->reason = reason;

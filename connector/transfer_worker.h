@@ -38,6 +38,7 @@ struct StoreJob {
   /// Pages on a device: an event (CUevent) after which they hold what is to be stored; it lives until kGathered. 0:
   /// now.
   std::uintptr_t ready_event = 0;
+  std::string traceparent = {};  ///< of the work that asks (HotRequest in wire.proto); empty: none
 };
 
 /// Blocks of one grid cell to load: hashes[i] goes to block_ids[i] (0: skip). blocks_before: blocks of the cell that
@@ -54,6 +55,7 @@ struct LoadJob {
   std::vector<LoadPiece> pieces;
   /// Pages on a device: an event after which nobody else reads or writes them; it lives until the load's end. 0: now.
   std::uintptr_t ready_event = 0;
+  std::string traceparent = {};  ///< as in StoreJob
 };
 
 enum class JobEvent : std::uint8_t {

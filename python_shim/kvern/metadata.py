@@ -14,6 +14,7 @@ class LoadOrder:
     namespace: int  # key in KvernMetadata.namespaces, now or earlier; -1: nothing can be loaded, report a failure
     hash_bytes: int
     pieces: list[tuple[int, int, bytes, list[int]]]  # (group, blocks_before, hashes, block_ids), see _kvern.pyi
+    traceparent: str = ""  # of the request
 
 
 @dataclasses.dataclass
@@ -24,6 +25,7 @@ class StoreOrder:
     codec: str
     hash_bytes: int
     chunks: list[tuple[bytes, list[int], int, bytes]]  # (hashes, block_ids, position, previous), see _kvern.pyi
+    traceparent: str = ""  # of the request
 
 
 @dataclasses.dataclass
@@ -65,6 +67,7 @@ class CompactOrder:
     hash_bytes: int
     source_hashes: bytes
     slot_hashes: bytes
+    traceparent: str = ""  # of the request
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 
-from kvern import compactions, compat, identity
+from kvern import compactions, compat, identity, tracing
 from kvern.config import Options, RequestOptions
 from kvern.events import ChunkNote, EventLog, note_chunk
 from kvern.groups import Geometry, Group
@@ -35,6 +35,8 @@ class _RequestState:
     def __init__(self, request, options: RequestOptions, groups: int):
         self.request = request
         self.options = options
+        self.traceparent = tracing.traceparent_of(request)
+        self.lookup: tracing.Span | None = None  # until the first answer
         self.epoch = -1  # number of the epoch that the marks below belong to
         self.first_asked = 0.0
         self.answer: tuple | None = None  # (local tokens, hashes, session, time, answer)
@@ -310,6 +312,8 @@ class SchedulerSide:
             return now - state.first_asked >= self._setup_seconds, 0, "namespace not registered"
         if limit <= local_tokens:
             return True, 0, ""
+        if state.lookup is None:
+            state.lookup = tracing.begin("kvern.lookup", state.traceparent, request=request.request_id)
         known, found, reason = self._matcher.match(
             request.request_id,
             namespace.handle,
@@ -318,7 +322,10 @@ class SchedulerSide:
             local_tokens,
             limit,
             request.num_tokens,
+            state.lookup.traceparent,
         )
+        if known:
+            state.lookup.end(tokens=found, asked_tokens=limit, reason=reason)
         state.claimed = True
         return known, min(found, limit), reason
 
@@ -368,7 +375,7 @@ class SchedulerSide:
         """vLLM now waits for a load that was promised: let the workers report it as failed."""
         state = self._states.get(request.request_id)
         if external_tokens > 0 and state is not None and not state.loading:
-            self._start_load(state, LoadOrder(next(self._jobs), request.request_id, -1, 0, []))
+            self._start_load(state, LoadOrder(next(self._jobs), request.request_id, -1, 0, [], state.traceparent))
 
     def _start_load(self, state: _RequestState, order: LoadOrder) -> None:
         state.loading = True
@@ -411,7 +418,9 @@ class SchedulerSide:
         self._recorder.count("hit_tokens", external_tokens)
         self._recorder.count("requested_tokens", request.num_tokens)
         self._client.report(external_tokens, request.num_tokens)
-        order = LoadOrder(next(self._jobs), request.request_id, namespace.key, self._hash_bytes, pieces)
+        order = LoadOrder(
+            next(self._jobs), request.request_id, namespace.key, self._hash_bytes, pieces, state.traceparent
+        )
         state.load_blocks = block_ids
         state.answer = None
         state.hit_tokens = external_tokens
@@ -579,7 +588,7 @@ class SchedulerSide:
             return
         job = next(self._jobs)
         codec = state.options.codec or self._options.codec
-        order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks)
+        order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks, state.traceparent)
         self._holds.take(job, [block for chunk in chunks for block in chunk[1]])
         self._stores[job] = _Store(state, namespace, group.index, tokens, notes)
         if state.options.retain_seconds:
@@ -799,7 +808,7 @@ class SchedulerSide:
         store, job = next(self._jobs), next(self._jobs)
         self._holds.take(store, block_ids)
         self._stores[store] = _Store(state, namespace, group.index, [0] * len(chunks), None)
-        metadata.stores.append(StoreOrder(store, namespace.key, group.index, "raw", size, chunks))
+        metadata.stores.append(StoreOrder(store, namespace.key, group.index, "raw", size, chunks, state.traceparent))
         metadata.compactions.append(
             CompactOrder(
                 job=job,
@@ -816,6 +825,7 @@ class SchedulerSide:
                 hash_bytes=size,
                 source_hashes=hashes,
                 slot_hashes=handle.slot_hashes(-(-making.slots // group.block_tokens), size),
+                traceparent=state.traceparent,
             )
         )
         making.handle = handle
@@ -892,6 +902,8 @@ class SchedulerSide:
         if not state.loading:
             del self._states[request.request_id]
         self._release(state)
+        if state.lookup is not None:
+            state.lookup.end(reason="the request ended before the answer")
         self._makings.pop(request.request_id, None)
         self._ragged.pop(request.request_id, None)
         if not state.options.asked:

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kvern import compat, layout
+from kvern import compat, layout, tracing
 from kvern.capture import QueryCapture
 from kvern.config import Options
 from kvern.groups import Geometry, Refused
@@ -67,6 +67,7 @@ class WorkerSide:
         # CUDA events by job: what was queued on the engine's stream when the job was handed over. The native threads
         # wait for them before the pages are touched, so they live until the job is done with the pages.
         self._ready: dict[int, object] = {}
+        self._spans: dict[int, tracing.Span] = {}  # by job
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -190,11 +191,13 @@ class WorkerSide:
             query_rows=order.query_rows,
             query_heads=queries[0].shape[1] if queries else 0,
             queries=[_bytes_of(layer) for layer in queries],
+            traceparent=order.traceparent,
         )
 
     def _drop(self, order: LoadOrder | StoreOrder, until: float | None = None) -> None:
         """Gives the order the end that vLLM waits for."""
         self._ready.pop(order.job, None)
+        self._end_span(order.job, error=self._why())
         if isinstance(order, LoadOrder):
             self._loads.pop(order.job, None)
             self._load_ended(order, failed=True)
@@ -231,7 +234,12 @@ class WorkerSide:
         if isinstance(order, LoadOrder):
             self._loads[order.job] = order
             self._transfer.submit_load(
-                order.job, handle, order.hash_bytes, order.pieces, self._ready_event(order.job)
+                order.job,
+                handle,
+                order.hash_bytes,
+                order.pieces,
+                self._ready_event(order.job),
+                self._begin_span("kvern.load", order),
             )
         else:
             self._stores[order.job] = order
@@ -243,7 +251,20 @@ class WorkerSide:
                 order.hash_bytes,
                 order.chunks,
                 self._ready_event(order.job),
+                self._begin_span("kvern.store", order),
             )
+
+    def _begin_span(self, name: str, order: LoadOrder | StoreOrder) -> str:
+        """The traceparent for those who work on the order."""
+        span = tracing.begin(name, order.traceparent, rank=self.rank)
+        if order.traceparent:
+            self._spans[order.job] = span
+        return span.traceparent
+
+    def _end_span(self, job: int, **facts) -> None:
+        span = self._spans.pop(job, None)
+        if span is not None:
+            span.end(**facts)
 
     def _ready_event(self, job: int) -> int:
         """An event after all that the engine has queued so far; 0 where its pages are in host memory."""
@@ -266,6 +287,8 @@ class WorkerSide:
                 self._ready.pop(job, None)
             if event in ("loaded", "load_failed"):
                 order = self._loads.pop(job, None)
+                failure = "" if event == "loaded" else reason
+                self._end_span(job, seconds=seconds, error=failure, raw_bytes=raw_bytes, encoded_bytes=encoded_bytes)
                 if order is not None:  # each load ends once, whatever the native side says
                     self._count_load(event, reason, seconds, raw_bytes, encoded_bytes)
                     self._load_ended(order, failed=event != "loaded")
@@ -274,6 +297,8 @@ class WorkerSide:
             elif event == "stored":
                 order = self._stores.pop(job, None)
                 if order is not None:
+                    failure = reason if len(chunks) < len(order.chunks) else ""
+                    self._end_span(job, seconds=seconds, error=failure, chunks=len(chunks), raw_bytes=raw_bytes)
                     self._report.stored[job] = list(chunks)
                     self._count_store(order, chunks, reason, seconds, raw_bytes)
                     self._compact(job)

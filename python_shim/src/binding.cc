@@ -331,17 +331,19 @@ void bind_matcher(nb::module_& module) {
       .def(
           "match",
           [](PyMatcher& self, const std::string& request, int handle, const nb::bytes& hashes, std::uint32_t hash_bytes,
-             std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens) {
+             std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens,
+             const std::string& traceparent) {
             const std::string_view view(static_cast<const char*>(hashes.data()), hashes.size());
             PrefixMatcher::Answer answer;
             {
               const nb::gil_scoped_release unlocked;
-              answer = self->match(request, handle, view, hash_bytes, local_tokens, max_tokens, prompt_tokens);
+              answer =
+                  self->match(request, handle, view, hash_bytes, local_tokens, max_tokens, prompt_tokens, traceparent);
             }
             return std::make_tuple(answer.known, answer.tokens, std::move(answer.reason));
           },
           nb::arg("request"), nb::arg("namespace"), nb::arg("hashes"), nb::arg("hash_bytes"), nb::arg("local_tokens"),
-          nb::arg("max_tokens"), nb::arg("prompt_tokens"))
+          nb::arg("max_tokens"), nb::arg("prompt_tokens"), nb::arg("traceparent") = "")
       .def(
           "retain",
           [](PyMatcher& self, int handle, std::uint16_t group, const nb::bytes& hashes, std::uint32_t hash_bytes,
@@ -415,8 +417,9 @@ void bind_worker(nb::module_& module) {
           [](PyWorker& self, std::uint64_t id, int handle, std::uint16_t group, std::string codec,
              std::uint32_t hash_bytes,
              std::vector<std::tuple<nb::bytes, std::vector<std::uint32_t>, std::uint64_t, nb::bytes>> chunks,
-             std::uintptr_t ready_event) {
+             std::uintptr_t ready_event, std::string traceparent) {
             StoreJob job;
+            job.traceparent = std::move(traceparent);
             job.ready_event = ready_event;
             job.id = id;
             job.namespace_handle = handle;
@@ -431,13 +434,14 @@ void bind_worker(nb::module_& module) {
             self->submit_store(std::move(job));
           },
           nb::arg("job"), nb::arg("namespace"), nb::arg("group"), nb::arg("codec"), nb::arg("hash_bytes"),
-          nb::arg("chunks"), nb::arg("ready_event") = 0)
+          nb::arg("chunks"), nb::arg("ready_event") = 0, nb::arg("traceparent") = "")
       .def(
           "submit_load",
           [](PyWorker& self, std::uint64_t id, int handle, std::uint32_t hash_bytes,
              std::vector<std::tuple<std::uint16_t, std::uint32_t, nb::bytes, std::vector<std::uint32_t>>> pieces,
-             std::uintptr_t ready_event) {
+             std::uintptr_t ready_event, std::string traceparent) {
             LoadJob job;
+            job.traceparent = std::move(traceparent);
             job.ready_event = ready_event;
             job.id = id;
             job.namespace_handle = handle;
@@ -447,15 +451,17 @@ void bind_worker(nb::module_& module) {
             const nb::gil_scoped_release unlocked;
             self->submit_load(std::move(job));
           },
-          nb::arg("job"), nb::arg("namespace"), nb::arg("hash_bytes"), nb::arg("pieces"), nb::arg("ready_event") = 0)
+          nb::arg("job"), nb::arg("namespace"), nb::arg("hash_bytes"), nb::arg("pieces"), nb::arg("ready_event") = 0,
+          nb::arg("traceparent") = "")
       .def(
           "submit_compaction",
           [](PyWorker& self, std::uint64_t id, int handle_of_namespace, std::string handle, std::string spec,
              std::uint16_t group, std::uint32_t prompt_tokens, std::uint32_t slots, std::int64_t expires_at,
              std::uint32_t hash_bytes, const nb::bytes& source_hashes, const nb::bytes& slot_hashes,
              std::uint32_t query_rows, std::uint32_t query_heads,
-             const std::vector<nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>>& queries) {
+             const std::vector<nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>>& queries, std::string traceparent) {
             CompactionJob job;
+            job.traceparent = std::move(traceparent);
             job.id = id;
             job.namespace_handle = handle_of_namespace;
             job.handle = std::move(handle);
@@ -478,7 +484,7 @@ void bind_worker(nb::module_& module) {
           nb::arg("job"), nb::arg("namespace"), nb::arg("handle"), nb::arg("spec"), nb::arg("group"),
           nb::arg("prompt_tokens"), nb::arg("slots"), nb::arg("expires_at"), nb::arg("hash_bytes"),
           nb::arg("source_hashes"), nb::arg("slot_hashes"), nb::arg("query_rows"), nb::arg("query_heads"),
-          nb::arg("queries"))
+          nb::arg("queries"), nb::arg("traceparent") = "")
       .def("poll",
            [](PyWorker& self) {
              std::vector<JobResult> results;

@@ -97,7 +97,7 @@ class Load:
             time.sleep(0.001)
         raise AssertionError(f"the job was not {wanted} after {JOB_SECONDS} s")
 
-    def store(self, prompt: int, codec: str = "") -> None:
+    def store(self, prompt: int, codec: str = "", traceparent: str = "") -> None:
         hashes = self._hashes(prompt)
         chunks = []
         for first in range(0, self._blocks, CHUNK_BLOCKS):
@@ -105,10 +105,12 @@ class Load:
             before = hashes[first - 1] if first else b""
             chunks.append((b"".join(hashes[first : first + CHUNK_BLOCKS]), ids, first, before))
         self._jobs += 1
-        self._transfer.submit_store(self._jobs, self._worker_namespace, 0, codec, HASH_BYTES, chunks)
+        self._transfer.submit_store(
+            self._jobs, self._worker_namespace, 0, codec, HASH_BYTES, chunks, traceparent=traceparent
+        )
         self._finish("stored")
 
-    def load(self, prompt: int) -> int:
+    def load(self, prompt: int, traceparent: str = "") -> int:
         """Looks the prompt up, loads what is there, and says how many tokens that was."""
         hashes = self._hashes(prompt)
         joined = b"".join(hashes)
@@ -118,7 +120,7 @@ class Load:
         while not known:  # chunks may be on their way up from a lower tier
             assert time.monotonic() < deadline, f"the look-up had no answer after {JOB_SECONDS} s"
             known, tokens, reason = self._matcher.match(
-                str(prompt), self._namespace, joined, HASH_BYTES, 0, length, length + 1
+                str(prompt), self._namespace, joined, HASH_BYTES, 0, length, length + 1, traceparent
             )
             if not known:
                 time.sleep(0.001)
@@ -132,6 +134,7 @@ class Load:
                 self._worker_namespace,
                 HASH_BYTES,
                 [(0, 0, b"".join(hashes[:blocks]), ids)],
+                traceparent=traceparent,
             )
             self._finish("loaded")
         self._matcher.release(str(prompt))

@@ -64,7 +64,7 @@ class EngineProcess:
                 **extra,
             )
             self.requests[name] = {"name": name, "start": time.monotonic(), "first": None, "output": None}
-            self.engine.add_request(name, prompt, parameters)
+            self.engine.add_request(name, prompt, parameters, trace_headers=request.get("trace_headers"))
 
     def _step(self) -> None:
         outputs = self.engine.step()

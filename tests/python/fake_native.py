@@ -32,6 +32,7 @@ class Store:
         self.session_count = 1
         self.matches = 0
         self.retained: dict[tuple, int] = {}  # (namespace id, group, hash) -> seconds
+        self.traceparents: list[tuple[str, str]] = []  # (kind of request, what came with it)
         self.compactions: dict[str, dict] = {}  # handle -> arguments of submit_compaction
 
     def add(self, namespace: bytes, group: int, hashes: list[bytes], planes: dict) -> None:
@@ -149,8 +150,9 @@ class PrefixMatcher:
         self.claimed: dict[str, int] = {}
         self.unknown = 0  # how many times more to say "not known yet"
 
-    def match(self, request, namespace, hashes, hash_bytes, local_tokens, max_tokens, prompt_tokens):
+    def match(self, request, namespace, hashes, hash_bytes, local_tokens, max_tokens, prompt_tokens, traceparent=""):
         store = self.client.store
+        store.traceparents.append(("match", traceparent))
         store.matches += 1
         if self.unknown > 0:
             self.unknown -= 1
@@ -223,10 +225,12 @@ class TransferWorker:
             for head in range(facts["heads"]):
                 yield layer, head, (facts["layer_begin"] + layer, facts["head_begin"] + head)
 
-    def submit_store(self, job, namespace, group, codec, hash_bytes, chunks, ready_event=0):
+    def submit_store(self, job, namespace, group, codec, hash_bytes, chunks, ready_event=0, traceparent=""):
+        self.client.store.traceparents.append(("store", traceparent))
         self._jobs.append(("store", job, namespace, group, hash_bytes, chunks))
 
-    def submit_load(self, job, namespace, hash_bytes, pieces, ready_event=0):
+    def submit_load(self, job, namespace, hash_bytes, pieces, ready_event=0, traceparent=""):
+        self.client.store.traceparents.append(("load", traceparent))
         self._jobs.append(("load", job, namespace, hash_bytes, pieces))
 
     def _run_store(self, job, namespace, group, hash_bytes, chunks):
