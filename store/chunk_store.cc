@@ -999,9 +999,9 @@ void ChunkStore::mark_saved(const ChunkKey& key, std::uint8_t saved_in) {
   s.record(*chunk).saved_in |= saved_in;
 }
 
-std::vector<ChunkKey> ChunkStore::unsaved_victims(std::uint64_t bytes, std::uint8_t wanted_in) const {
+std::vector<UnsavedChunk> ChunkStore::unsaved_victims(std::uint64_t bytes, std::uint8_t wanted_in) const {
   const State& s = *state_;
-  std::vector<ChunkKey> keys;
+  std::vector<UnsavedChunk> unsaved;
   std::lock_guard lock(s.mutex);
   std::uint64_t seen_bytes = 0;
   const auto add = [&](std::span<const std::uint32_t> victims) {
@@ -1009,14 +1009,15 @@ std::vector<ChunkKey> ChunkStore::unsaved_victims(std::uint64_t bytes, std::uint
       if (seen_bytes >= bytes) break;
       const ChunkRecord& victim = s.record(chunk);
       seen_bytes += victim.encoded_bytes();
-      if ((victim.saved_in & wanted_in) != wanted_in) keys.push_back(victim.key());
+      const auto missing_in = static_cast<std::uint8_t>(wanted_in & ~victim.saved_in);
+      if (missing_in != 0) unsaved.push_back({victim.key(), missing_in});
     }
   };
   const std::size_t scanned = std::min<std::uint64_t>(kVictimScan, s.counters.chunks);
   const auto victims = s.policy->victims(scanned);
   add(victims);
   if (victims.size() < scanned && seen_bytes < bytes) add(s.retention.all());
-  return keys;
+  return unsaved;
 }
 
 std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t group, std::span<const BlockHash> blocks) {

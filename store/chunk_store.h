@@ -118,6 +118,12 @@ enum class PinFor {
   kMove,     ///< to be written elsewhere, which is no use
 };
 
+/// A chunk that some lower tiers do not have.
+struct UnsavedChunk {
+  ChunkKey key;
+  std::uint8_t missing_in = 0;  ///< bit i: lower tier i
+};
+
 /// What a flush took out of the index.
 struct FlushedChunks {
   std::uint64_t chunks = 0, bytes = 0;
@@ -182,9 +188,8 @@ class ChunkStore {
   Status publish_load(const WriteTicket& ticket, std::span<const LoadedShard> shards, std::uint8_t saved_in);
   /// Lower tier i has the chunk now, for each bit i that is set.
   void mark_saved(const ChunkKey& key, std::uint8_t saved_in);
-  /// Keys of the chunks that would leave first, about so many bytes of them, without those that all lower tiers of the
-  /// mask have.
-  std::vector<ChunkKey> unsaved_victims(std::uint64_t bytes, std::uint8_t wanted_in) const;
+  /// Of the chunks that would leave first, about so many bytes: those that not all lower tiers of the mask have.
+  std::vector<UnsavedChunk> unsaved_victims(std::uint64_t bytes, std::uint8_t wanted_in) const;
 
   /// How many leading blocks of the prompt are stored: blocks[i] is the hash of block i. Touches what it finds.
   /// For remote clients and tools; local clients read the index themselves.

@@ -503,8 +503,8 @@ void TieredStore::save_victims() {
   if (state.written == 0) return;
   const ChunkStoreStats stats = state.dram.stats();
   if (stats.used_bytes + 2 * state.config.write_back_bytes < stats.capacity_bytes) return;
-  for (const ChunkKey& key : state.dram.unsaved_victims(state.config.write_back_bytes, state.written)) {
-    state.save(key, state.written);
+  for (const UnsavedChunk& chunk : state.dram.unsaved_victims(state.config.write_back_bytes, state.written)) {
+    state.save(chunk.key, chunk.missing_in);
   }
 }
 

@@ -189,7 +189,8 @@ TEST(ChunkObject, AStoredChunkIsSavedOnce) {
   f.store.mark_saved(one.info().key, 3);
   const auto left = f.store.unsaved_victims(1 << 20, 3);
   ASSERT_EQ(left.size(), 1U);
-  EXPECT_EQ(left.front(), two.info().key);
+  EXPECT_EQ(left.front().key, two.info().key);
+  EXPECT_EQ(left.front().missing_in, 3);
 }
 
 }  // namespace

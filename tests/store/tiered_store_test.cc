@@ -287,6 +287,24 @@ TEST(TieredStore, WritesBackWhatWillLeaveNextAndEachChunkOnce) {
   EXPECT_TRUE(f.fast->objects.contains(f.cell(0).info().key.to_string())) << "it left, and is not lost";
 }
 
+TEST(TieredStore, WhatATierRefusesIsNotWrittenToTheOthersAgain) {
+  TieredFixture f(64, WritePolicy::kBack);
+  f.slow->broken = Status(Code::kUnavailable, "away");
+  std::uint64_t number = 0;
+  while (f.dram.store.stats().used_bytes + 2 * 16 * 4096 < f.dram.store.stats().capacity_bytes) {
+    ASSERT_TRUE(store_chunk(f.dram.store, f.cell(number++)).value());
+  }
+  f.store->save_victims();
+  const std::size_t saved = f.fast->writes;
+  EXPECT_GT(saved, 0U);
+  f.store->save_victims();
+  EXPECT_EQ(f.fast->writes, saved);
+  f.slow->broken = Status::ok();
+  f.store->save_victims();
+  EXPECT_EQ(f.fast->writes, saved);
+  EXPECT_EQ(f.slow->objects.size(), saved) << "it is back, and gets what it missed";
+}
+
 TEST(TieredStore, AFlushReachesEveryTierAndWhatIsOnItsWay) {
   TieredFixture f(1024, WritePolicy::kThrough);
   ASSERT_TRUE(store_chunk(f.dram.store, f.cell(0)).value());
