@@ -48,7 +48,7 @@ Result<std::optional<rope::Parameters>> rotation_of(const Namespace& space, std:
   auto rotation = rope::Parameters::from(*step);
   if (!rotation) return failure(rotation.error());
   if (rotation->rotary_dim > space.shape.key_dim) return failure(refused("the rotation is larger than the keys"));
-  return std::optional(std::move(*rotation));
+  return std::optional(*rotation);
 }
 
 /// The order that a part asks for, without queries. kInvalid and kRefused with the reason.
@@ -83,7 +83,7 @@ Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, c
   order.codec = chain->codec;
   auto rotation = rotation_of(space, plan->shift(0));
   if (!rotation) return failure(rotation.error());
-  order.rotation = std::move(*rotation);
+  order.rotation = *rotation;
   ContainerInfo& info = order.info;
   info.key.namespace_id = space.id;
   info.key.group = static_cast<std::uint16_t>(request.group());

@@ -27,7 +27,7 @@ struct CompactionLimits {
   std::size_t max_pending = 64;          ///< handles that wait for parts, for a thread or are being made
   std::uint64_t job_bytes = 4ULL << 30;  ///< of memory for one; and for the queries of all that are pending
   std::size_t max_handles = 4096;
-  std::int64_t max_ttl_seconds = 7 * 86'400;
+  std::int64_t max_ttl_seconds = std::int64_t{7} * 86'400;
   std::int64_t collect_ns = 60'000'000'000;  ///< parts of other ranks, and queries, must come within this time
 };
 

@@ -131,7 +131,7 @@ struct ServiceConfig {
     std::uint64_t job_bytes = 4ULL << 30;
     std::uint64_t max_pending = 64;
     std::uint64_t max_handles = 4096;
-    std::uint64_t max_ttl_seconds = 7 * 86'400;
+    std::uint64_t max_ttl_seconds = std::uint64_t{7} * 86'400;
   } compact;
   std::vector<NamespaceRule> namespaces;
   std::vector<TenantRule> tenants;
