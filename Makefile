@@ -83,6 +83,10 @@ quality: ## Measure what each method costs in attention output; writes docs/qual
 	@$(MAKE) build CMAKE_ARGS="-DKVERN_BENCH=ON $(CMAKE_ARGS)"
 	@$(PYTHON) bench/quality/quality.py
 
+.PHONY: quality-engine
+quality-engine: build ## Measure next tokens and retrieval over compact caches in vLLM; writes docs/quality.md (an hour)
+	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) bench/quality/engine_quality.py
+
 .PHONY: lint
 lint: setup ## Formatting, clang-tidy, include arrows
 	@tools/lint.sh

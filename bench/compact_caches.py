@@ -114,12 +114,19 @@ def compact_request(output, suffix: list[int]) -> dict:
     return {"prompt": cache.prompt(suffix), "salt": cache.handle, "kv_transfer_params": cache.kv_transfer_params}
 
 
+class RefusedByEngine(Exception):
+    """The engine makes no such compact cache, for the reason that the text gives."""
+
+
 def make(engine: Engine, compactions: Compactions, prompt: list[int], spec: str):
     """The prefill's output once its compact cache is ready, and how long that took from its first token on."""
     wished = {"prompt": prompt, "kv_transfer_params": wish(spec)}
     (output,), seconds = run(engine, [wished], 1)
+    answer = output.kv_transfer_params["kvern"]["compact"]
+    if answer["state"] == "refused":
+        raise RefusedByEngine(answer["reason"])
     start = time.monotonic()
-    compactions.wait(output.kv_transfer_params["kvern"]["compact"]["handle"], READY_SECONDS)
+    compactions.wait(answer["handle"], READY_SECONDS)
     return output, seconds + time.monotonic() - start
 
 

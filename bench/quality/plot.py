@@ -1,4 +1,4 @@
-"""Plots results.json of quality.py: plot.py RESULTS writes docs/images/quality-*.svg."""
+"""Plots results.json of quality.py, or engine.json of engine_quality.py: plot.py RESULTS writes docs/images/quality-*.svg."""
 
 import json
 import pathlib
@@ -82,8 +82,33 @@ def combinations(results: dict) -> None:
     save(figure, axes, "combinations")
 
 
+def engine(results: dict) -> None:
+    """Of engine_quality.py: next tokens and facts by method, over the share that is kept."""
+    measures = {"kl": "KL of the next token, nats", "facts": "facts found, question unknown", "asked": "facts found, question known"}
+    figure, axes = plt.subplots(1, len(measures), figsize=(5 * len(measures), 4.5))
+    lines: dict[str, list[tuple[float, dict]]] = {}
+    for name, found in results.items():
+        if "(budget=" in name:
+            method, _, share = name.removesuffix("%)").partition("(budget=")
+            lines.setdefault(method, []).append((float(share), found))
+    for axis, (key, title) in zip(axes, measures.items()):
+        for method, points_of in lines.items():
+            known = sorted((share, found[key]) for share, found in points_of if key in found)
+            axis.plot(*zip(*known), marker=".", label=method)
+        if key != "kl":
+            axis.axhline(results["full"]["facts"], color="black", linestyle=":", label="full")
+        axis.set(title=title, xlabel="slots, % of tokens", xscale="log")
+        axis.set_xticks([3.2, 6, 12, 25, 50], ["3.2", "6", "12", "25", "50"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    save(figure, axes, "engine")
+
+
 if __name__ == "__main__":
     loaded = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    if "full" in loaded:
+        engine(loaded)
+        sys.exit()
     evictions(loaded)
     chains(loaded)
     combinations(loaded)
