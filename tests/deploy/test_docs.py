@@ -49,6 +49,7 @@ NOT_RUN = {
     ("proxy.md", "vllm serve *"): FLEET,
     ("proxy.md", "kvern proxy *"): "needs two engines: tests/e2e/test_proxy.py starts it over them",
     ("quality.md", "make quality"): LONG,
+    ("quality.md", "make quality-engine"): LONG,
     ("tracing.md", "OTEL_SERVICE_NAME=vllm *"): "needs an engine with a model: tests/e2e/test_tracing.py has one",
     ("tracing.md", "docker run *"): "needs a container engine: test_tracing.py has a collector of its own",
     ("user-guide.md", "make build"): COMPILES,
