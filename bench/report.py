@@ -38,6 +38,9 @@ COMPACT = {
     "compact.tokens_per_s": "tokens compacted a second",
 }
 TIERS = {
+    "store.index.bytes_per_chunk": "DRAM: bytes of bookkeeping per chunk of eight blocks",
+    "store.index.lookups_per_s": "DRAM: block look-ups per second, one thread",
+    "store.recovery.dram_s_per_16gib": "DRAM: seconds of a warm restart per 16 GiB of chunks of 4 MiB",
     "store.nvme.read_over_fio": "NVMe: read over fio on the same disk",
     "store.nvme.write_over_fio": "NVMe: write over fio on the same disk",
     "store.nvme.read_gb_per_s": "NVMe: read, GB/s",

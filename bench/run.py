@@ -1,6 +1,6 @@
 """Runs every benchmark against its rival or limit and writes build/bench/results.json.
 
-Usage: run.py [--only transfer|rivals|kernels|replay|e2e|compact ...]   (make bench runs all)
+Usage: run.py [--only transfer|rivals|kernels|index|nvme|redis|replay|e2e|compact ...]   (make bench runs all)
 
 Everything in one flat JSON object; what each key means is in docs/benchmarks.md. Figures are ratios taken inside one
 round wherever the machine's own speed would drown them.
@@ -119,6 +119,12 @@ def kernels() -> dict:
     return results
 
 
+def index() -> dict:
+    """Bookkeeping of the DRAM store: memory, look-ups, and the warm restart."""
+    say("the index of the DRAM tier, and its warm restart")
+    return run_lines([str(BUILD / "bin" / "store_index_bench")])
+
+
 def nvme() -> dict:
     """The NVMe tier beside fio on the same disk, the time of recovery, and the index."""
     say("the NVMe tier, beside fio")
@@ -186,8 +192,8 @@ def replay() -> dict:
     return run_lines([str(BUILD / "bin" / "replay_bench"), *map(str, traces)])
 
 
-PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "nvme": nvme, "redis": redis, "replay": replay,
-         "e2e": e2e, "compact": compact}
+PARTS = {"transfer": transfer, "rivals": rivals, "kernels": kernels, "index": index, "nvme": nvme,
+         "redis": redis, "replay": replay, "e2e": e2e, "compact": compact}
 
 
 def machine() -> dict:
