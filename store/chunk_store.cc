@@ -153,6 +153,7 @@ struct ChunkStore::State {
   void release(std::uint32_t chunk);
   std::uint64_t retire(std::span<const std::uint32_t> candidates, std::string_view reason);
   void drop_when_unheld(std::uint32_t chunk, ChunkState state, std::string_view reason);
+  void drop_if_damaged(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block);
   FlushedChunks flush(std::span<const std::uint32_t> live);
   void free_unheld();
   void drop_shards(std::uint32_t chunk);
@@ -302,7 +303,7 @@ void ChunkStore::State::take_over(std::vector<LoadedShard> containers) {
   for (std::size_t i = 0; i < containers.size(); ++i) {
     const LoadedShard& each = containers[i];
     if (is_covered(each.info)) {
-      slab.free({each.offset, each.bytes});
+      slab.release({each.offset, each.bytes});
       map->clear(each.offset);
     } else if (!add_whole_shard({each.offset, each.bytes}, each.info, each.bytes)) {
       map->clear(each.offset);
@@ -411,7 +412,7 @@ void ChunkStore::State::take_out_of_index(std::uint32_t chunk, std::string_view 
 void ChunkStore::State::release(std::uint32_t chunk) {
   const ChunkRecord& leaving = record(chunk);
   unmap(leaving);
-  for (const auto& shard : leaving.shards) slab.free(shard.extent);
+  for (const auto& shard : leaving.shards) slab.release(shard.extent);
   if (leaving.charged) refund(limited_tenant(leaving.family->namespace_id), leaving.encoded_bytes());
   counters.encoded_bytes -= leaving.encoded_bytes();
   counters.raw_bytes -= leaving.raw_bytes();
@@ -447,6 +448,25 @@ void ChunkStore::State::drop_when_unheld(std::uint32_t chunk, ChunkState state, 
   record(chunk).state = state;
   held.push_back(chunk);
   free_unheld();
+}
+
+// The index names a chunk for the block that does not say so. Either its names were damaged in the slab: then it leaves
+// like one that fails its checksums. Or such a chunk has left, its slots in the index could not be found by its names,
+// and another has its number now: then the slot goes.
+void ChunkStore::State::drop_if_damaged(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block) {
+  const std::uint64_t fingerprint = block_fingerprint(namespace_id, group, block.bytes());
+  const auto hit = index.find(fingerprint);
+  if (!hit || !is_live(hit->chunk)) return;
+  const ChunkRecord& named = record(hit->chunk);
+  const bool is_another_block =
+      hit->block_in_chunk < named.blocks && named.fingerprint(hit->block_in_chunk) == fingerprint;
+  if (is_another_block) return;
+  index.erase(fingerprint, hit->chunk);
+  const Extent& first = named.shards.begin()->extent;
+  const auto container = ContainerReader::parse(slab_memory.subspan(first.offset, first.bytes));
+  if (container && container->info().key == named.key()) return;
+  ++counters.quarantined_chunks;
+  drop_when_unheld(hit->chunk, ChunkState::kQuarantined, "quarantined");
 }
 
 // Takes all of them out of the index, and frees those that nobody holds.
@@ -595,7 +615,7 @@ void ChunkStore::State::close_ticket(TicketMap::iterator ticket) {
 Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerInfo& info,
                                           std::size_t container_bytes) {
   const auto give_up = [&](Code code, std::string message) {
-    slab.free(ticket.extent);
+    slab.release(ticket.extent);
     return failure(code, std::move(message));
   };
   if (const auto status = check_container_info(info); !status) return give_up(status.code(), status.message());
@@ -611,7 +631,7 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
   if (names == nullptr) return give_up(Code::kInvalid, "the container does not name its blocks where it should");
   Pending& entry = pending.at(ticket.key);
   if (is_covered(info)) {
-    slab.free(ticket.extent);
+    slab.release(ticket.extent);
     if (entry.chunk) drop_shards(*std::exchange(entry.chunk, std::nullopt));
     return true;
   }
@@ -620,7 +640,7 @@ Result<bool> ChunkStore::State::add_shard(const Ticket& ticket, const ContainerI
     if (const auto status = others.check_same_chunk(info); !status) return give_up(status.code(), status.message());
     if (others.shards.size() >= kMaxShardsPerChunk) return give_up(Code::kRefused, "the chunk has too many shards");
     if (others.covers(ticket.range)) {
-      slab.free(ticket.extent);
+      slab.release(ticket.extent);
       return false;
     }
   } else {
@@ -669,7 +689,7 @@ Result<std::vector<Extent>> ChunkStore::State::cut(Extent object, std::span<cons
   std::uint64_t end = 0;
   for (const LoadedShard& shard : shards) {
     if (shard.offset != end || shard.bytes == 0 || padded_bytes(shard.bytes) > object.bytes - end) {
-      slab.free(object);
+      slab.release(object);
       return failure(Code::kCorrupt, "the containers do not lie behind one another in the object");
     }
     end += padded_bytes(shard.bytes);
@@ -683,7 +703,7 @@ Result<std::vector<Extent>> ChunkStore::State::cut(Extent object, std::span<cons
     if (object.bytes > 0) std::tie(mine, object) = slab.split(mine, room);
     extents.push_back(mine);
   }
-  if (object.bytes > 0) slab.free(object);
+  if (object.bytes > 0) slab.release(object);
   return extents;
 }
 
@@ -926,13 +946,13 @@ void ChunkStore::abort(const WriteTicket& ticket) {
   State& s = *state_;
   State::Session session(s);
   if (const auto load = s.loads.find(ticket.id); load != s.loads.end()) {
-    s.slab.free(load->second.extent);
+    s.slab.release(load->second.extent);
     s.refund(load->second.charged_to, load->second.extent.bytes);
     s.loads.erase(load);
   }
   const auto open = s.tickets.find(ticket.id);
   if (open == s.tickets.end()) return;
-  s.slab.free(open->second.extent);
+  s.slab.release(open->second.extent);
   s.close_ticket(open);
 }
 
@@ -966,7 +986,7 @@ Status ChunkStore::publish_load(const WriteTicket& ticket, std::span<const Loade
   if (std::ranges::any_of(shards, [&](const LoadedShard& each) {
         return s.is_too_weak(each.info.key.namespace_id, each.info.codec_spec);
       })) {
-    s.slab.free(object);
+    s.slab.release(object);
     return Status(Code::kRefused, "it is weaker than its namespace's max_relative_error allows");
   }
   const auto extents = s.cut(object, shards);
@@ -975,7 +995,7 @@ Status ChunkStore::publish_load(const WriteTicket& ticket, std::span<const Loade
   Status outcome;
   for (std::size_t i = 0; i < shards.size(); ++i) {
     if (!outcome || complete) {
-      s.slab.free((*extents)[i]);
+      s.slab.release((*extents)[i]);
       continue;
     }
     const auto added = s.add_whole_shard((*extents)[i], shards[i].info, shards[i].bytes);
@@ -1076,9 +1096,10 @@ RetainedChunks ChunkStore::retain(const NamespaceId& namespace_id, std::uint16_t
 Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16_t group, const BlockHash& block,
                                     PinFor what_for) {
   State& s = *state_;
-  std::lock_guard lock(s.mutex);
+  State::Session session(s);
   const auto chunk = what_for == PinFor::kClaimed ? s.find_readable(namespace_id, group, block)
                                                   : s.find_live(namespace_id, group, block);
+  if (!chunk) s.drop_if_damaged(namespace_id, group, block);
   if (!chunk) return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
@@ -1103,7 +1124,7 @@ void ChunkStore::unpin(std::uint64_t pin) {
   const auto former = std::ranges::find_if(
       s.former, [&](const auto& each) { return each.chunk == pin_of.chunk && each.form == pin_of.form; });
   if (--former->pins > 0) return;
-  for (const auto& shard : former->shards) s.slab.free(shard.extent);
+  for (const auto& shard : former->shards) s.slab.release(shard.extent);
   s.former.erase(former);
 }
 
@@ -1298,13 +1319,13 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   s.loads.erase(open);
   const auto pin = s.pins.find(order.chunk.pin);
   if (pin == s.pins.end() || s.record(pin->second.chunk).state != ChunkState::kLive) {
-    s.slab.free(object);
+    s.slab.release(object);
     return Status(Code::kNotFound, "the chunk has gone meanwhile");
   }
   const std::uint32_t number = pin->second.chunk;
   ChunkRecord& chunk = s.record(number);
   if (shards.size() != chunk.shards.size() || pin->second.form != chunk.form) {
-    s.slab.free(object);
+    s.slab.release(object);
     return Status(Code::kInvalid, "the containers are not those of the chunk's shards");
   }
   const auto extents = s.cut(object, shards);
@@ -1312,7 +1333,7 @@ Status ChunkStore::replace(const WriteTicket& ticket, const DemotionOrder& order
   const std::uint8_t* const names = find_block_names(
       s.slab_memory.subspan(extents->front().offset, shards.front().bytes), order.codec_spec, chunk.block_hashes());
   if (names == nullptr) {
-    for (const Extent& extent : *extents) s.slab.free(extent);
+    for (const Extent& extent : *extents) s.slab.release(extent);
     return Status(Code::kInvalid, "the containers do not name the chunk's blocks");
   }
   ShardList fresh;

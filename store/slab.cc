@@ -270,7 +270,7 @@ std::optional<Extent> Slab::allocate(std::uint64_t bytes) {
   return Extent{s.blocks[id].page * kAlignment, bytes};
 }
 
-void Slab::free(const Extent& extent) {
+void Slab::release(const Extent& extent) {
   State& s = *state_;
   std::uint32_t id = s.used_at(extent.offset);
   assert(id != kNone && "an extent is freed once");

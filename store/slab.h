@@ -32,7 +32,7 @@ class Slab {
 
   std::optional<Extent> allocate(std::uint64_t bytes);
   /// The extent must come from allocate() and not have been freed.
-  void free(const Extent& extent);
+  void release(const Extent& extent);
   /// Gives the end of an extent back: new_bytes <= extent.bytes. Returns the smaller extent.
   Extent shrink(const Extent& extent, std::uint64_t new_bytes);
   /// Cuts an extent in two that are freed one by one. head_bytes: a multiple of kAlignment, 0 < head_bytes <

@@ -170,7 +170,7 @@ void TieredStore::State::read(std::size_t number, const TierHit& hit, std::stop_
   };
   places[number]->tier->read(
       hit, 0, dram.bytes(*ticket), std::move(cancel),
-      [this, self = shared_from_this(), number, hit, ticket = *ticket, flushes_before, give_up](Status status) {
+      [this, self = shared_from_this(), number, hit, ticket = *ticket, flushes_before, give_up](const Status& status) {
         if (!status) return give_up(status);
         if (!begin_task()) return give_up(Status(Code::kUnavailable, "the store is stopping"));
         const bool queued = executor.submit([this, self, number, hit, ticket, flushes_before] {
@@ -340,7 +340,7 @@ class TieredStore::Job : public std::enable_shared_from_this<Job> {
             Cell& cell = self->cells_[asked[i]];
             TierHit& hit = (*hits)[i];
             if (hit.bytes == 0 || hit.blocks <= cell.hit.blocks || hit.blocks > cell.query.blocks.size()) continue;
-            cell.hit = std::move(hit);
+            cell.hit = hit;
             cell.place = place;
           }
           self->find(place + 1);

@@ -11,6 +11,7 @@
 namespace kvern {
 namespace {
 
+using testing::block_hash;
 using testing::ChunkSpec;
 using testing::holds_exactly;
 using testing::object_of;
@@ -178,6 +179,29 @@ TEST(ChunkObject, IsPublishedAsAWholeAndFreedShardByShard) {
   f.store.flush(NamespaceSet::all());
   EXPECT_EQ(f.store.stats().used_bytes, 0U);
   EXPECT_EQ(f.store.begin_load(100).error().code(), Code::kRefused);
+}
+
+TEST(ChunkObject, DamagedNamesTakeTheirChunkAway) {
+  StoreFixture f(StoreFixture::pages(64));
+  const ChunkSpec damaged{.prompt = 1}, good{.prompt = 2};
+  ASSERT_TRUE(store_chunk(f.store, damaged).value());
+  ASSERT_TRUE(store_chunk(f.store, good).value());
+  const auto info = damaged.info();
+  const auto pinned = f.pin(damaged);
+  const auto bytes = f.store.bytes(pinned->shards.front());
+  const std::size_t at = block_hashes_offset(info.codec_spec) + 1 + info.block_hashes.front().size() + 5;  // of block 1
+  const_cast<std::byte&>(bytes[at]) ^= std::byte{1};
+  f.store.unpin(pinned->pin);
+
+  EXPECT_FALSE(f.store.pin(info.key.namespace_id, 0, info.block_hashes[1]));
+  EXPECT_EQ(f.store.stats().quarantined_chunks, 1U);
+  EXPECT_FALSE(f.pin(damaged)) << "all of it went";
+  EXPECT_FALSE(f.store.pin(info.key.namespace_id, 0, block_hash(7, 7))) << "a block that nobody stored";
+  EXPECT_EQ(f.store.stats().quarantined_chunks, 1U);
+  EXPECT_TRUE(holds_exactly(f.store, good));
+  ASSERT_TRUE(store_chunk(f.store, damaged).value());
+  EXPECT_TRUE(holds_exactly(f.store, damaged));
+  EXPECT_TRUE(f.has(damaged));
 }
 
 TEST(ChunkObject, AStoredChunkIsSavedOnce) {

@@ -42,7 +42,7 @@ TEST(Slab, GivesAllOfItselfAndNoMore) {
   EXPECT_EQ(slab.used_bytes(), 10 * kPage);
   EXPECT_EQ(slab.largest_free_bytes(), 0U);
   EXPECT_FALSE(slab.allocate(1).has_value());
-  slab.free(*all);
+  slab.release(*all);
   EXPECT_EQ(slab.largest_free_bytes(), 10 * kPage);
   EXPECT_FALSE(slab.allocate(0).has_value());
   EXPECT_FALSE(slab.allocate(11 * kPage).has_value());
@@ -57,7 +57,7 @@ TEST(Slab, StartsWithWhatIsInUseAlready) {
   ASSERT_TRUE(slab.allocate(2 * kPage).has_value());
   ASSERT_TRUE(slab.allocate(kPage).has_value());
   EXPECT_FALSE(slab.allocate(1).has_value());
-  for (const Extent& extent : used) slab.free(extent);
+  for (const Extent& extent : used) slab.release(extent);
   EXPECT_EQ(slab.used_bytes(), 3 * kPage);
   const auto refused = [](std::vector<Extent> extents) { Slab again(8 * kPage, extents); };
   EXPECT_THROW(refused({{0, 2 * kPage}, {kPage, 1}}), std::invalid_argument) << "overlap";
@@ -74,9 +74,9 @@ TEST(Slab, TheHalvesOfASplitAreFreedOneByOne) {
   EXPECT_EQ(head, (Extent{whole->offset, 2 * kPage}));
   EXPECT_EQ(tail, (Extent{whole->offset + 2 * kPage, 3 * kPage}));
   EXPECT_EQ(slab.used_bytes(), 5 * kPage);
-  slab.free(head);
+  slab.release(head);
   EXPECT_EQ(slab.used_bytes(), 3 * kPage);
-  slab.free(tail);
+  slab.release(tail);
   EXPECT_EQ(slab.largest_free_bytes(), 8 * kPage);
 }
 
@@ -91,9 +91,9 @@ TEST(Slab, ShrinkingGivesTheEndBack) {
   EXPECT_EQ(slab.used_bytes(), 11 * kPage);
   const auto third = slab.allocate(5 * kPage);
   ASSERT_TRUE(third.has_value());
-  slab.free(smaller);
-  slab.free(*second);
-  slab.free(*third);
+  slab.release(smaller);
+  slab.release(*second);
+  slab.release(*third);
   EXPECT_EQ(slab.used_bytes(), 0U);
   EXPECT_EQ(slab.largest_free_bytes(), 16 * kPage);
 }
@@ -108,7 +108,7 @@ TEST(Slab, AFreedPlaceTakesAnotherOfTheSameSize) {
     std::mt19937 random(1);
     for (int i = 0; i < 100; ++i) {
       auto& extent = extents[random() % extents.size()];
-      slab.free(extent);
+      slab.release(extent);
       const auto again = slab.allocate(pages * kPage);
       ASSERT_TRUE(again.has_value()) << pages;
       EXPECT_EQ(*again, extent);
@@ -149,7 +149,7 @@ RC_GTEST_PROP(Slab, AgreesWithANaiveModel, (const std::vector<Operation>& operat
     } else if (action % 4 == 2) {
       const auto it = pick(which);
       used_bytes -= rounded(it->second.bytes);
-      slab.free(it->second);
+      slab.release(it->second);
       used.erase(it);
     } else {
       const auto it = pick(which);
@@ -161,7 +161,7 @@ RC_GTEST_PROP(Slab, AgreesWithANaiveModel, (const std::vector<Operation>& operat
     RC_ASSERT(slab.used_bytes() == used_bytes);
     RC_ASSERT(slab.largest_free_bytes() == largest_gap(used, capacity_pages * kPage));
   }
-  for (const auto& [offset, extent] : used) slab.free(extent);
+  for (const auto& [offset, extent] : used) slab.release(extent);
   RC_ASSERT(slab.used_bytes() == 0U);
   RC_ASSERT(slab.largest_free_bytes() == slab.capacity_bytes());
   RC_ASSERT(slab.allocate(slab.capacity_bytes()).has_value());
