@@ -18,7 +18,7 @@ void Staging::Block::release() {
   const auto staging = std::exchange(staging_, nullptr);
   if (!staging) return;
   std::lock_guard lock(staging->mutex_);
-  staging->slab_.free(extent_);
+  staging->slab_.release(extent_);
 }
 
 std::span<std::byte> Staging::Block::bytes() const {
