@@ -42,7 +42,7 @@ demo: build ## Show it: a real model's KV cache stored, restored in the same and
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) tools/demo.py $(DEMO_ARGS)
 
 .PHONY: test
-test: build lint-quick test-cpp fuzz test-python check-deploy test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
+test: build lint-recent test-cpp fuzz test-python check-deploy test-e2e ## All tests but the long matrix (under 40 minutes on 2 cores)
 
 .PHONY: test-full
 test-full: build fuzz ## All tests, with the long matrix of engines; writes docs/test-full.md

@@ -3,7 +3,7 @@
 # only when it, a header of ours, or the configuration has changed.
 #
 # usage: tools/lint.sh [--quick | --recent]   --quick: no clang-tidy. --recent: only over what the last commits changed.
-# KVERN_LINT_COMMITS: how many commits that is (10).   KVERN_LINT_FILES: how many files at most (30).
+# KVERN_LINT_COMMITS: how many commits that is (10).   KVERN_LINT_FILES: how many files at most (12).
 # KVERN_LINT_BUILD: folder of compile_commands.json (build/lint)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,8 +28,8 @@ if [[ ${1:-} == --recent ]]; then
   }
   mapfile -t recent < <(changed 2>/dev/null | grep '\.cc$' | awk '!seen[$0]++' |
     while read -r file; do [[ -f $file ]] && echo "$file"; done)
-  echo "lint: ${#recent[@]} files changed recently; clang-tidy looks at the ${KVERN_LINT_FILES:-30} latest"
-  looked_at() { printf '%s\n' "${recent[@]:0:${KVERN_LINT_FILES:-30}}" | grep . || true; }
+  echo "lint: ${#recent[@]} files changed recently; clang-tidy looks at the ${KVERN_LINT_FILES:-12} latest"
+  looked_at() { printf '%s\n' "${recent[@]:0:${KVERN_LINT_FILES:-12}}" | grep . || true; }
 fi
 echo "lint: clang-tidy of $(looked_at | wc -l) files"
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DKVERN_CUDA=OFF >"$build.log" 2>&1 || {
