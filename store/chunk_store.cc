@@ -1099,8 +1099,10 @@ Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16
   State::Session session(s);
   const auto chunk = what_for == PinFor::kClaimed ? s.find_readable(namespace_id, group, block)
                                                   : s.find_live(namespace_id, group, block);
-  if (!chunk) s.drop_if_damaged(namespace_id, group, block);
-  if (!chunk) return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
+  if (!chunk) {
+    s.drop_if_damaged(namespace_id, group, block);
+    return failure(Code::kNotFound, "no complete chunk holds block " + block.to_hex());
+  }
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
   if (what_for != PinFor::kMove && pinned.state == ChunkState::kLive) {

@@ -5,11 +5,9 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <deque>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -19,34 +17,23 @@
 #include <thread>
 #include <vector>
 
-#include "tests/integration/child_process.h"
+#include "tests/base/crash_rounds.h"
+#include "tests/integration/daemon_process.h"
+#include "tests/integration/daemon_test.h"
 #include "tests/integration/local_client.h"
 
 namespace kvern {
 namespace {
 
 namespace fs = std::filesystem;
-using testing::ChildProcess;
+using testing::crash_rounds;
+using testing::eventually;
 using testing::kBlocksPerChunk;
 using testing::kHashBytes;
 using testing::kPatience;
 using testing::LocalClient;
 
-/// KVERN_CRASH_ROUNDS: more of them, for a long run.
-int rounds() {
-  const char* text = std::getenv("KVERN_CRASH_ROUNDS");
-  return text == nullptr ? 12 : std::atoi(text);
-}
-
-bool eventually(const std::function<bool()>& holds) {
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
-  while (!holds()) {
-    if (std::chrono::steady_clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
-  return true;
-}
-
+constexpr int kRounds = 12;
 // Of one chunk as it is stored: 256 KiB of keys and values, and the header.
 constexpr std::uint64_t kChunkBytes = (256U << 10U) + 4096;
 // The log has 16 regions of seven chunks. Two may be empty or half full at a time.
@@ -54,54 +41,14 @@ constexpr std::uint64_t kNvmeChunks = 14 * 7;
 // LRU takes none of the chunks that were used last, as long as they are far fewer than the tier holds (31).
 constexpr std::uint64_t kUsesThatSpare = 12;
 
-class DaemonWithDisk : public ::testing::Test {
+class DaemonWithDisk : public testing::DaemonTest {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "kvern-crash-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    folder_ = pattern;
-    run_dir_ = "/dev/shm/" + folder_.filename().string();
-  }
-  void TearDown() override {
-    daemon_.reset();
-    fs::remove_all(folder_);
-    fs::remove_all(run_dir_);
-  }
-
-  std::string socket() const { return (folder_ / "k.sock").string(); }
   std::string log() const { return (folder_ / "log").string(); }
+  std::vector<std::string> settings() const override {
+    return {"--store.dram_bytes=8MiB", "--store.eviction=lru", "--codec.default=raw",
+            "--nvme.files=" + log(),   "--nvme.bytes=32MiB",   "--nvme.sync=false"};
+  }
 
-  void start(std::vector<std::string> more = {}) {
-    std::vector<std::string> words = {KVERND_PATH,
-                                      "--server.socket=" + socket(),
-                                      "--server.run_dir=" + run_dir_.string(),
-                                      "--store.dram_bytes=8MiB",
-                                      "--store.eviction=lru",
-                                      "--codec.default=raw",
-                                      "--nvme.files=" + log(),
-                                      "--nvme.bytes=32MiB",
-                                      "--nvme.sync=false",
-                                      "--pipeline.ring_spin_us=0",
-                                      "--metrics.listen="};
-    for (auto& word : more) words.push_back(std::move(word));
-    daemon_.emplace(std::move(words));
-    ASSERT_TRUE(daemon_->says("is ready")) << daemon_->text();
-  }
-  std::unique_ptr<LocalClient> connect(const std::string& name) {
-    auto client = LocalClient::connect(socket(), name);
-    if (!client) ADD_FAILURE() << client.error().to_string() << "\n" << daemon_->text();
-    return client ? std::move(*client) : nullptr;
-  }
-  static nlohmann::json status(LocalClient& client) {
-    wire::ControlRequest request;
-    request.mutable_status();
-    wire::ControlReply reply;
-    if (const Status asked = client.control(request, &reply); !asked) {
-      ADD_FAILURE() << asked.to_string();
-      return {};
-    }
-    return nlohmann::json::parse(reply.status_report().json());
-  }
   static nlohmann::json nvme(LocalClient& client) { return status(client).at("lower_tiers").at(0); }
   static bool is_written(LocalClient& client, std::uint64_t chunks) {
     const nlohmann::json tier = nvme(client);
@@ -132,10 +79,6 @@ class DaemonWithDisk : public ::testing::Test {
   static Status look_at(LocalClient& client, std::uint64_t prompt) {
     return find(client, prompt) ? client.load_and_compare(prompt, 0) : Status(Code::kNotFound, "no tier has it");
   }
-
-  fs::path folder_;
-  fs::path run_dir_;
-  std::optional<ChildProcess> daemon_;
 };
 
 /// What clients were told, with the number of operations that had ended by then.
@@ -223,7 +166,7 @@ TEST_F(DaemonCrash, WhatWasAcknowledgedOutlivesKillAtAnyMomentAndNothingLeaks) {
   std::vector<std::uint64_t> must_be_there;
   std::uint64_t demoted = 0;
   std::uint64_t came_up = 0;
-  for (int round = 0; round <= rounds(); ++round) {
+  for (int round = 0; round <= crash_rounds(kRounds); ++round) {
     const std::string context = "seed " + std::to_string(seed) + ", round " + std::to_string(round);
     start_with_ladder();
     const auto client = connect("checker");
@@ -250,7 +193,7 @@ TEST_F(DaemonCrash, WhatWasAcknowledgedOutlivesKillAtAnyMomentAndNothingLeaks) {
     })) << context
         << status(*client).dump();
     came_up += nvme(*client).at("promoted_chunks").get<std::uint64_t>();
-    if (round == rounds()) break;
+    if (round == crash_rounds(kRounds)) break;
 
     // These are acknowledged as durable: they are on the disk.
     must_be_there.clear();

@@ -8,12 +8,13 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <thread>
 #include <tuple>
 
 #include "tests/integration/child_process.h"
+#include "tests/integration/daemon_process.h"
+#include "tests/integration/daemon_test.h"
 #include "tests/integration/local_client.h"
 
 namespace kvern {
@@ -21,20 +22,12 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::ChildProcess;
+using testing::eventually;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using testing::kBlocksPerChunk;
 using testing::kPatience;
 using testing::LocalClient;
-
-bool eventually(const std::function<bool()>& holds) {
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
-  while (!holds()) {
-    if (std::chrono::steady_clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  return true;
-}
 
 /// The body of a page, and its first line.
 std::string http_get(std::uint16_t port, const std::string& path) {
@@ -65,52 +58,10 @@ std::uint16_t free_port() {
   return ntohs(address.sin_port);
 }
 
-class LocalDaemonTest : public ::testing::Test {
+class LocalDaemonTest : public testing::DaemonTest {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "kvern-it-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    folder_ = pattern;
-    run_dir_ = "/dev/shm/" + folder_.filename().string();
-  }
-  void TearDown() override {
-    daemon_.reset();
-    fs::remove_all(folder_);
-    fs::remove_all(run_dir_);
-  }
+  std::vector<std::string> settings() const override { return {"--store.dram_bytes=64MiB"}; }
 
-  std::string socket() const { return (folder_ / "k.sock").string(); }
-
-  std::vector<std::string> command(std::vector<std::string> more = {}) const {
-    std::vector<std::string> words = {KVERND_PATH,
-                                      "--server.socket=" + socket(),
-                                      "--server.run_dir=" + run_dir_.string(),
-                                      "--store.dram_bytes=64MiB",
-                                      "--pipeline.ring_spin_us=0",
-                                      "--metrics.listen="};
-    for (auto& word : more) words.push_back(std::move(word));
-    return words;
-  }
-  void start(std::vector<std::string> more = {}) {
-    const auto started = std::chrono::steady_clock::now();
-    daemon_.emplace(command(std::move(more)));
-    ASSERT_TRUE(daemon_->says("is ready")) << daemon_->text();
-    const auto took = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - started);
-    std::cout << "kvernd was ready after " << took.count() << " ms\n";
-  }
-  std::unique_ptr<LocalClient> connect(const std::string& name = "test") {
-    auto client = LocalClient::connect(socket(), name);
-    if (!client) ADD_FAILURE() << client.error().to_string() << "\n" << daemon_->text();
-    return client ? std::move(*client) : nullptr;
-  }
-  nlohmann::json status(LocalClient& client) {
-    wire::ControlRequest request;
-    request.mutable_status();
-    wire::ControlReply reply;
-    const Status asked = client.control(request, &reply);
-    EXPECT_TRUE(asked) << asked.to_string();
-    return nlohmann::json::parse(reply.status_report().json());
-  }
   /// What the daemon says of the session with that name; null when there is none.
   nlohmann::json session_of(LocalClient& client, const std::string& name) {
     const nlohmann::json report = status(client);
@@ -119,10 +70,6 @@ class LocalDaemonTest : public ::testing::Test {
     }
     return nullptr;
   }
-
-  fs::path folder_;
-  fs::path run_dir_;
-  std::optional<ChildProcess> daemon_;
 };
 
 TEST_F(LocalDaemonTest, WhatOneClientStoresAnotherFindsAndLoads) {

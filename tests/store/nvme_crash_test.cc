@@ -6,13 +6,13 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cstdlib>
 #include <random>
 #include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "tests/base/crash_rounds.h"
 #include "tests/store/nvme_crash.h"
 #include "tests/store/nvme_oracle.h"
 
@@ -22,16 +22,11 @@ namespace kvern {
 namespace {
 
 using testing::crash_log;
+using testing::crash_rounds;
 using testing::NvmeObject;
 using testing::NvmeOracle;
 using testing::open_tier;
 using testing::TempFolder;
-
-/// KVERN_CRASH_ROUNDS: more of them, for a long run.
-int rounds() {
-  const char* text = std::getenv("KVERN_CRASH_ROUNDS");
-  return text == nullptr ? 40 : std::atoi(text);
-}
 
 /// Runs the victim, and kills it some microseconds after it has said so many lines. Returns all that it said.
 std::string run_and_kill(const std::vector<std::string>& command, std::size_t lines, std::uint64_t microseconds,
@@ -111,7 +106,7 @@ TEST_P(NvmeCrashTest, WhatWasAcknowledgedOutlivesKillAtAnyMoment) {
   NvmeOracle oracle(NvmeOracle::kept_bytes(config, testing::kCrashMostPages * kTierAlignment));
   const std::uint64_t seed = std::random_device()();
   std::mt19937_64 random(seed);
-  for (int round = 0; round < rounds(); ++round) {
+  for (int round = 0; round < crash_rounds(40); ++round) {
     const std::string context = "seed " + std::to_string(seed) + ", round " + std::to_string(round);
     int status = 0;
     const std::string said =

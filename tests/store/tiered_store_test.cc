@@ -27,7 +27,7 @@ constexpr std::size_t kChunkBlocks = 4;
 /// Two tiers below a DRAM tier; nothing runs by itself.
 struct TieredFixture {
   explicit TieredFixture(std::uint64_t slab_pages = 1024, WritePolicy write = WritePolicy::kOff)
-      : dram(StoreFixture::pages(slab_pages)) {
+      : write_back_bytes(slab_pages / 4 * 4096), dram(StoreFixture::pages(slab_pages)) {
     std::vector<LowerTier> tiers;
     for (MemoryTier** place : {&fast, &slow}) {
       auto tier = std::make_unique<MemoryTier>(dram.clock);
@@ -36,7 +36,7 @@ struct TieredFixture {
     }
     store = std::make_unique<TieredStore>(
         dram.store, std::move(tiers), executor,
-        TieredStoreConfig{.prefetch_window_bytes = window, .write_back_bytes = slab_pages / 4 * 4096});
+        TieredStoreConfig{.prefetch_window_bytes = window, .write_back_bytes = write_back_bytes});
   }
 
   static void put(MemoryTier& tier, const ChunkSpec& spec) {
@@ -45,6 +45,15 @@ struct TieredFixture {
   }
   static ChunkSpec cell(std::uint64_t number, std::uint32_t blocks = kChunkBlocks) {
     return {.prompt = 1, .first_block = number * kChunkBlocks, .blocks = blocks};
+  }
+  /// Stores cells from this one on until victims are due to be written back; the number of the next cell.
+  std::uint64_t fill_until_write_back(std::uint64_t number) {
+    while (dram.store.stats().used_bytes + 2 * write_back_bytes < dram.store.stats().capacity_bytes) {
+      const auto complete = store_chunk(dram.store, cell(number++));
+      EXPECT_TRUE(complete && *complete);
+      if (!complete) break;
+    }
+    return number;
   }
   std::shared_ptr<Prefetch> prefetch(std::size_t blocks, std::size_t first_block = 0) {
     std::vector<BlockHash> hashes;
@@ -58,6 +67,7 @@ struct TieredFixture {
   }
 
   const std::uint64_t window = 64 << 20;
+  const std::uint64_t write_back_bytes;
   StoreFixture dram;
   ManualExecutor executor;
   MemoryTier* fast = nullptr;
@@ -273,10 +283,7 @@ TEST(TieredStore, WritesBackWhatWillLeaveNextAndEachChunkOnce) {
   f.store->stored(f.cell(0).info().key);
   f.store->save_victims();
   EXPECT_EQ(f.fast->writes, 0U) << "there is room";
-  std::uint64_t number = 1;
-  while (f.dram.store.stats().used_bytes + 2 * 16 * 4096 < f.dram.store.stats().capacity_bytes) {
-    ASSERT_TRUE(store_chunk(f.dram.store, f.cell(number++)).value());
-  }
+  std::uint64_t number = f.fill_until_write_back(1);
   f.store->save_victims();
   const std::size_t saved = f.fast->writes;
   EXPECT_GT(saved, 0U);
@@ -290,10 +297,7 @@ TEST(TieredStore, WritesBackWhatWillLeaveNextAndEachChunkOnce) {
 TEST(TieredStore, WhatATierRefusesIsNotWrittenToTheOthersAgain) {
   TieredFixture f(64, WritePolicy::kBack);
   f.slow->broken = Status(Code::kUnavailable, "away");
-  std::uint64_t number = 0;
-  while (f.dram.store.stats().used_bytes + 2 * 16 * 4096 < f.dram.store.stats().capacity_bytes) {
-    ASSERT_TRUE(store_chunk(f.dram.store, f.cell(number++)).value());
-  }
+  f.fill_until_write_back(0);
   f.store->save_victims();
   const std::size_t saved = f.fast->writes;
   EXPECT_GT(saved, 0U);
