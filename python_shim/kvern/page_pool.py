@@ -71,7 +71,7 @@ class PagePool:
         self._layers: dict[str, object] = {}
         self._blocks = 1
         self._orders: list[RaggedOrder] = []
-        self._prepared = False  # this step's metadata
+        self._metadata: dict[str, object] = {}  # of this step's layers
         self._trouble = ""
         self._exchanged: set[str] = set()
         self._tables: tuple[tuple, _Tables] | None = None  # of the last batch
@@ -139,7 +139,7 @@ class PagePool:
     # ---------------------------------------------------------------- a step
 
     def begin_step(self, orders: list[RaggedOrder]) -> None:
-        self._orders, self._prepared, self._trouble = orders, False, ""
+        self._orders, self._metadata, self._trouble = orders, {}, ""
         self._exchanged.clear()
 
     @property
@@ -151,17 +151,18 @@ class PagePool:
         if self._trouble:
             return
         try:
-            if not self._prepared:
-                if self.problem:
-                    raise ValueError(self.problem)
-                from vllm.forward_context import get_forward_context
+            if self.problem:
+                raise ValueError(self.problem)
+            from vllm.forward_context import get_forward_context
 
-                by_layer = get_forward_context().attn_metadata
-                by_layer.update(self._prepare(by_layer))
-                self._prepared = True
-            # Not before: until now the layer has written this step's rows to its own pages.
-            vars(self._layers[name])["kv_cache"] = self._whole
+            by_layer = get_forward_context().attn_metadata
+            if not self._metadata:
+                self._metadata = self._prepare(by_layer)
+            layer, metadata = self._layers[name], self._metadata[name]
+            # Both together, since a table's numbers lie outside the layer's own cache; and not before, since until now
+            # the layer has written this step's rows to its own pages.
             self._exchanged.add(name)
+            vars(layer)["kv_cache"], by_layer[name] = self._whole, metadata
         except Exception as error:
             self._trouble = f"{type(error).__name__}: {error}"
 

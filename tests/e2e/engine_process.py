@@ -227,16 +227,29 @@ class EngineProcess:
                 queries.append(self.watched[layer_name].transpose(0, 1))
         torch.save({"keys": torch.stack(keys), "values": torch.stack(values), "queries": queries}, path)
 
-    def break_ragged_steps(self, broken: bool):
-        """While it is broken, the last layer's attention runs without having been given tables of its own."""
+    def break_ragged_steps(self, broken: bool) -> bool:
+        """While it is broken, the last layer's attention runs without having been given tables of its own. Says whether
+        that layer was ever told to read outside its own cache while it was."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.forward_context import get_forward_context
 
         connector = get_kv_transfer_group()
-        last = [name for _, name, _ in self._pages()][-1]
+        last, cache = [(name, tensor) for _, name, tensor in self._pages()][-1]
+        outside, self.told_outside = getattr(self, "told_outside", False), False
         vars(connector).pop("wait_for_layer_load", None)
         if broken:
             whole = connector.wait_for_layer_load
-            connector.wait_for_layer_load = lambda name: None if name == last else whole(name)
+
+            def leave_out_last(name: str) -> None:
+                if name != last:
+                    return whole(name)
+                metadata = get_forward_context().attn_metadata[name]
+                pages = -(-metadata.seq_lens // cache.shape[2])
+                read = [row[:count] for row, count in zip(metadata.block_table, pages)]
+                self.told_outside |= any(int(row.max()) >= cache.shape[0] for row in read)
+
+            connector.wait_for_layer_load = leave_out_last
+        return outside
 
     def free_blocks(self) -> int:
         return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()

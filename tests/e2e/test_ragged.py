@@ -107,7 +107,7 @@ def test_a_step_whose_layers_were_not_all_served_fails_its_ragged_requests_alone
     bench.engine.call("submit", requests=requests)
     bench.engine.run(names=["ragged", "beside"])
     ragged, beside = bench.engine.collect(["ragged", "beside"])
-    bench.engine.call("break_ragged_steps", broken=False)
+    assert not bench.engine.call("break_ragged_steps", broken=False)
     assert (ragged.finish_reason, ragged.tokens) == ("error", [])
     assert len(beside.tokens) == 4
     assert len(bench.decode(cache, [1, 2]).tokens) == GENERATED
