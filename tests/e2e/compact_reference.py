@@ -1,10 +1,15 @@
 """Compact caches by definition: the published scores written down once more, and decoding in transformers on the kept
 rows at the positions that they had in the prompt."""
 
+import itertools
 import math
 import re
+from collections.abc import Iterator
 
 import torch
+
+ROUNDING = 5e-7  # relative; scores that are nearer than that are the same to those who compute in fp32
+MOST_DOUBTS = 3  # such pairs in a whole cache: a prompt with more of them shows nothing
 
 
 def parameters(spec: str) -> tuple[str, dict[str, str]]:
@@ -26,13 +31,20 @@ def pooled(scores: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.avg_pool1d(scores[:, None], width, stride=1, padding=width // 2)[:, 0]
 
 
-def best(scores: torch.Tensor, count: int, tail: range) -> torch.Tensor:
-    """[head, token], ascending: the best of each head, then all of the tail."""
-    top = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
-    return torch.cat([top, torch.tensor(list(tail), dtype=torch.long).expand(scores.shape[0], -1)], -1)
+Doubts = list[tuple[int, int, int]]  # head, the last token that it keeps, one whose score is the same but for rounding
 
 
-def by_attention(name: str, settings: dict, queries, keys, slots: int) -> torch.Tensor:
+def best(scores: torch.Tensor, count: int, tail: range) -> tuple[torch.Tensor, Doubts]:
+    """[head, token]: the best of each head, then all of the tail."""
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    kept = torch.cat([order[:, :count], torch.tensor(list(tail), dtype=torch.long).expand(scores.shape[0], -1)], -1)
+    if not 0 < count < scores.shape[1]:
+        return kept, []
+    close = values[:, count - 1] - values[:, count] < ROUNDING * values[:, count - 1].abs()
+    return kept, [(head, *order[head, count - 1 : count + 1].tolist()) for head in close.nonzero()[:, 0].tolist()]
+
+
+def by_attention(name: str, settings: dict, queries, keys, slots: int) -> tuple[torch.Tensor, Doubts]:
     heads, tokens = keys.shape[:2]
     window = int(settings["window"])
     seen = attention(queries[:, -window:], keys)[:, :, : tokens - window]
@@ -87,7 +99,7 @@ def layer_tokens(spec: str, slots: int, page: int, prompt: dict) -> torch.Tensor
     return window + shares(preferences, (slots - window) * layers, tokens // page * page - window)
 
 
-def by_keys(name: str, settings: dict, keys, slots: int) -> torch.Tensor:
+def by_keys(name: str, settings: dict, keys, slots: int) -> tuple[torch.Tensor, Doubts]:
     sinks, recent = int(settings["sinks"]), int(settings["recent"])
     keys, tokens = keys.double(), keys.shape[1]
     if name == "knorm":
@@ -100,30 +112,39 @@ def by_keys(name: str, settings: dict, keys, slots: int) -> torch.Tensor:
     return best(scores, slots - recent, range(tokens - recent, tokens))
 
 
-def selection(spec: str, slots: int, queries, keys) -> torch.Tensor:
+def selection(spec: str, slots: int, queries, keys) -> tuple[torch.Tensor, Doubts]:
     """[KV head, slot] -> token, of one layer. queries: [head, row, dim]; keys: [KV head, token, dim]."""
     name, settings = parameters(spec)
     tokens = keys.shape[1]
     if name in ("cake", "snapkv"):
         return by_attention(name, settings, queries, keys, slots)
     if name == "windowkv":
-        return by_windows(settings, queries, keys, slots)
+        return by_windows(settings, queries, keys, slots), []
     if name == "streaming":
         sinks = int(settings["sinks"])
         kept = torch.cat([torch.arange(sinks), torch.arange(tokens - slots + sinks, tokens)])
-        return kept.expand(keys.shape[0], -1)
+        return kept.expand(keys.shape[0], -1), []
     return by_keys(name, settings, keys, slots)
 
 
-def pruned(spec: str, slots: int | list[int], prompt: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Kept keys and values of each layer, [1, KV head, slot, dim]. slots: of all layers, or of each. prompt: as engine_process.save_prompt() saves it."""
+def prunings(spec: str, slots: int | list[int], prompt: dict) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Kept keys and values of each layer, [1, KV head, slot, dim]; once more for each other choice between tokens whose
+    scores only rounding tells apart. slots: of all layers, or of each. prompt: as engine_process.save_prompt() saves it."""
     layers = []
-    for i, (keys, values) in enumerate(zip(prompt["keys"], prompt["values"])):
+    for i, keys in enumerate(prompt["keys"]):
         count = slots if isinstance(slots, int) else slots[i]
-        kept = selection(spec, count, prompt["queries"][i] if len(prompt["queries"]) else None, keys)[..., None]
-        assert kept.shape[1] == count
-        layers.append(tuple(rows.gather(1, kept.expand(-1, -1, rows.shape[2]))[None] for rows in (keys, values)))
-    return layers
+        layers.append(selection(spec, count, prompt["queries"][i] if len(prompt["queries"]) else None, keys))
+        assert layers[-1][0].shape[1] == count
+    doubts = [(kept, *doubt) for kept, of_layer in layers for doubt in of_layer]
+    assert len(doubts) <= MOST_DOUBTS, f"{len(doubts)} pairs of tokens have the same score"
+    for exchanged in itertools.product((False, True), repeat=len(doubts)):
+        for exchange, (kept, head, last, other) in zip(exchanged, doubts):
+            is_either = (kept[head] == last) | (kept[head] == other)
+            kept[head, is_either] = other if exchange else last
+        yield [
+            tuple(part.gather(1, kept[..., None].expand(-1, -1, part.shape[2]))[None] for part in rows)
+            for (kept, _), *rows in zip(layers, prompt["keys"], prompt["values"])
+        ]
 
 
 def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, None]:
