@@ -96,7 +96,8 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
             log_once(
                 logging.WARNING,
-                "Kvern: kv_load_failure_policy is %r, so a load that fails fails its request. Set it to 'recompute'.",
+                "Kvern: kv_load_failure_policy is %r, so a load that fails fails its request. Set it to 'recompute', unless"
+                " you decode from compact caches with a budget for each layer.",
                 transfer.kv_load_failure_policy,
             )
         weights = identity.weights_fingerprint(vllm_config, options.weights)

@@ -44,6 +44,7 @@ class Bench:
         self.model = model
         self.engine: Engine = stage.engine(model, dtype=dtype, **options).wait_started()
         self.daemon = compact.Daemon(stage.daemon.address, connect_seconds=60)
+        self.watches = True  # False: the prompt's queries are not needed, and hooks would be in the way
         self._reference = None
 
     @property
@@ -58,7 +59,8 @@ class Bench:
     def make(self, prompt: list[int], spec: str, rows: int = 64, **more):
         """(the cache, the prompt's keys, values and last queries as the engine had them)"""
         path = self.folder / "prompt.pt"
-        self.engine.watch_queries(rows=rows)
+        if self.watches:
+            self.engine.watch_queries(rows=rows)
         (name,) = self.engine.submit([prompt], max_tokens=3, kv_transfer_params=compact.wish(spec, **more))
         self.engine.run_until_token(name=name)
         self.engine.save_prompt(name=name, tokens=len(prompt), path=str(path))
@@ -183,6 +185,13 @@ def test_what_is_not_a_proper_request_fails(bench, cache):
         cache.prompt([])
     with pytest.raises(compact.CompactError):
         cache.completion([1], echo=True)
+
+
+def test_an_engine_that_recomputes_gives_all_layers_the_same_slots(bench, cache):
+    uniform, _, _ = bench.check("cake(budget=25%,allocation=cake)", prose("level", length=500), [1, 2, 3])
+    assert uniform.handle.startswith("kvc1.") and "allocation" not in uniform.method and uniform.slots == 125
+    ragged = compact.CompactCache(cache.handle.replace("kvc1", "kvc2"), 300, 150, "", 0)
+    assert_fails(bench, bench.decode(ragged, [1, 2]))
 
 
 def test_a_deleted_cache_fails(bench):
