@@ -90,11 +90,11 @@ int run(std::string_view role, const std::string& path, int argument) {
     scribble(*client, static_cast<unsigned>(argument));
     return 0;
   }
+  // hold: a child that inherits the connection and outlives its parent.
+  const bool parent = role != "push" && ::fork() != 0;
+  if (parent) ::pause();
   say("ready");
   if (role == "push") push_for_ever(*client);
-  // hold: a child that inherits the connection and outlives its parent.
-  const bool parent = ::fork() != 0;
-  if (parent) ::pause();
   while (wait_for_byte()) {
   }
   return 0;
