@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import re
 
-from kvern import compat
+from kvern import compat, rewriting
 from kvern.config import RequestOptions
 from kvern.groups import Geometry
 from kvern.guard import log_once
@@ -57,7 +57,9 @@ def _for_task(spec: str, options: RequestOptions) -> str:
 
 
 def names_handle(request, options: RequestOptions) -> bool:
-    return options.handle is not None or is_handle_salt(getattr(request, "cache_salt", None))
+    """Whether the request's tokens are placeholders. One that brings its whole prompt has such only once it is rewritten,
+    and a salt that says so."""
+    return (options.handle is not None and not options.rewrite) or is_handle_salt(getattr(request, "cache_salt", None))
 
 
 def handle_to_decode(request, options: RequestOptions, now: float) -> Handle:
@@ -65,9 +67,38 @@ def handle_to_decode(request, options: RequestOptions, now: float) -> Handle:
     HandleError, and the request must fail. now: unix seconds."""
     if options.handle is None:
         raise HandleError("its cache_salt is a handle, but kv_transfer_params['kvern']['handle'] names none")
+    if options.rewrite and not rewriting.is_rewritten(request):
+        raise HandleError("its cache_salt is a handle, and it says that it brings the whole prompt")
     handle = Handle.parse(options.handle)
     if request.cache_salt != handle.text:
         raise HandleError("its cache_salt must be the handle itself, which keeps prefix caches apart")
+    _check_decoding(request, options, handle, now)
+    if request.num_prompt_tokens <= handle.slots:
+        raise HandleError(
+            f"the prompt must be {handle.slots} placeholders and at least one token after them; it has "
+            f"{request.num_prompt_tokens} tokens"
+        )
+    return handle
+
+
+def handle_to_rewrite(request, options: RequestOptions, now: float) -> Handle:
+    """The handle whose slots shall stand for the beginning of the request's prompt. Throws HandleError, and the request is
+    an ordinary one. now: unix seconds."""
+    handle = Handle.parse(options.handle)
+    _check_decoding(request, options, handle, now)
+    if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
+        raise HandleError("its prompt is not of tokens alone")
+    if request.num_prompt_tokens <= handle.prompt_tokens:
+        raise HandleError(
+            f"at least one token must follow the {handle.prompt_tokens} that the cache was made of; the prompt has "
+            f"{request.num_prompt_tokens}"
+        )
+    if not handle.begins(request.prompt_token_ids):
+        raise HandleError("its prompt does not begin with the one that the cache was made of")
+    return handle
+
+
+def _check_decoding(request, options: RequestOptions, handle: Handle, now: float) -> None:
     if handle.expires_at <= now:
         raise HandleError("the handle has expired")
     if options.compact or options.compact_refusal:
@@ -79,12 +110,6 @@ def handle_to_decode(request, options: RequestOptions, now: float) -> Handle:
         raise HandleError("prompt_logprobs (echo with logprobs) would need the prompt's tokens, and there are placeholders")
     if request.skip_reading_prefix_cache:
         raise HandleError("a request that does not read caches cannot decode from one")
-    if request.num_prompt_tokens <= handle.slots:
-        raise HandleError(
-            f"the prompt must be {handle.slots} placeholders and at least one token after them; it has "
-            f"{request.num_prompt_tokens} tokens"
-        )
-    return handle
 
 
 def layer_pages(handle: Handle, state: dict, geometry: Geometry) -> tuple[int, ...]:

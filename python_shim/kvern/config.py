@@ -119,6 +119,9 @@ class Options:
     insecure: bool = _option(False, _parse_bool, "tcp without keys")
     codec: str = _option("", _parse_codec, "codec chain of what this engine stores; absent: the daemon's choice")
     compact: str = _option("", _parse_codec, "chain of the compact caches of requests that say \"compact\": true")
+    rewrite: bool = _option(
+        False, _parse_bool, "requests may bring the whole prompt of a compact cache; its tokens give way to slots"
+    )
     profiles: str = _option("", _parse_folder, "folder of model profiles (`kvern calibrate`); absent: $KVERN_PROFILES")
     store_generated: bool = _option(True, _parse_bool, "store complete chunks of generated tokens too")
     threads: int = _option(0, _parse_count(0, 64), "transfer threads of each worker; 0: 1, or 2 on more than 4 cores")
@@ -192,6 +195,7 @@ class RequestOptions:
     ttl_seconds: int = COMPACT_TTL_SECONDS
     task: str = ""
     handle: object = None  # the compact cache to decode from
+    rewrite: bool = False  # the prompt is the whole one, in place of placeholders
     asked: bool = False  # the request has a "kvern" entry: it gets an answer
     compact_refusal: str = ""  # why the compact cache that it asks for is not made; part of its answer
     problem: str = ""
@@ -210,7 +214,7 @@ class RequestOptions:
         for key, value in list(given.items())[:32]:
             if key == "handle":
                 continue
-            if key in ("load", "store") and isinstance(value, bool):
+            if key in ("load", "store", "rewrite") and isinstance(value, bool):
                 values[key] = value
             elif key in ("max_load_tokens", "max_store_tokens") and type(value) is int and value >= 0:
                 values[key] = value

@@ -1,17 +1,21 @@
 """Handles of compact caches: what they say, and the names under which the store keeps what belongs to them.
 
-A handle is the text kvc1.N.M.EXPIRY.DIGEST: N prompt tokens, M slots, the end of its life in unix seconds, and a SHA-256
-with 16 random bytes in it, so that nobody guesses it. kvc2 in front: the layers keep different numbers of slots, M on
-average, and only an engine that gives each layer its own (kvern/page_pool.py) can read it. Who has the handle may read the cache; logs get `Handle.short`.
+A handle is the text kvc1.N.M.EXPIRY.DIGITS: N prompt tokens, M slots, the end of its life in unix seconds, 16 random
+bytes, so that nobody guesses it, and 16 bytes that tell whose prompt it is to who has the prompt. kvc2 in front: the
+layers keep different numbers of slots, M on average, and only an engine that gives each layer its own
+(kvern/page_pool.py) can read it. Who has the handle may read the cache; logs get `Handle.short`.
 """
 
 import dataclasses
 import hashlib
 import re
 import secrets
+import struct
+from collections.abc import Sequence
 
 PREFIXES = ("kvc1.", "kvc2.")
 _TEXT = re.compile(r"kvc([12])\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,11})\.([0-9a-f]{64})")
+_SECRET_DIGITS = _PROMPT_DIGITS = 32
 MAX_HASH_BYTES = 32
 
 
@@ -39,15 +43,15 @@ class Handle:
         return cls(text, prompt_tokens, slots, expires_at, match[1] == "2")
 
     @classmethod
-    def make(
-        cls, namespace: dict[str, str], spec: str, prompt_tokens: int, slots: int, expires_at: int, ragged: bool = False
-    ) -> "Handle":
-        """A new one, unlike any other. namespace: the facts that the cache's engine is registered under."""
-        digest = hashlib.sha256()
-        for part in (*(f"{name}={value}" for name, value in sorted(namespace.items())), spec):
-            digest.update(len(part.encode()).to_bytes(4, "little") + part.encode())
-        digest.update(f"{prompt_tokens}.{slots}.{expires_at}.".encode() + secrets.token_bytes(16))
-        return cls.parse(f"{PREFIXES[ragged]}{prompt_tokens}.{slots}.{expires_at}.{digest.hexdigest()}")
+    def make(cls, prompt: Sequence[int], slots: int, expires_at: int, ragged: bool = False) -> "Handle":
+        """A new one, unlike any other. prompt: its token ids."""
+        named = f"{PREFIXES[ragged]}{len(prompt)}.{slots}.{expires_at}.{secrets.token_hex(_SECRET_DIGITS // 2)}"
+        return cls.parse(named + _prompt_digits(named, prompt))
+
+    def begins(self, prompt: Sequence[int]) -> bool:
+        """Whether these token ids begin with the prompt that the cache was made of."""
+        named, digits = self.text[:-_PROMPT_DIGITS], self.text[-_PROMPT_DIGITS:]
+        return len(prompt) >= self.prompt_tokens and _prompt_digits(named, prompt[: self.prompt_tokens]) == digits
 
     @property
     def short(self) -> str:
@@ -65,6 +69,10 @@ class Handle:
     def _hashes(self, kind: bytes, blocks: int, hash_bytes: int) -> bytes:
         prefix = kind + self.text.encode()
         return b"".join(hashlib.sha256(prefix + i.to_bytes(4, "little")).digest()[:hash_bytes] for i in range(blocks))
+
+
+def _prompt_digits(named: str, prompt: Sequence[int]) -> str:
+    return hashlib.sha256(named.encode() + struct.pack(f"<{len(prompt)}q", *prompt)).hexdigest()[:_PROMPT_DIGITS]
 
 
 def is_handle_salt(salt) -> bool:

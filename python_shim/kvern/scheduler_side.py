@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 
-from kvern import compactions, compat, identity, tracing
+from kvern import compactions, compat, identity, rewriting, tracing
 from kvern.config import Options, RequestOptions
 from kvern.events import ChunkNote, EventLog, note_chunk
 from kvern.groups import Geometry, Group
@@ -203,12 +203,15 @@ class SchedulerSide:
             self._announce.append(namespace)
         return True, namespace
 
-    def _state_of(self, request) -> _RequestState:
+    def _state_of(self, request, new: bool = False) -> _RequestState:
+        """new: the request is being admitted."""
         state = self._states.get(request.request_id)
         if state is None:
             options = RequestOptions.from_request(getattr(request, "kv_transfer_params", None), self._options.compact)
             if options.problem:
                 log_once(logging.WARNING, "Kvern: %s.", options.problem)
+            if options.rewrite and options.handle is not None and not compactions.names_handle(request, options):
+                self._rewrite(request, options, new)
             state = _RequestState(request, options, len(self._geometry.groups))
             self._states[request.request_id] = state
             if compactions.names_handle(request, options):
@@ -225,7 +228,7 @@ class SchedulerSide:
 
     @guarded()
     def on_new_request(self, request) -> None:
-        self._state_of(request)
+        self._state_of(request, new=True)
         if request.lora_request is not None:
             self._namespace_of(request.lora_request)  # starts the digest of a new adapter
 
@@ -597,15 +600,38 @@ class SchedulerSide:
 
     # ---------------------------------------------------------------- compact caches: decoding from one
 
+    def _rewrite(self, request, options: RequestOptions, new: bool) -> None:
+        """A request that cannot be rewritten has its whole prompt and is served as any other."""
+        try:
+            if not self._options.rewrite:
+                raise HandleError("this engine does not rewrite prompts; kvern.rewrite allows it")
+            if not new:
+                raise HandleError("this vLLM does not tell its connector of new requests")
+            if obstacle := rewriting.obstacle() or self._decoding_obstacle() or ("" if self._ready() else "no daemon"):
+                raise HandleError(obstacle)
+            handle = compactions.handle_to_rewrite(request, options, self._wall_clock())
+            if handle.ragged and any(self._no_pool.values()):
+                raise HandleError("this engine gives all layers the same slots")
+            rewriting.rewrite(request, handle)
+        except HandleError as error:
+            log_once(logging.WARNING, "Kvern: requests are computed whole and not from their compact caches: %s.", error)
+            self._recorder.count("rewrites_refused", label=_label(str(error)))
+
+    def _decoding_obstacle(self) -> str:
+        """Why no request of this engine can decode from a compact cache."""
+        if not self._may_load:
+            return "this engine does not load (kv_role)"
+        fails_on_its_own = self._vllm_config.kv_transfer_config.kv_load_failure_policy == "fail"
+        if not compat.can_fail_requests() and not fails_on_its_own:
+            return "on this vLLM compact caches need kv_load_failure_policy 'fail'"
+        return self._refused and f"this engine runs without the store: {self._refused}"
+
     def _start_decoding(self, state: _RequestState, request) -> None:
         state.decodes = True
         try:
             state.handle = compactions.handle_to_decode(request, state.options, self._wall_clock())
-            if not self._may_load:
-                raise HandleError("this engine does not load (kv_role)")
-            fails_on_its_own = self._vllm_config.kv_transfer_config.kv_load_failure_policy == "fail"
-            if not compat.can_fail_requests() and not fails_on_its_own:
-                raise HandleError("on this vLLM compact caches need kv_load_failure_policy 'fail'")
+            if obstacle := self._decoding_obstacle():
+                raise HandleError(obstacle)
         except HandleError as error:
             self._fail(state, request, str(error))
             return
@@ -795,9 +821,8 @@ class SchedulerSide:
         blocks = -(-making.prompt_tokens // group.block_tokens)
         block_ids = list(table[:blocks])
         expires_at = int(self._wall_clock()) + making.ttl_seconds
-        handle = Handle.make(
-            namespace.facts, making.spec, making.prompt_tokens, making.slots, expires_at, making.ragged
-        )
+        prompt = request.all_token_ids[: making.prompt_tokens]
+        handle = Handle.make(prompt, making.slots, expires_at, making.ragged)
         size = self._hash_bytes
         hashes = handle.source_hashes(blocks, size)
         chunks = []

@@ -24,6 +24,7 @@ COUNTERS = {
     "compaction_failures": ("Of these, what the daemon did not take", "reason"),
     "compactions_refused": ("Requests for a compact cache that were refused", "reason"),
     "handles_failed": ("Requests that failed since their compact cache could not be had", "reason"),
+    "rewrites_refused": ("Requests that brought their compact cache's whole prompt and had it computed", "reason"),
     "disconnections": ("Sessions with the daemon that were lost or never came about", None),
     "callback_errors": ("Callbacks that failed inside Kvern", None),
 }

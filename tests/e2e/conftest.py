@@ -50,8 +50,8 @@ class Stage:
         self.engines.append(engine)
         return engine
 
-    def server(self, model: pathlib.Path, **options) -> Server:
-        server = Server(model, self.folder, transfer=kvern_transfer(self.daemon.address), **options)
+    def server(self, model: pathlib.Path, kvern: dict | None = None, **options) -> Server:
+        server = Server(model, self.folder, transfer=kvern_transfer(self.daemon.address, **(kvern or {})), **options)
         self.engines.append(server)
         return server
 

@@ -43,3 +43,8 @@ def prose(*label, length: int) -> list[int]:
         text += " " + " ".join(source.sample(_sentences(), 10))
         encoded = _tokenizer(smollm2()).encode(text, add_special_tokens=False).ids
     return encoded[:length]
+
+
+def text(*label, length: int) -> str:
+    """What prose() says, as a client would send it."""
+    return _tokenizer(smollm2()).decode(prose(*label, length=length))

@@ -20,8 +20,8 @@ METHODS = {
 
 
 class Ragged(Bench):
-    def __init__(self, stage, model, **options):
-        super().__init__(stage, model, kvern={"policy": "fail"}, **options)
+    def __init__(self, stage, model, kvern: dict | None = None, **options):
+        super().__init__(stage, model, kvern={"policy": "fail", **(kvern or {})}, **options)
 
     def layer_slots(self, cache) -> list[int]:
         return self.daemon.wait(cache, seconds=120)["layer_slots"]

@@ -11,20 +11,30 @@ TEXT = f"kvc1.1501.579.1800000000.{DIGITS}"
 
 
 def test_a_handle_says_what_it_was_made_of():
-    made = Handle.make({"model": "m"}, "streaming(budget=12%)", 1501, 579, 1_800_000_000)
+    made = Handle.make(range(1501), 579, 1_800_000_000)
     assert Handle.parse(made.text) == made
     assert (made.prompt_tokens, made.slots, made.expires_at) == (1501, 579, 1_800_000_000)
     assert len(made.text) <= 128 and not set(made.text) & set("@/\\\0"), "it is a cache_salt too"
 
 
 def test_a_handle_says_whether_its_layers_keep_different_numbers_of_slots():
-    ragged = Handle.make({}, "cake", 1501, 576, 1_800_000_000, ragged=True)
+    ragged = Handle.make(range(1501), 576, 1_800_000_000, ragged=True)
     assert ragged.text.startswith("kvc2.") and ragged.ragged and Handle.parse(ragged.text) == ragged
     assert is_handle_salt(ragged.text) and not Handle.parse(TEXT).ragged
 
 
 def test_no_two_handles_are_alike():
-    assert len({Handle.make({}, "streaming", 10, 5, 1).text for _ in range(100)}) == 100
+    made = {Handle.make(range(10), 5, 1).text for _ in range(100)}
+    assert len(made) == len({text[-32:] for text in made}) == 100, "who has no prompt learns nothing of it"
+
+
+def test_a_handle_knows_its_prompt():
+    prompt = [7, 0, 2**31, 5]
+    handle = Handle.parse(Handle.make(prompt, 2, 1_800_000_000).text)
+    assert handle.begins(prompt) and handle.begins([*prompt, 9])
+    for other in ([], prompt[:3], [7, 0, 2**31, 6], [0, 7, 2**31, 5], [7, 0, 2**31, 6, 5]):
+        assert not handle.begins(other)
+    assert not Handle.parse(handle.text.replace(".2.", ".3.")).begins(prompt)
 
 
 def test_the_names_of_blocks_are_those_that_the_daemon_works_out():
