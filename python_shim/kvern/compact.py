@@ -57,6 +57,12 @@ class CompactCache:
     def kv_transfer_params(self) -> dict:
         return {"kvern": {"handle": self.handle}}
 
+    @property
+    def whole_prompt_params(self) -> dict:
+        """kv_transfer_params of a request that brings the cache's prompt itself and what follows it, where the engine
+        allows it (kvern.rewrite). No salt, no placeholders, any API."""
+        return {"kvern": {"handle": self.handle, "rewrite": True}}
+
     def completion(self, suffix: list[int], placeholder: int = 0, **fields) -> dict:
         """The body of a POST to /v1/completions; fields: model, max_tokens and the like."""
         if fields.get("echo") or fields.get("prompt_logprobs") is not None:

@@ -88,6 +88,11 @@ def handle_to_rewrite(request, options: RequestOptions, now: float) -> Handle:
     _check_decoding(request, options, handle, now)
     if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
         raise HandleError("its prompt is not of tokens alone")
+    structured = getattr(request, "structured_output_request", None)
+    if getattr(request.sampling_params, "thinking_token_budget", None) is not None or (
+        structured is not None and getattr(structured, "reasoning_ended", None) is None
+    ):
+        raise HandleError("vLLM would look for marks of reasoning in its prompt")
     if request.num_prompt_tokens <= handle.prompt_tokens:
         raise HandleError(
             f"at least one token must follow the {handle.prompt_tokens} that the cache was made of; the prompt has "
@@ -106,7 +111,9 @@ def _check_decoding(request, options: RequestOptions, handle: Handle, now: float
     sampling = getattr(request, "sampling_params", None)
     if sampling is None or getattr(request, "resumable", False):
         raise HandleError("only ordinary generation requests decode from a compact cache")
-    if getattr(sampling, "prompt_logprobs", None) is not None:
+    if set(request.kv_transfer_params or ()) - {"kvern"}:
+        raise HandleError("its kv_transfer_params are for other connectors too, whose tokens would be the prompt's own")
+    if any(getattr(sampling, name, None) is not None for name in ("prompt_logprobs", "prompt_logprob_token_ids")):
         raise HandleError("prompt_logprobs (echo with logprobs) would need the prompt's tokens, and there are placeholders")
     if request.skip_reading_prefix_cache:
         raise HandleError("a request that does not read caches cannot decode from one")

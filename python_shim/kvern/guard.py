@@ -11,7 +11,7 @@ _MAX_SAID = 1000  # messages may hold text from outside
 
 def log_once(level: int, message: str, *args) -> None:
     """Logs a message the first time that it is met, told apart by its text before formatting and its arguments."""
-    key = (message, args)
+    key = (message, *map(str, args))  # texts, so that nothing is kept alive
     if key not in _said and len(_said) < _MAX_SAID:
         _said.add(key)
         logger.log(level, message, *args)

@@ -406,6 +406,13 @@ class SchedulerSide:
         if state is None or state.loading:
             return
         if external_tokens <= 0:
+            if state.decodes and state.answer is not None and state.answer[4][0]:
+                self._recorder.count("handles_failed", label="another connector took its place")
+                log_once(
+                    logging.ERROR,
+                    "Kvern: vLLM takes tokens of requests that decode from compact caches from another connector, and computes "
+                    "placeholders for the rest. Compact caches need an engine whose only connector is Kvern's.",
+                )
             self._release(state)
             return
         _, namespace = self._namespace_of(request.lora_request)
@@ -614,8 +621,9 @@ class SchedulerSide:
                 raise HandleError("this engine gives all layers the same slots")
             rewriting.rewrite(request, handle)
         except HandleError as error:
-            log_once(logging.WARNING, "Kvern: requests are computed whole and not from their compact caches: %s.", error)
-            self._recorder.count("rewrites_refused", label=_label(str(error)))
+            reason = _label(str(error))
+            log_once(logging.WARNING, "Kvern: requests are computed whole and not from their compact caches: %s.", reason)
+            self._recorder.count("rewrites_refused", label=reason)
 
     def _decoding_obstacle(self) -> str:
         """Why no request of this engine can decode from a compact cache."""

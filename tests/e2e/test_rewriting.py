@@ -11,10 +11,6 @@ from test_compact import GENERATED, TOLERANCE
 from test_ragged import METHODS, Ragged
 
 
-def wish(handle: str) -> dict:
-    return {"kvern": {"handle": handle, "rewrite": True}}
-
-
 @pytest.fixture(scope="module")
 def daemon(stage):
     return stage.start_daemon({"store.dram_bytes": "1GiB", "compact.state_dir": str(stage.folder / "compact")})
@@ -35,14 +31,14 @@ def test_it_decodes_as_from_placeholders(bench, method):
     plain = bench.engine.generate(prompt + suffix, max_tokens=GENERATED)
     bench.engine.forget_kv()
     asked = {"prompt": prompt + suffix, "max_tokens": GENERATED}
-    asked = [{"name": "whole", **asked, "kv_transfer_params": wish(cache.handle)}, {"name": "plain", **asked}]
+    asked = [{"name": "whole", **asked, "kv_transfer_params": cache.whole_prompt_params}, {"name": "plain", **asked}]
     bench.engine.call("submit", requests=asked)
     bench.engine.run(names=["whole", "plain"])
     whole, beside = bench.engine.collect(["whole", "plain"])
     assert (whole.cached_tokens, whole.tokens) == (cache.slots, explicit.tokens)
     assert bench.difference(whole, cache, rows, suffix) < TOLERANCE["float32"]
     assert beside.tokens == plain.tokens
-    again = bench.engine.generate(prompt + [5, 6, 7], max_tokens=2, kv_transfer_params=wish(cache.handle))
+    again = bench.engine.generate(prompt + [5, 6, 7], max_tokens=2, kv_transfer_params=cache.whole_prompt_params)
     assert again.cached_tokens == cache.slots
 
 
@@ -52,7 +48,7 @@ def test_a_prompt_of_something_else_is_computed(bench):
     prompt = prose("not that one", length=410)
     alone = bench.engine.generate(prompt, max_tokens=GENERATED)
     bench.engine.forget_kv()
-    found = bench.engine.generate(prompt, max_tokens=GENERATED, kv_transfer_params=wish(cache.handle))
+    found = bench.engine.generate(prompt, max_tokens=GENERATED, kv_transfer_params=cache.whole_prompt_params)
     assert found.tokens == alone.tokens
 
 
@@ -74,7 +70,7 @@ def test_a_chat_goes_on_from_what_its_first_turn_left(stage, daemon):
     messages[1] = {key: messages[1][key] for key in ("role", "content")}
     full = chat()
     server.reset_prefix_cache()
-    second = chat(kv_transfer_params=wish(cache.handle))
+    second = chat(kv_transfer_params=cache.whole_prompt_params)
     assert second["usage"]["prompt_tokens"] == full["usage"]["prompt_tokens"] > cache.prompt_tokens
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == cache.slots
     assert second["choices"][0]["finish_reason"] == "length" and second["choices"][0]["message"]["content"]

@@ -333,9 +333,11 @@ def break_digit(handle: str) -> str:
         lambda handle: decode_options(handle.replace(".100.", ".99.")),
         lambda handle: decode_options(handle.replace("kvc1", "kvc2")),
         lambda handle: {"skip_reading": True},
+        lambda handle: {"params": {"kvern": {"handle": handle}, "do_remote_prefill": True}},
     ],
     ids=[
         "malformed", "null", "number", "no salt", "other salt", "salt alone", "no handle", "both", "unknown", "other M", "ragged", "skip",
+        "other connectors",
     ],
 )  # fmt: skip
 def test_a_request_that_is_not_as_it_must_be_fails(one, change):

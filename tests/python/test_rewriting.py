@@ -5,6 +5,7 @@ import pytest
 from test_compact_requests import assert_failed, decode_options, handle_of, run
 from test_scheduler_side import assert_at_rest, computed, prompt_of, side_of, tokens_of
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
 from kvern import compat, rewriting
@@ -104,6 +105,25 @@ def test_a_wish_that_is_not_as_it_must_be_is_passed_over(one, params):
     prompt = prompt_of(500)
     wish = {"kvern": params(handle_of(one, prompt))}
     assert_served_whole(one, run(one, one.add(prompt + SUFFIX, params=wish)), 503)
+
+
+def test_what_other_connectors_or_vllm_look_for_in_the_prompt_is_left_there(one):
+    prompt = prompt_of(500)
+    handle = handle_of(one, prompt)
+    for_others = {"kvern": {"handle": handle, "rewrite": True}, "do_remote_decode": True}
+    assert_served_whole(one, run(one, one.add(prompt + SUFFIX, params=for_others)), 503)
+
+    def admitted(**sampling) -> Request:
+        extra = {"kv_transfer_params": {"kvern": {"handle": handle, "rewrite": True}}}
+        request = Request("own", prompt + SUFFIX, SamplingParams(max_tokens=4, extra_args=extra, **sampling), None)
+        side_of(one).on_new_request(request)
+        return request
+
+    grammar = StructuredOutputsParams(json={"type": "object"})
+    assert not rewriting.is_rewritten(admitted(structured_outputs=grammar))
+    side_of(one)._states.clear()
+    assert rewriting.is_rewritten(admitted())
+    side_of(one)._states.clear()
 
 
 def test_prompt_logprobs_and_expired_handles_are_computed(one):
