@@ -71,7 +71,8 @@ class PagePool:
         self._layers: dict[str, object] = {}
         self._blocks = 1
         self._orders: list[RaggedOrder] = []
-        self._metadata: dict[str, object] = {}  # of this step's layers
+        self._by_layer: dict[str, object] = {}  # what vLLM's layers read in this step
+        self._metadata: dict[str, object] = {}  # of this step's layers, for them to read
         self._trouble = ""
         self._exchanged: set[str] = set()
         self._tables: tuple[tuple, _Tables] | None = None  # of the last batch
@@ -139,7 +140,7 @@ class PagePool:
     # ---------------------------------------------------------------- a step
 
     def begin_step(self, orders: list[RaggedOrder]) -> None:
-        self._orders, self._metadata, self._trouble = orders, {}, ""
+        self._orders, self._by_layer, self._metadata, self._trouble = orders, {}, {}, ""
         self._exchanged.clear()
 
     @property
@@ -151,18 +152,18 @@ class PagePool:
         if self._trouble:
             return
         try:
-            if self.problem:
-                raise ValueError(self.problem)
-            from vllm.forward_context import get_forward_context
-
-            by_layer = get_forward_context().attn_metadata
             if not self._metadata:
-                self._metadata = self._prepare(by_layer)
+                if self.problem:
+                    raise ValueError(self.problem)
+                from vllm.forward_context import get_forward_context
+
+                self._by_layer = get_forward_context().attn_metadata
+                self._metadata = self._prepare(self._by_layer)
             layer, metadata = self._layers[name], self._metadata[name]
             # Both together, since a table's numbers lie outside the layer's own cache; and not before, since until now
             # the layer has written this step's rows to its own pages.
             self._exchanged.add(name)
-            vars(layer)["kv_cache"], by_layer[name] = self._whole, metadata
+            vars(layer)["kv_cache"], self._by_layer[name] = self._whole, metadata
         except Exception as error:
             self._trouble = f"{type(error).__name__}: {error}"
 

@@ -654,8 +654,7 @@ class SchedulerSide:
         reason = state.doomed
         if not reason and state.failed:
             reason = "its load failed"
-        if not reason and self._refused:
-            reason = f"this engine runs without the store: {self._refused}"
+        reason = reason or self._decoding_obstacle()
         if not reason and handle.ragged and state.pages is None:
             known, reason = self._learn_pages(state, now)
             if not known:
