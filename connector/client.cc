@@ -103,6 +103,10 @@ std::string host_of(const std::string& address) {
   return rest.substr(0, rest.rfind(':'));
 }
 
+bool may_use_ucx(const ClientConfig& config) {
+  return config.data_plane == "ucx" || !config.address.starts_with("unix://");
+}
+
 wire::DataPlaneKind plane_kind(const std::string& name) {
   if (name == "shm") return wire::DATA_PLANE_SHM;
   return name == "ucx" ? wire::DATA_PLANE_UCX : wire::DATA_PLANE_AUTO;
@@ -215,7 +219,7 @@ Result<wire::Welcome> Client::State::greet(ControlClient& to) const {
   hello->set_client_name(config.client_name.empty() ? "pid " + std::to_string(::getpid()) : config.client_name);
   hello->set_data_plane(plane_kind(config.data_plane));
   hello->set_staging_bytes(config.staging_bytes);
-  if (config.data_plane == "ucx" || !config.address.starts_with("unix://")) {
+  if (may_use_ucx(config)) {
     auto version = ucx_version();
     if (!version) return failure(version.error());
     hello->mutable_versions()->set_ucx(*version);
@@ -509,6 +513,8 @@ void Client::State::run() {
 Client::Client(ClientConfig config) {
   if (const Status status = config.validate(); !status) throw std::invalid_argument(status.message());
   if (!config.profiles.empty()) align::set_profile_folder(config.profiles);
+  // Here and not where it is needed: the engine's thread, which reads the environment all the time, is in this call.
+  if (may_use_ucx(config)) prepare_ucx_environment();
   state_ = std::make_unique<State>(std::move(config));
   state_->thread = start_service_thread("kvern-client", [state = state_.get()] { state->run(); });
 }

@@ -15,6 +15,7 @@
 #include "service/config.h"
 #include "service/daemon.h"
 #include "service/log.h"
+#include "transport/ucx.h"
 
 namespace kvern {
 namespace {
@@ -63,6 +64,7 @@ int run(const ServiceConfig& config) {
                            .json = config.log.format == "json",
                            .lines_per_second = config.log.lines_per_second});
   raise_descriptor_limit();
+  if (!config.server.ucx_listen.empty()) prepare_ucx_environment();  // before there are threads
   const sigset_t signals = stop_signals();  // blocked in all threads, since they inherit this one's mask
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
@@ -79,7 +81,7 @@ int run(const ServiceConfig& config) {
     });
     daemon.drain();
     drained.store(true);
-    ::pthread_kill(second.native_handle(), SIGTERM);  // ends its wait
+    ::pthread_kill(second.native_handle(), SIGINT);  // ends its wait
     second.join();
   } catch (const std::exception& error) {
     log_error("kvernd ends", {{"why", error.what()}});

@@ -17,6 +17,11 @@ namespace kvern {
 /// them), each bound to an admitted session by its token. The bytes are not encrypted, and UCX itself trusts its peers:
 /// for trusted networks alone. UCX is loaded and initialised only by these classes' users (transport/ucx_module.h).
 
+/// Sets the variables (UCX_*) that Kvern needs otherwise than UCX has them, where the user did not: UCX reads them from
+/// the environment alone. To change it while another thread reads it is undefined, and crashes: called before UCX is
+/// used, by a thread beside which nothing reads the environment. Idempotent; UcxServer calls it.
+void prepare_ucx_environment();
+
 /// "1.13.1" of the library that is loaded; checked against the headers: an older library is kRefused. kUnavailable when
 /// Kvern's UCX module or UCX itself is not installed.
 Result<std::string> ucx_version();
@@ -67,8 +72,8 @@ struct UcxClientConfig {
   std::string devices;
   std::chrono::milliseconds timeout{30000};  ///< without any transfer ending: the daemon is taken for dead
 };
-/// Connects. A plane whose connection broke answers kUnavailable for good: register again and make another. The plane
-/// keeps its own staging memory, laid out like the daemon's.
+/// Connects; prepare_ucx_environment() was called before. A plane whose connection broke answers kUnavailable for good:
+/// register again and make another. The plane keeps its own staging memory, laid out like the daemon's.
 Result<std::unique_ptr<DataPlane>> make_ucx_data_plane(const UcxClientConfig& config);
 
 }  // namespace kvern

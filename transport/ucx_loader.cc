@@ -13,22 +13,6 @@ namespace {
 constexpr const char* kModuleFile = "libkvern_ucx.so";
 constexpr const char* kModuleVariable = "KVERN_UCX_MODULE";
 
-/// UCX reads these from the environment, the first three as soon as it is loaded, and 1.13 ignores what
-/// ucp_config_modify() says about the others. A value that the user set stays.
-void set_ucx_defaults() {
-  // The program's own crash handling stays: UCX would take SIGSEGV and others for itself.
-  ::setenv("UCX_HANDLE_ERRORS", "none", 0);
-  // Not on stdout, where programs write their results.
-  ::setenv("UCX_LOG_FILE", "stderr", 0);
-  // The ones below are no mistake on a host whose traffic goes over RDMA alone.
-  ::setenv("UCX_WARN_UNUSED_ENV_VARS", "n", 0);
-  // The default of 8 KiB costs three quarters of the throughput of put and get.
-  ::setenv("UCX_TCP_TX_SEG_SIZE", "512k", 0);
-  ::setenv("UCX_TCP_RX_SEG_SIZE", "512k", 0);
-  // Or a restarted daemon waits a minute for its port.
-  ::setenv("UCX_TCP_CM_REUSEADDR", "y", 0);
-}
-
 std::vector<std::filesystem::path> candidates() {
   if (const char* named = std::getenv(kModuleVariable); named != nullptr && *named != '\0') return {named};
   std::vector<std::filesystem::path> folders;
@@ -58,7 +42,6 @@ Result<const UcxModule*> load() {
       looked_at += (looked_at.empty() ? "" : ", ") + path.string();
       continue;
     }
-    set_ucx_defaults();
     void* const library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
       return failure(Code::kUnavailable, std::string("UCX cannot be loaded (") + ::dlerror() +
@@ -86,12 +69,28 @@ struct UcxServer::State {
   std::unique_ptr<UcxListener> listener;
 };
 
+// The first three are read as soon as UCX is loaded, and 1.13 ignores what ucp_config_modify() says about the others.
+void prepare_ucx_environment() {
+  // The program's own crash handling stays: UCX would take SIGSEGV and others for itself.
+  ::setenv("UCX_HANDLE_ERRORS", "none", 0);
+  // Not on stdout, where programs write their results.
+  ::setenv("UCX_LOG_FILE", "stderr", 0);
+  // The ones below are no mistake on a host whose traffic goes over RDMA alone.
+  ::setenv("UCX_WARN_UNUSED_ENV_VARS", "n", 0);
+  // The default of 8 KiB costs three quarters of the throughput of put and get.
+  ::setenv("UCX_TCP_TX_SEG_SIZE", "512k", 0);
+  ::setenv("UCX_TCP_RX_SEG_SIZE", "512k", 0);
+  // Or a restarted daemon waits a minute for its port.
+  ::setenv("UCX_TCP_CM_REUSEADDR", "y", 0);
+}
+
 Result<std::string> ucx_version() {
   if (!module()) return failure(module().error());
   return (*module())->version();
 }
 
 UcxServer::UcxServer(const UcxServerConfig& config, UcxServerHandler& handler) : state_(std::make_unique<State>()) {
+  prepare_ucx_environment();
   if (!module()) throw std::runtime_error(module().error().message());
   auto listener = (*module())->listen(config, handler);
   if (!listener) throw std::runtime_error(listener.error().message());

@@ -174,6 +174,7 @@ void bind_client(nb::module_& module) {
             config.call_timeout_ms = call_timeout_ms;
             config.backoff_min_ms = backoff_min_ms;
             config.backoff_max_ms = backoff_max_ms;
+            // With the GIL: may set UCX's variables, and no Python thread reads the environment meanwhile.
             new (self) PyClient(std::make_shared<Client>(std::move(config)));
           },
           nb::arg("address"), nb::kw_only(), nb::arg("scheduler"), nb::arg("client_name") = "",

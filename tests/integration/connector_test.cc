@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -428,6 +429,24 @@ std::uint16_t port_of(Daemon& daemon) {
   if (at == std::string::npos) return 0;
   const std::string line = text.substr(at, text.find('\n', at) - at);
   return static_cast<std::uint16_t>(std::stoi(line.substr(line.rfind(':') + 1)));
+}
+
+// An engine's threads read the environment whenever they like (every line of a log asks for the time zone), and who
+// changes it beside them frees what they read.
+TEST(Connector, a_client_changes_the_environment_in_its_constructor_alone) {
+  ::setenv("KVERN_UCX_MODULE", KVERN_UCX_PATH, 1);
+  Daemon daemon(64U << 20,
+                {"--server.tcp_listen=127.0.0.1:0", "--server.insecure=true", "--server.ucx_listen=127.0.0.1"});
+  const std::uint16_t port = port_of(daemon);
+  ASSERT_NE(port, 0) << daemon.process().text();
+  const Client client(remote_config("tcp://127.0.0.1:" + std::to_string(port)));
+  char** const before = environ;
+  const char* const segment = std::getenv("UCX_TCP_TX_SEG_SIZE");
+  ASSERT_NE(segment, nullptr);
+  ASSERT_TRUE(client.wait_ready(kPatienceMs)) << client.problem();
+  ASSERT_TRUE(client.session()->data_plane->name().starts_with("ucx"));
+  EXPECT_EQ(environ, before);
+  EXPECT_EQ(std::getenv("UCX_TCP_TX_SEG_SIZE"), segment);
 }
 
 TEST(Connector, a_remote_client_stores_finds_and_loads_over_ucx) {

@@ -654,6 +654,7 @@ int transfer(std::uint16_t port, bool push) {
 
 int main(int argc, char** argv) {
   ::setenv("KVERN_UCX_MODULE", KVERN_UCX_MODULE_FILE, 0);
+  kvern::prepare_ucx_environment();
   const std::string role = argc > 1 ? argv[1] : "";
   if (role == "--serve") return kvern::serve();
   if ((role == "--push" || role == "--pull") && argc == 3) {
