@@ -347,6 +347,7 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
   }
   store->set_removal_listener([this](const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason) {
     metrics.chunk_removed(reason);
+    if (blocks.empty()) return events.forget();
     events.add({.key = key,
                 .blocks = {blocks.begin(), blocks.end()},
                 .reason = std::string(reason),

@@ -14,6 +14,12 @@ void EventLog::add(Removal removal) {
   removals_.push_back(std::move(removal));
 }
 
+void EventLog::forget() {
+  std::lock_guard lock(mutex_);
+  first_ += removals_.size() + 1;
+  removals_.clear();
+}
+
 std::uint64_t EventLog::next_cursor() const {
   std::lock_guard lock(mutex_);
   return first_ + removals_.size();

@@ -30,6 +30,8 @@ class EventLog {
   explicit EventLog(std::size_t capacity = kDefaultCapacity) : capacity_(capacity) {}
 
   void add(Removal removal);
+  /// Something left of which nobody knows what it was: whoever reads on is told that removals were lost.
+  void forget();
   /// The cursor that the next removal will have.
   std::uint64_t next_cursor() const;
 

@@ -467,6 +467,7 @@ void ChunkStore::State::drop_if_damaged(const NamespaceId& namespace_id, std::ui
   if (container && container->info().key == named.key()) return;
   ++counters.quarantined_chunks;
   drop_when_unheld(hit->chunk, ChunkState::kQuarantined, "quarantined");
+  if (listener) removals.back().blocks.clear();  // those of the chunk that are damaged say nothing of what has gone
 }
 
 // Takes all of them out of the index, and frees those that nobody holds.

@@ -151,7 +151,8 @@ class ChunkStore {
   /// store's lock held, after begin_retire() of the candidates; must not call back. Reads the slots with seq_cst loads.
   using HazardProbe = std::function<void(std::unordered_set<std::uint32_t>& claimed)>;
   /// Called, without the lock, for every chunk that left the index (for KV events); must not throw. reason: "evicted",
-  /// "superseded" (its blocks are found in a longer chunk now), "quarantined", "flushed", "dropped".
+  /// "superseded" (its blocks are found in a longer chunk now), "quarantined", "flushed", "dropped". blocks: none when
+  /// the chunk's names were damaged, so that nobody knows which have gone.
   using RemovalListener =
       std::function<void(const ChunkKey& key, std::span<const BlockHash> blocks, std::string_view reason)>;
 

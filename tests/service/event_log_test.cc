@@ -42,6 +42,20 @@ TEST(EventLog, WhoFallsBehindIsToldSo) {
   EXPECT_TRUE(page.lost) << "a cursor of another daemon";
 }
 
+TEST(EventLog, WhoReadsOnAfterSomethingUnknownLeftIsToldSo) {
+  EventLog log;
+  log.add(removal(1));
+  const std::uint64_t before = log.next_cursor();
+  log.forget();
+  log.add(removal(2));
+  EventLog::Page page;
+  read_all(log, before, &page);
+  EXPECT_TRUE(page.lost);
+  log.add(removal(3));
+  EXPECT_EQ(read_all(log, page.next_cursor, &page), (std::vector<std::int64_t>{3}));
+  EXPECT_FALSE(page.lost);
+}
+
 TEST(EventLog, APageEndsWhereTheReaderIsFull) {
   EventLog log;
   for (std::uint8_t i = 1; i <= 3; ++i) log.add(removal(i));

@@ -187,6 +187,10 @@ TEST(ChunkObject, DamagedNamesTakeTheirChunkAway) {
   ASSERT_TRUE(store_chunk(f.store, damaged).value());
   ASSERT_TRUE(store_chunk(f.store, good).value());
   const auto info = damaged.info();
+  std::vector<std::size_t> removed_blocks;
+  f.store.set_removal_listener([&](const ChunkKey&, std::span<const BlockHash> blocks, std::string_view) {
+    removed_blocks.push_back(blocks.size());
+  });
   const auto pinned = f.pin(damaged);
   const auto bytes = f.store.bytes(pinned->shards.front());
   const std::size_t at = block_hashes_offset(info.codec_spec) + 1 + info.block_hashes.front().size() + 5;  // of block 1
@@ -195,6 +199,7 @@ TEST(ChunkObject, DamagedNamesTakeTheirChunkAway) {
 
   EXPECT_FALSE(f.store.pin(info.key.namespace_id, 0, info.block_hashes[1]));
   EXPECT_EQ(f.store.stats().quarantined_chunks, 1U);
+  EXPECT_EQ(removed_blocks, std::vector<std::size_t>{0}) << "it is not known which";
   EXPECT_FALSE(f.pin(damaged)) << "all of it went";
   EXPECT_FALSE(f.store.pin(info.key.namespace_id, 0, block_hash(7, 7))) << "a block that nobody stored";
   EXPECT_EQ(f.store.stats().quarantined_chunks, 1U);
