@@ -14,7 +14,7 @@ using prometheus::Registry;
 prometheus::Histogram::BucketBoundaries seconds_buckets() {
   prometheus::Histogram::BucketBoundaries buckets;
   buckets.reserve(7 * 4 + 1);
-  for (double decade = 1e-6; decade < 5; decade *= 10) {
+  for (const double decade : {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0}) {
     for (const double step : {1.0, 2.0, 4.0, 7.0}) buckets.push_back(decade * step);
   }
   buckets.push_back(10);

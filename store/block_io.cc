@@ -104,11 +104,18 @@ std::unique_ptr<BlockIo> make_thread_block_io(const std::vector<int>& files, con
 
 OpenedBlockIo open_block_io(const std::vector<int>& files, const BlockIoConfig& config) {
   if (const auto status = config.validate(); !status) throw std::invalid_argument("block I/O: " + status.message());
-  if (config.kind == BlockIoKind::kThreads) return {make_thread_block_io(files, config), ""};
-  auto uring = make_uring_block_io(files, config);
-  if (uring) return {std::move(*uring), ""};
-  if (config.kind == BlockIoKind::kUring) throw std::runtime_error(uring.error().message());
-  return {make_thread_block_io(files, config), uring.error().message() + "; pread and pwrite on threads are used"};
+  OpenedBlockIo opened;
+  if (config.kind != BlockIoKind::kThreads) {
+    auto uring = make_uring_block_io(files, config);
+    if (uring) {
+      opened.io = std::move(*uring);
+      return opened;
+    }
+    if (config.kind == BlockIoKind::kUring) throw std::runtime_error(uring.error().message());
+    opened.why = uring.error().message() + "; pread and pwrite on threads are used";
+  }
+  opened.io = make_thread_block_io(files, config);
+  return opened;
 }
 
 void read_fully(BlockIo& io, std::uint32_t file, std::uint64_t offset, std::span<std::byte> into,

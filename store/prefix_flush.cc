@@ -28,7 +28,7 @@ struct PrefixFlush::Buffer {
   const std::size_t size_bytes;
 };
 
-PrefixFlush::PrefixFlush(ChunkStore& dram, std::vector<Tier*> tiers, WithTiers with_tiers,
+PrefixFlush::PrefixFlush(ChunkStore& dram, const std::vector<Tier*>& tiers, WithTiers with_tiers,
                          const NamespaceSet& namespaces, const BlockHash& block, FlushDone done)
     : dram_(dram),
       with_tiers_(std::move(with_tiers)),

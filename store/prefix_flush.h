@@ -29,7 +29,7 @@ class PrefixFlush : public std::enable_shared_from_this<PrefixFlush> {
   using WithTiers = std::function<bool(const std::function<void()>& function)>;
 
   /// dram outlives this; the tiers are used within with_tiers alone.
-  PrefixFlush(ChunkStore& dram, std::vector<Tier*> tiers, WithTiers with_tiers, const NamespaceSet& namespaces,
+  PrefixFlush(ChunkStore& dram, const std::vector<Tier*>& tiers, WithTiers with_tiers, const NamespaceSet& namespaces,
               const BlockHash& block, FlushDone done);
   void start();
 

@@ -121,7 +121,7 @@ struct RedisTier::Work {
   struct Scan {
     std::string pattern;
     /// Of each page that has keys; goes on with go_on().
-    std::function<void(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys)> take;
+    std::function<void(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys)> take;
     Done done;
     std::vector<RedisEndpoint> nodes = {};
     std::size_t node = 0;
@@ -151,11 +151,11 @@ struct RedisTier::Work {
   void go_on(const std::shared_ptr<Erase>& erase);
   void start(const std::shared_ptr<Scan>& scan);
   void go_on(const std::shared_ptr<Scan>& scan);
-  void for_each_key(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys, std::string_view command,
-                    std::function<void(const std::string& key, const RespValue& reply)> take,
-                    std::function<void()> then);
-  void unlink(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys);
-  void look_at(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys, const PageDone& page);
+  void for_each_key(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys, std::string_view command,
+                    const std::function<void(const std::string& key, const RespValue& reply)>& take,
+                    const std::function<void()>& then);
+  void unlink(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys);
+  void look_at(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys, const PageDone& page);
 
   std::string name_of(const ChunkKey& key) const { return remote_object_name(config.prefix, key); }
   void execute(RedisLane lane, const std::string& name, std::vector<RedisRequest> requests, RedisBatch::Done done);
@@ -573,7 +573,7 @@ void RedisTier::Work::go_on(const std::shared_ptr<Scan>& scan) {
     if (scan->cursor == "0") ++scan->node;
     std::vector<std::string> keys;
     for (const auto& key : page.elements[1].elements) keys.push_back(key.text);
-    if (!keys.empty()) return scan->take(scan, std::move(keys));
+    if (!keys.empty()) return scan->take(scan, keys);
     loop.later([this, scan] { go_on(scan); });
   };
   const std::size_t node = scan->node;
@@ -581,10 +581,10 @@ void RedisTier::Work::go_on(const std::shared_ptr<Scan>& scan) {
 }
 
 // Each key by itself, through the map: a slot may have moved since. Goes on when all have been answered.
-void RedisTier::Work::for_each_key(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys,
+void RedisTier::Work::for_each_key(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys,
                                    std::string_view command,
-                                   std::function<void(const std::string& key, const RespValue& reply)> take,
-                                   std::function<void()> then) {
+                                   const std::function<void(const std::string& key, const RespValue& reply)>& take,
+                                   const std::function<void()>& then) {
   struct Page {
     std::size_t left;
     Status trouble = {};
@@ -604,19 +604,20 @@ void RedisTier::Work::for_each_key(const std::shared_ptr<Scan>& scan, std::vecto
   }
 }
 
-void RedisTier::Work::unlink(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys) {
+void RedisTier::Work::unlink(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys) {
   for_each_key(
-      scan, std::move(keys), "UNLINK", [](const std::string&, const RespValue&) {}, [] {});
+      scan, keys, "UNLINK", [](const std::string&, const RespValue&) {}, [] {});
 }
 
-void RedisTier::Work::look_at(const std::shared_ptr<Scan>& scan, std::vector<std::string> keys, const PageDone& page) {
+void RedisTier::Work::look_at(const std::shared_ptr<Scan>& scan, const std::vector<std::string>& keys,
+                              const PageDone& page) {
   const auto hits = std::make_shared<std::vector<TierHit>>();
   const auto take = [this, hits](const std::string& key, const RespValue& reply) {
     const auto name = parse_remote_object_name(config.prefix, std::string_view(key).substr(1, key.size() - 2));
     const auto manifest = RedisManifest::decode(reply.text);
     if (name && manifest) hits->push_back({.key = *name, .bytes = manifest->bytes});
   };
-  for_each_key(scan, std::move(keys), "GET", take, [hits, page] { page(std::move(*hits)); });
+  for_each_key(scan, keys, "GET", take, [hits, page] { page(std::move(*hits)); });
 }
 
 // ---- the tier
@@ -673,21 +674,20 @@ void RedisTier::do_erase(std::vector<ChunkKey> keys, Done done) {
 }
 
 void RedisTier::do_erase_all(const NamespaceSet& namespaces, Done done) {
-  auto scan = std::make_shared<Work::Scan>(Work::Scan{
-      .pattern = "{" + remote_names_of(work_->config.prefix, namespaces) + "*",
-      .take = [work = work_.get()](const auto& running,
-                                   std::vector<std::string> keys) { work->unlink(running, std::move(keys)); },
-      .done = std::move(done)});
+  auto scan = std::make_shared<Work::Scan>(
+      Work::Scan{.pattern = "{" + remote_names_of(work_->config.prefix, namespaces) + "*",
+                 .take = [work = work_.get()](const auto& running,
+                                              const std::vector<std::string>& keys) { work->unlink(running, keys); },
+                 .done = std::move(done)});
   if (!work_->loop.post([work = work_.get(), scan] { work->start(scan); })) scan->done(closing());
 }
 
 void RedisTier::do_list(const NamespaceSet& namespaces, PageDone page, Done done) {
-  auto scan = std::make_shared<Work::Scan>(
-      Work::Scan{.pattern = "{" + remote_names_of(work_->config.prefix, namespaces) + "*}",
-                 .take = [work = work_.get(), page = std::move(page)](
-                             const auto& running,
-                             std::vector<std::string> keys) { work->look_at(running, std::move(keys), page); },
-                 .done = std::move(done)});
+  auto scan = std::make_shared<Work::Scan>(Work::Scan{
+      .pattern = "{" + remote_names_of(work_->config.prefix, namespaces) + "*}",
+      .take = [work = work_.get(), page = std::move(page)](
+                  const auto& running, const std::vector<std::string>& keys) { work->look_at(running, keys, page); },
+      .done = std::move(done)});
   if (!work_->loop.post([work = work_.get(), scan] { work->start(scan); })) scan->done(closing());
 }
 

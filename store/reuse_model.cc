@@ -36,7 +36,7 @@ std::array<std::uint64_t, ReuseModel::kAges> make_steps() {
   std::array<std::uint64_t, ReuseModel::kAges> begins{};
   double begin = kFirstStep;
   for (std::size_t step = 1; step < begins.size(); ++step, begin *= std::sqrt(2.0)) {
-    begins[step] = static_cast<std::uint64_t>(begin + 0.5);
+    begins[step] = static_cast<std::uint64_t>(std::llround(begin));
   }
   return begins;
 }

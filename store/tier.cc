@@ -97,16 +97,14 @@ std::optional<std::uint64_t> Tier::begin(TierOperation operation) {
 
 void Tier::end(std::uint64_t id, TierOperation operation, const Status& status, std::uint64_t bytes) {
   const std::int64_t now = clock_.now_ns();
-  std::int64_t started = now;
-  {
+  const std::int64_t started = [&] {
     std::lock_guard lock(mutex_);
-    const auto ended = outstanding_.find(id);
-    started = ended->second.started_ns;
-    outstanding_.erase(ended);
+    const auto ended = outstanding_.extract(id);
     const Verdict verdict = verdict_of(status);
     if (verdict == Verdict::kGood) breaker_.succeeded();
     if (verdict == Verdict::kBroken) breaker_.failed(now);
-  }
+    return ended.mapped().started_ns;
+  }();
   if (observer_ == nullptr) return;
   observer_->finished(name_, operation, status, status ? bytes : 0, static_cast<double>(now - started) * 1e-9);
 }

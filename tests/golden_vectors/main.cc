@@ -62,6 +62,7 @@ int main(int argc, char** argv) {
     Vectors vectors(folder != nullptr && *folder != '\0' ? folder : KVERN_GOLDEN_DIR);
     const Methods methods = all_methods();
     for (const nlohmann::json& of : vectors.cases()) {
+      // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): googletest keeps it
       ::testing::RegisterTest("Golden", of.at("name").get<std::string>().c_str(), nullptr, nullptr, __FILE__, __LINE__,
                               [&]() -> ::testing::Test* { return new GoldenCase(vectors, of, methods); });
     }

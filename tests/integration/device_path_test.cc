@@ -269,7 +269,9 @@ TEST_P(DevicePath, TheDaemonsDeathLeavesThePagesAloneAndItsReturnServesThem) {
 /// Runs in another process, which the next test kills.
 TEST_P(DevicePath, DISABLED_EngineThatIsKilled) {
   if (GetParam() != std::getenv(kKindVariable)) return;
-  Engine engine(std::getenv(kAddressVariable), player_.get(), 7);
+  const char* const address = std::getenv(kAddressVariable);
+  ASSERT_NE(address, nullptr);
+  Engine engine(address, player_.get(), 7);
   if (engine.store(prompt(1, 8), ids(1, 8)).stored_chunks.size() == 1) std::fputs("stored\n", stderr);
   ::pause();
 }
