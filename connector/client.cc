@@ -161,7 +161,7 @@ std::string Session::refusal(int handle) const {
 
 /// thread runs run(). mutex guards what other threads look at; the rest belongs to the thread.
 struct Client::State {
-  explicit State(ClientConfig client_config) : config(std::move(client_config)) {}
+  explicit State(ClientConfig client_config) : config(std::move(client_config)), attributes(config.attributes) {}
 
   const ClientConfig config;
   EventFeed events;
@@ -175,7 +175,9 @@ struct Client::State {
   std::string problem = "not connected yet";
   std::uint64_t session_count = 0;
   std::map<std::string, UsageReport> usage;  ///< by codec_spec
-  std::shared_ptr<ControlClient> control;    ///< in use by the thread
+  std::map<std::string, std::string> attributes;
+  std::map<std::string, std::string> told_next;  ///< of them, what the next heartbeat carries
+  std::shared_ptr<ControlClient> control;        ///< in use by the thread
   bool stopping = false;
   bool finished = false;
 
@@ -215,7 +217,10 @@ Result<wire::Welcome> Client::State::greet(ControlClient& to) const {
   hello->mutable_versions()->set_protocol(kProtocolVersion);
   hello->mutable_versions()->set_container(kContainerVersion);
   hello->set_role(config.scheduler ? wire::ROLE_SCHEDULER : wire::ROLE_WORKER);
-  hello->mutable_attributes()->insert(config.attributes.begin(), config.attributes.end());
+  {
+    const std::lock_guard lock(mutex);
+    hello->mutable_attributes()->insert(attributes.begin(), attributes.end());
+  }
   hello->set_client_name(config.client_name.empty() ? "pid " + std::to_string(::getpid()) : config.client_name);
   hello->set_data_plane(plane_kind(config.data_plane));
   hello->set_staging_bytes(config.staging_bytes);
@@ -404,9 +409,18 @@ void Client::State::send_usage(const Session& to) {
 Status Client::State::beat(const Session& to) {
   wire::ControlRequest request;
   request.set_session_token(to.token);
-  request.mutable_heartbeat();
+  auto* told = request.mutable_heartbeat()->mutable_attributes();
+  {
+    const std::lock_guard lock(mutex);
+    told->insert(told_next.begin(), told_next.end());
+    told_next.clear();
+  }
   wire::ControlReply reply;
   const Status sent = to.control->call(request, &reply, heartbeat_interval);
+  if (!sent) {
+    const std::lock_guard lock(mutex);
+    told_next.insert(told->begin(), told->end());  // what is newer stays
+  }
   return sent ? to_status(reply.status()) : sent;
 }
 
@@ -571,6 +585,12 @@ std::uint64_t Client::session_count() const {
 const ClientConfig& Client::config() const { return state_->config; }
 
 EventFeed& Client::events() { return state_->events; }
+
+void Client::describe(const std::string& attribute, std::string value) {
+  const std::lock_guard lock(state_->mutex);
+  state_->told_next[attribute] = value;
+  state_->attributes[attribute] = std::move(value);
+}
 
 void Client::report(const UsageReport& usage) {
   const std::lock_guard lock(state_->mutex);

@@ -119,6 +119,8 @@ class Client {
   EventFeed& events();
   /// Adds to what goes to the daemon with the next heartbeat.
   void report(const UsageReport& usage);
+  /// Adds to the attributes; they go to the daemon with the next heartbeat, and to every later session.
+  void describe(const std::string& attribute, std::string value);
   /// Says goodbye to the daemon and ends the thread. Idempotent.
   void close();
 

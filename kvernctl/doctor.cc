@@ -88,9 +88,26 @@ void check_memory(const nlohmann::json& status, Findings& findings) {
   }
 }
 
+/// What an engine's worker found out of itself at its start.
+void tell_self_tests(const nlohmann::json& session, Findings& findings) {
+  const std::string name = session.value("client_name", std::string("an engine"));
+  const auto attributes = session.value("attributes", nlohmann::json::object());
+  const auto tell = [&](const char* attribute, const std::string& works, const std::string& otherwise) {
+    const std::string result = attributes.value(attribute, std::string());
+    if (result.empty()) return;
+    const bool passed = result == "self-test passed";
+    findings.good(passed ? name + works + " (self-test passed)" : name + otherwise + ": " + result);
+  };
+  tell("query_capture", " makes compact caches by methods that read queries",
+       " makes compact caches by methods without queries only");
+  tell("layer_budgets", " reads compact caches with a budget for each layer",
+       " gives all layers of a compact cache the same budget");
+}
+
 void check_engines(const nlohmann::json& status, Findings& findings) {
   int engines = 0;
   for (const auto& session : status.value("sessions", nlohmann::json::array())) {
+    if (session.value("role", std::string()) == "worker") tell_self_tests(session, findings);
     if (session.value("role", std::string()) != "scheduler") continue;
     const auto attributes = session.value("attributes", nlohmann::json::object());
     if (!attributes.contains("vllm")) continue;

@@ -13,7 +13,6 @@ namespace kvern {
 namespace {
 
 constexpr std::string_view kDefaultTenant = "default";
-constexpr std::size_t kMaxAttributes = 16;
 constexpr std::size_t kMaxAttributeBytes = 256;
 constexpr std::size_t kMaxNameBytes = 128;
 // A page of events, well below the size of a message.
@@ -28,6 +27,16 @@ std::string plain(std::string_view text, std::size_t most) {
   std::ranges::replace_if(
       result, [](char c) { return c < ' ' || c > '~'; }, '?');
   return result;
+}
+
+template <typename Message>
+std::map<std::string, std::string> attributes_of(const Message& message) {
+  std::map<std::string, std::string> attributes;
+  for (const auto& [name, value] : message.attributes()) {
+    if (attributes.size() >= Session::kMaxAttributes) break;
+    attributes.emplace(plain(name, kMaxAttributeBytes), plain(value, kMaxAttributeBytes));
+  }
+  return attributes;
 }
 
 std::string join_hashes(std::span<const BlockHash> blocks, std::uint32_t hash_bytes) {
@@ -98,6 +107,7 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
         return register_device_pages(of, asked.register_device_pages(), to->mutable_device_pages_registered());
       });
     case wire::ControlRequest::kHeartbeat:
+      (*session)->add_attributes(attributes_of(request.heartbeat()));
       return finish(Status::ok());
     case wire::ControlRequest::kGoodbye:
       parts_.sessions.end((*session)->id(), SessionEnd::kGoodbye);
@@ -196,10 +206,7 @@ Result<SessionIdentity> ControlService::identify(const ControlPeer& peer, const 
   }
   identity.client_name = plain(hello.client_name(), kMaxNameBytes);
   identity.staging_bytes = hello.staging_bytes();
-  for (const auto& [name, value] : hello.attributes()) {
-    if (identity.attributes.size() >= kMaxAttributes) break;
-    identity.attributes.emplace(plain(name, kMaxAttributeBytes), plain(value, kMaxAttributeBytes));
-  }
+  identity.attributes = attributes_of(hello);
   if (identity.role == SessionRole::kTool) {
     identity.staging_bytes = 0;
     return identity;

@@ -37,7 +37,7 @@ nlohmann::json session_json(Session& session, std::int64_t now_ns) {
           {"leases", holdings.leases},
           {"staging_bytes", holdings.staging_bytes},
           {"staging_used_bytes", holdings.staging_used_bytes},
-          {"attributes", identity.attributes}};
+          {"attributes", session.attributes()}};
 }
 
 nlohmann::json tier_json(const TieredStoreStats::OfTier& tier) {

@@ -30,7 +30,21 @@ void describe(Span& span, const Session& session) {
 }
 
 Session::Session(std::uint64_t id, std::string token, SessionIdentity identity, std::int64_t now_ns)
-    : id_(id), token_(std::move(token)), identity_(std::move(identity)), created_ns_(now_ns), last_seen_ns_(now_ns) {}
+    : id_(id), token_(std::move(token)), identity_(std::move(identity)), created_ns_(now_ns), last_seen_ns_(now_ns) {
+  add_attributes(identity_.attributes);
+}
+
+std::map<std::string, std::string> Session::attributes() const {
+  const std::lock_guard lock(mutex_);
+  return attributes_;
+}
+
+void Session::add_attributes(const std::map<std::string, std::string>& told) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [name, value] : told) {
+    if (attributes_.size() < kMaxAttributes || attributes_.contains(name)) attributes_[name] = value;
+  }
+}
 
 Status Session::accept_sequence(std::uint64_t sequence) {
   std::lock_guard lock(mutex_);

@@ -45,7 +45,7 @@ struct SessionIdentity {
   bool local = false;  ///< came over the Unix socket
   std::string tenant;
   std::string client_name;
-  std::map<std::string, std::string> attributes;  ///< for people only
+  std::map<std::string, std::string> attributes;  ///< for people only; see Session::attributes()
   std::uint64_t staging_bytes = 0;                ///< 0: none
 };
 
@@ -75,6 +75,7 @@ class Session {
   static constexpr std::size_t kMaxLeases = 1U << 16;  ///< those under matches included
   static constexpr std::size_t kMaxPrefetches = 1024;
   static constexpr std::size_t kMaxDevicePages = 64;
+  static constexpr std::size_t kMaxAttributes = 16;
 
   Session(std::uint64_t id, std::string token, SessionIdentity identity, std::int64_t now_ns);
 
@@ -82,6 +83,10 @@ class Session {
   const std::string& token() const { return token_; }
   const SessionIdentity& identity() const { return identity_; }
   std::int64_t created_ns() const { return created_ns_; }
+
+  /// Those of the identity and what was told since. At most kMaxAttributes names; further ones are passed over.
+  std::map<std::string, std::string> attributes() const;
+  void add_attributes(const std::map<std::string, std::string>& told);
 
   /// kInvalid unless the number is larger than all before.
   Status accept_sequence(std::uint64_t sequence);
@@ -159,6 +164,7 @@ class Session {
 
   mutable std::mutex mutex_;
   bool closed_ = false;
+  std::map<std::string, std::string> attributes_;
   std::uint64_t last_sequence_ = 0;
   std::int64_t last_heartbeat_ = 0;
   std::unordered_map<NamespaceId, std::shared_ptr<const Namespace>> namespaces_;

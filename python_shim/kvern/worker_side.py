@@ -122,6 +122,8 @@ class WorkerSide:
         """run_step: see PagePool.self_test()."""
         if self._pool is not None:
             self._pool.self_test(run_step)
+            self._client.describe("query_capture", self._capture.problem or "self-test passed")
+            self._client.describe("layer_budgets", self._pool.problem or "self-test passed")
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason

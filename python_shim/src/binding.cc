@@ -263,6 +263,12 @@ void bind_client(nb::module_& module) {
              return nb::make_tuple(snapshot->handle, chunks);
            })
       .def(
+          "describe",
+          [](PyClient& self, const std::string& attribute, std::string value) {
+            self->describe(attribute, std::move(value));
+          },
+          nb::arg("attribute"), nb::arg("value"), ReleaseGil())
+      .def(
           "report",
           [](PyClient& self, std::uint64_t hit_tokens, std::uint64_t requested_tokens) {
             UsageReport usage;

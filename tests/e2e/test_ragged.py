@@ -58,8 +58,10 @@ def bench(stage, daemon):
     bench.close()
 
 
-def test_each_layer_reads_its_own_slots(bench):
+def test_each_layer_reads_its_own_slots(stage, bench):
     bench.check_ragged("cake", 611)
+    doctor = stage.daemon.ctl("doctor")
+    assert "reads compact caches with a budget for each layer (self-test passed)" in doctor, doctor
 
 
 def test_requests_of_all_kinds_in_one_batch(bench):

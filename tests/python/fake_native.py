@@ -91,6 +91,7 @@ class Client:
         self.address, self.options = address, options
         self.namespaces: list[dict[str, str]] = []
         self.closed = False
+        self.attributes: dict[str, str] = dict(options.get("attributes", {}))
         self.reports: list[tuple[int, int]] = []
         self._snapshots: list[int] = []
 
@@ -136,6 +137,9 @@ class Client:
         handle = self._snapshots.pop(0)
         mine = self.id_of(handle)
         return handle, [(g, chunk.hashes, 0) for (n, g, _), chunk in self.store.chunks.items() if n == mine]
+
+    def describe(self, attribute, value):
+        self.attributes[attribute] = value
 
     def report(self, hit_tokens, requested_tokens):
         self.reports.append((hit_tokens, requested_tokens))

@@ -224,6 +224,28 @@ TEST_F(ControlServiceTest, StatusIsOneJsonObject) {
   EXPECT_EQ(report.at("sessions").at(1).at("attributes").at("vllm"), "0.32.0");
 }
 
+TEST_F(ControlServiceTest, HeartbeatsTellWhatAClientHasLearntSince) {
+  const std::string tool = open(local, wire::ROLE_TOOL);
+  auto named = hello(wire::ROLE_WORKER);
+  auto& first = *named.mutable_hello()->mutable_attributes();
+  first["vllm"] = "0.32.0";
+  first["layer_budgets"] = "not known";
+  auto beat = with_token(ask(local, named).welcome().session_token());
+  auto& told = *beat.mutable_heartbeat()->mutable_attributes();
+  told["layer_budgets"] = "self-test passed\n";
+  EXPECT_TRUE(to_status(ask(local, beat).status()));
+  for (int i = 0; i < 100; ++i) told["flood" + std::to_string(i)] = std::string(10'000, 'x');
+  EXPECT_TRUE(to_status(ask(local, beat).status()));
+  auto request = with_token(tool);
+  request.mutable_status();
+  const auto report = nlohmann::json::parse(ask(local, request).status_report().json());
+  const auto& attributes = report.at("sessions").at(1).at("attributes");
+  EXPECT_EQ(attributes.at("vllm"), "0.32.0");
+  EXPECT_EQ(attributes.at("layer_budgets"), "self-test passed?");
+  EXPECT_EQ(attributes.size(), Session::kMaxAttributes);
+  for (const auto& [name, value] : attributes.items()) EXPECT_LE(value.get<std::string>().size(), 256U) << name;
+}
+
 TEST_F(ControlServiceTest, AdministrationIsForThisHostAndForToolsWithAKey) {
   const ControlPeer keyless{.local = false, .public_key = ""};
   for (const auto& [peer, role, allowed] :
