@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "kernels/container_layout.h"
@@ -53,13 +54,42 @@ bool FamilyTable::has_namespace(const NamespaceId& namespace_id) const {
   return first != references_.end() && first->first.namespace_id == namespace_id;
 }
 
+ShardRange ShardRange::of(const ShardShape& shape) {
+  const auto narrow = [](std::uint32_t number) {
+    return static_cast<std::uint16_t>(std::min(number, kMaxLayersOrHeads));
+  };
+  return {narrow(shape.layer_begin), narrow(shape.layers), narrow(shape.head_begin), narrow(shape.heads)};
+}
+
+ShardList& ShardList::operator=(ShardList&& other) noexcept {
+  if (this == &other) return *this;
+  clear();
+  here_ = other.here_;
+  size_ = std::exchange(other.size_, 0);
+  return *this;
+}
+
+// The array holds a power of two.
 void ShardList::push_back(const ShardRecord& shard) {
-  if (std::has_single_bit(size_) || size_ == 0) {
-    auto larger = std::make_unique<ShardRecord[]>(std::size_t{2} * size_ + (size_ == 0 ? 1 : 0));
-    std::copy(begin(), end(), larger.get());
-    shards_ = std::move(larger);
+  if (size_ == 0) {
+    std::construct_at(&here_.one, shard);
+  } else if (std::has_single_bit(size_)) {
+    auto* const larger = new ShardRecord[std::size_t{2} * size_];
+    std::copy(begin(), end(), larger);
+    larger[size_] = shard;
+    const std::uint32_t size = size_;
+    clear();
+    here_.several = larger;
+    size_ = size;
+  } else {
+    here_.several[size_] = shard;
   }
-  shards_[size_++] = shard;
+  ++size_;
+}
+
+void ShardList::clear() {
+  if (size_ > 1) delete[] here_.several;
+  size_ = 0;
 }
 
 const std::uint8_t* find_block_names(std::span<const std::byte> container, std::string_view codec_spec,
@@ -147,6 +177,13 @@ bool ChunkRecord::covers(const ShardRange& range) const {
   return true;
 }
 
+bool ChunkRecord::is_complete() const {
+  ShardShape whole;
+  whole.layers = family->group_layers;
+  whole.heads = family->model_heads;
+  return covers(ShardRange::of(whole));
+}
+
 Status check_container_info(const ContainerInfo& info) {
   const std::size_t blocks = info.block_hashes.size();
   if (blocks == 0 || blocks > kMaxBlocksPerChunk) {
@@ -162,9 +199,12 @@ Status check_container_info(const ContainerInfo& info) {
     return invalid(std::to_string(blocks) + " blocks of " + std::to_string(info.block_tokens) + " tokens do not make " +
                    std::to_string(info.shape.tokens) + " tokens");
   }
-  const ShardRange range = ShardRange::of(info.shape);
-  if (range.layers == 0 || range.heads == 0 || layers_of(range).second > info.group_layers ||
-      heads_of(range).second > info.model_heads) {
+  if (info.group_layers > kMaxLayersOrHeads || info.model_heads > kMaxLayersOrHeads) {
+    return invalid("a model has at most " + std::to_string(kMaxLayersOrHeads) + " layers and heads");
+  }
+  const ShardShape& shape = info.shape;
+  if (shape.layers == 0 || shape.heads == 0 || std::uint64_t{shape.layer_begin} + shape.layers > info.group_layers ||
+      std::uint64_t{shape.head_begin} + shape.heads > info.model_heads) {
     return invalid("the shard's layers or heads lie outside the model's");
   }
   return Status::ok();

@@ -3,11 +3,12 @@
 #include <compare>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
-#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/keys.h"
@@ -40,17 +41,17 @@ class FamilyTable {
   std::map<ChunkFamily, std::uint64_t> references_;
 };
 
-/// The range of layers and heads that a shard covers: [layer_begin, layer_begin + layers) x [head_begin, ...).
+/// The range of layers and heads that a shard covers: [layer_begin, layer_begin + layers) x [head_begin, ...). Models
+/// have at most kMaxLayersOrHeads of either.
 struct ShardRange {
-  std::uint32_t layer_begin = 0;
-  std::uint32_t layers = 0;
-  std::uint32_t head_begin = 0;
-  std::uint32_t heads = 0;
+  std::uint16_t layer_begin = 0;
+  std::uint16_t layers = 0;
+  std::uint16_t head_begin = 0;
+  std::uint16_t heads = 0;
   bool operator==(const ShardRange&) const = default;
 
-  static ShardRange of(const ShardShape& shape) {
-    return {shape.layer_begin, shape.layers, shape.head_begin, shape.heads};
-  }
+  /// Numbers that are too large, which check_container_info() refuses, are cut.
+  static ShardRange of(const ShardShape& shape);
 };
 
 struct ShardRecord {
@@ -59,17 +60,27 @@ struct ShardRecord {
   std::uint64_t raw_bytes = 0;
 };
 
-/// Mostly one shard, or one for each rank: a vector that takes up two words. Move-only.
+/// Mostly one shard, which lies here; several, one for each rank, lie in an array of their own. Move-only.
 class ShardList {
  public:
+  ShardList() = default;
+  ShardList(ShardList&& other) noexcept : here_(other.here_), size_(std::exchange(other.size_, 0)) {}
+  ShardList& operator=(ShardList&& other) noexcept;
+  ~ShardList() { clear(); }
+
   void push_back(const ShardRecord& shard);
   std::size_t size() const { return size_; }
-  const ShardRecord& operator[](std::size_t i) const { return shards_[i]; }
-  const ShardRecord* begin() const { return shards_.get(); }
-  const ShardRecord* end() const { return shards_.get() + size_; }
+  const ShardRecord& operator[](std::size_t i) const { return begin()[i]; }
+  const ShardRecord* begin() const { return size_ > 1 ? here_.several : &here_.one; }
+  const ShardRecord* end() const { return begin() + size_; }
 
  private:
-  std::unique_ptr<ShardRecord[]> shards_;
+  void clear();
+
+  union Here {
+    ShardRecord one = {};
+    ShardRecord* several;  ///< owned; once there is more than one
+  } here_;
   std::uint32_t size_ = 0;
 };
 
@@ -124,14 +135,15 @@ struct ChunkRecord {
   Status check_same_chunk(const ContainerInfo& info) const;
   /// The shards of the record cover the range, together.
   bool covers(const ShardRange& range) const;
-  bool is_complete() const { return covers({0, family->group_layers, 0, family->model_heads}); }
+  bool is_complete() const;
 };
-static_assert(sizeof(ChunkRecord) == 56);
+static_assert(sizeof(ChunkRecord) == 80);
 
 /// The largest number of blocks in a chunk and of shards under one key that the store accepts: far more than a chunk of
 /// 256 tokens or a rank layout has, few enough that a hostile client cannot make bookkeeping slow.
 inline constexpr std::size_t kMaxBlocksPerChunk = 4096;
 inline constexpr std::size_t kMaxShardsPerChunk = 1024;
+inline constexpr std::uint32_t kMaxLayersOrHeads = std::numeric_limits<std::uint16_t>::max();
 
 /// What a container takes up in the slab, and in a chunk object of a lower tier: whole pages.
 constexpr std::uint64_t padded_bytes(std::uint64_t container_bytes) {

@@ -95,7 +95,7 @@ std::size_t ReuseModel::use(std::uint64_t fingerprint) {
     }
     if (next_ - oldest_ == kRing) forget_oldest();
     const auto place = static_cast<std::uint32_t>(next_++ % kRing);
-    ring_[place] = {fingerprint, now_, static_cast<std::uint8_t>(chunk_class), true};
+    ring_[place] = {fingerprint, now_ & kTimeMask, chunk_class & 3U, true};
     std::size_t slot = home(fingerprint);
     while (table_[slot] != kFree) slot = (slot + 1) % kTable;
     table_[slot] = place;

@@ -86,10 +86,11 @@ class ReusePolicy final : public EvictionPolicy {
  private:
   struct Chunk {
     std::uint64_t fingerprint = 0;
-    std::uint64_t used_at = 0;
-    std::uint8_t chunk_class = 0;
-    bool is_unreachable = false;  ///< its parent left
+    std::uint64_t used_at : ReuseModel::kTimeBits = 0;
+    std::uint64_t chunk_class : 2 = 0;
+    bool is_unreachable : 1 = false;  ///< its parent left
   };
+  static_assert(sizeof(Chunk) == 16 && ReuseModel::kClasses <= 4);
   static constexpr std::uint64_t kOneUse = 16;
   // How long chunks that were held are not asked about again, in uses.
   static constexpr std::uint64_t kHeldUses = 64;
@@ -109,8 +110,8 @@ class ReusePolicy final : public EvictionPolicy {
 
   void use(std::uint32_t chunk) {
     Chunk& used = chunks_[chunk];
-    used.chunk_class = static_cast<std::uint8_t>(model_.use(used.fingerprint));
-    used.used_at = model_.now();
+    used.chunk_class = model_.use(used.fingerprint) & 3U;
+    used.used_at = model_.now() & ReuseModel::kTimeMask;
     lists_.remove(chunk);
     list(chunk);
   }

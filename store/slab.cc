@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "store/piecewise_vector.h"
+
 namespace kvern {
 namespace {
 
@@ -104,14 +106,16 @@ struct Slab::State {
     std::uint32_t pages = 0;
     std::uint32_t before = kNone;
     std::uint32_t after = kNone;
-    std::uint32_t previous_free = kNone;
+    std::uint32_t previous_free = kUsed;
     std::uint32_t next_free = kNone;
-    bool is_free = false;
+
+    static constexpr std::uint32_t kUsed = kNone - 1;  ///< instead of a free neighbour in the bin
+    bool is_free() const { return previous_free != kUsed; }
   };
 
   std::uint32_t capacity_pages = 0;
   std::uint64_t used_pages = 0;
-  std::vector<Block> blocks;
+  PiecewiseVector<Block> blocks;
   std::vector<std::uint32_t> spare_blocks;
   BlockAtPage used_by_page;
   std::array<std::array<std::uint32_t, kSteps>, kLevels> heads;
@@ -141,7 +145,6 @@ struct Slab::State {
     Block& block = blocks[id];
     const Bin bin = bin_of(block.pages);
     std::uint32_t& head = heads[bin.level][bin.step];
-    block.is_free = true;
     block.previous_free = kNone;
     block.next_free = head;
     if (head != kNone) blocks[head].previous_free = id;
@@ -163,7 +166,7 @@ struct Slab::State {
       }
     }
     if (block.next_free != kNone) blocks[block.next_free].previous_free = block.previous_free;
-    block.is_free = false;
+    block.previous_free = Block::kUsed;
   }
 
   std::uint32_t find_free(std::uint32_t pages) const {
@@ -207,7 +210,7 @@ struct Slab::State {
 
   void absorb_successor_if_free(std::uint32_t id) {
     const std::uint32_t next = blocks[id].after;
-    if (next == kNone || !blocks[next].is_free) return;
+    if (next == kNone || !blocks[next].is_free()) return;
     unlink_free(next);
     absorb_successor(id);
   }
@@ -278,7 +281,7 @@ void Slab::release(const Extent& extent) {
   s.used_by_page.erase(s.blocks[id].page, s.page_of());
   s.used_pages -= s.blocks[id].pages;
   s.absorb_successor_if_free(id);
-  if (const std::uint32_t before = s.blocks[id].before; before != kNone && s.blocks[before].is_free) {
+  if (const std::uint32_t before = s.blocks[id].before; before != kNone && s.blocks[before].is_free()) {
     s.unlink_free(before);
     s.absorb_successor(before);
     id = before;

@@ -4,6 +4,7 @@
 #include <rapidcheck/gtest.h>
 
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "tests/store/store_fixture.h"
@@ -12,6 +13,15 @@ namespace kvern {
 namespace {
 
 using testing::ChunkSpec;
+
+ShardRange range_of(std::uint32_t layer, std::uint32_t layers, std::uint32_t head, std::uint32_t heads) {
+  ShardShape shape;
+  shape.layer_begin = layer;
+  shape.layers = layers;
+  shape.head_begin = head;
+  shape.heads = heads;
+  return ShardRange::of(shape);
+}
 
 ChunkRecord record_with(const std::vector<ShardRange>& ranges) {
   ChunkRecord record;
@@ -27,7 +37,7 @@ TEST(ShardCoverage, NeedsEveryLayerAndHead) {
   EXPECT_FALSE(record_with({{0, 4, 0, 4}, {0, 4, 5, 3}}).covers(whole));
   EXPECT_TRUE(record_with({{0, 2, 0, 8}, {2, 2, 0, 5}, {1, 3, 3, 5}}).covers(whole));
   EXPECT_FALSE(record_with({{0, 2, 0, 8}, {2, 2, 0, 5}, {3, 1, 3, 5}}).covers(whole));
-  EXPECT_TRUE(record_with({{0, 0xffffffff, 0, 0xffffffff}}).covers(whole));
+  EXPECT_TRUE(record_with({range_of(0, 0xffffffff, 0, 0xffffffff)}).covers(whole));
 }
 
 using Rectangle = std::array<std::uint8_t, 4>;
@@ -36,10 +46,10 @@ RC_GTEST_PROP(ShardCoverage, AgreesWithAGrid, (const std::vector<Rectangle>& rec
   std::vector<ShardRange> ranges;
   std::array<std::array<bool, 6>, 6> grid{};
   for (const auto& [layer, layers, head, heads] : rectangles) {
-    const ShardRange range{layer % 6U, 1U + layers % 6U, head % 6U, 1U + heads % 6U};
+    const ShardRange range = range_of(layer % 6U, 1U + layers % 6U, head % 6U, 1U + heads % 6U);
     ranges.push_back(range);
-    for (auto l = range.layer_begin; l < std::min(6U, range.layer_begin + range.layers); ++l) {
-      for (auto h = range.head_begin; h < std::min(6U, range.head_begin + range.heads); ++h) grid[l][h] = true;
+    for (unsigned l = range.layer_begin; l < std::min(6U, 0U + range.layer_begin + range.layers); ++l) {
+      for (unsigned h = range.head_begin; h < std::min(6U, 0U + range.head_begin + range.heads); ++h) grid[l][h] = true;
     }
   }
   const auto record = record_with(ranges);
@@ -49,7 +59,7 @@ RC_GTEST_PROP(ShardCoverage, AgreesWithAGrid, (const std::vector<Rectangle>& rec
       for (std::uint32_t l = 6 - layers; l < 6; ++l) {
         for (std::uint32_t h = 0; h < heads; ++h) all = all && grid[l][h];
       }
-      RC_ASSERT(record.covers({6 - layers, layers, 0, heads}) == all);
+      RC_ASSERT(record.covers(range_of(6 - layers, layers, 0, heads)) == all);
     }
   }
 }
@@ -71,6 +81,27 @@ TEST(ContainerInfoCheck, RefusesWhatDoesNotAddUp) {
   EXPECT_TRUE(refused([](auto& info) { info.shape.heads = 0; }));
   EXPECT_TRUE(refused([](auto& info) { info.shape.layer_begin = 1; }));
   EXPECT_TRUE(refused([](auto& info) { info.shape.head_begin = 0xffffffff; }));
+  EXPECT_TRUE(refused([](auto& info) { info.group_layers = 65'536; }));
+  EXPECT_TRUE(refused([](auto& info) { info.model_heads = 65'536; }));
+}
+
+TEST(ShardList, KeepsAnyNumberInOrderAndMoves) {
+  for (std::uint32_t count = 0; count < 20; ++count) {
+    ShardList shards;
+    for (std::uint32_t i = 0; i < count; ++i) shards.push_back({{i, i}, range_of(i, 1, 0, 1), i});
+    ShardList moved = std::move(shards);
+    ShardList assigned;
+    assigned.push_back({});
+    assigned.push_back({});
+    assigned = std::move(moved);
+    ASSERT_EQ(assigned.size(), count);
+    for (std::uint32_t i = 0; i < count; ++i) {
+      EXPECT_EQ(assigned[i].extent.offset, i);
+      EXPECT_EQ(assigned[i].range, range_of(i, 1, 0, 1));
+    }
+    assigned.push_back({{count, count}, {}, count});
+    EXPECT_EQ(assigned[count].raw_bytes, count);
+  }
 }
 
 TEST(FamilyTable, KeepsOneCopyForAsLongAsItIsUsed) {

@@ -31,7 +31,7 @@ TEST(ChunkStoreMemory, BookkeepingPerChunkIsSmall) {
   const std::size_t index_bytes = f.store.stats().index_slots_used * 16 / kChunks;
   std::printf("bookkeeping per chunk of 8 blocks: %zu bytes private, %zu bytes index\n", private_bytes, index_bytes);
   EXPECT_EQ(index_bytes, 128U);
-  EXPECT_LE(private_bytes, 192U);
+  EXPECT_LE(private_bytes, 170U);
 }
 
 }  // namespace

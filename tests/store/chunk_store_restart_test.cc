@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include <algorithm>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -68,6 +70,74 @@ TEST(WarmRestart, FindsEveryCompleteChunkWithItsBytes) {
   EXPECT_TRUE(holds_exactly(second, halves));
 }
 
+TEST(WarmRestart, KeepsTheOrderOfUse) {
+  // Stored one after the other and used in another order, some in the same moment.
+  const std::vector<std::uint64_t> stored = {3, 1, 5, 4, 2};
+  const std::vector<std::vector<std::uint64_t>> used = {{4}, {1, 5}, {2}};
+  const std::vector<std::vector<std::uint64_t>> wanted = {{3}, {4}, {1, 5}, {2}};
+  Lives lives(256);
+  const auto later = [&] { lives.clock.advance(std::chrono::milliseconds(200)); };
+  ChunkStore& first = lives.start();
+  for (const std::uint64_t prompt : stored) {
+    const ChunkSpec spec{.prompt = prompt};
+    if (prompt % 2 == 0) {  // of two ranks
+      ASSERT_FALSE(store_chunk(first, spec.shard(0, 4)).value());
+      ASSERT_TRUE(store_chunk(first, spec.shard(4, 4)).value());
+    } else {
+      ASSERT_TRUE(store_chunk(first, spec).value());
+    }
+    later();
+  }
+  for (const auto& together : used) {
+    for (const std::uint64_t prompt : together) {
+      const auto info = ChunkSpec{.prompt = prompt}.info();
+      ASSERT_EQ(first.match(info.key.namespace_id, info.key.group, info.block_hashes), info.block_hashes.size());
+    }
+    later();
+  }
+
+  lives.start();
+  later();
+  ChunkStore& second = lives.start();  // that was no use
+  std::vector<std::uint64_t> order;
+  second.set_removal_listener([&](const ChunkKey& key, std::span<const BlockHash>, std::string_view) {
+    for (const std::uint64_t prompt : stored) {
+      if (ChunkSpec{.prompt = prompt}.info().key == key) order.push_back(prompt);
+    }
+  });
+  for (std::uint64_t prompt = 100; order.size() < stored.size(); ++prompt) {
+    ASSERT_LT(prompt, 200U) << "the chunks that were there before do not leave";
+    ASSERT_TRUE(store_chunk(second, {.prompt = prompt}).value());
+  }
+  for (const auto& together : wanted) {
+    std::vector<std::uint64_t> next(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(together.size()));
+    order.erase(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(together.size()));
+    std::ranges::sort(next);
+    EXPECT_EQ(next, together);
+  }
+}
+
+TEST(WarmRestart, TheEndOfAPromptLeavesBeforeItsStart) {
+  Lives lives(256);
+  ChunkStore& first = lives.start();
+  const ChunkSpec start{.prompt = 1, .first_block = 0, .blocks = 4}, end{.prompt = 1, .first_block = 4, .blocks = 4};
+  ASSERT_TRUE(store_chunk(first, start).value());
+  ASSERT_TRUE(store_chunk(first, end).value());
+  ChunkStore& second = lives.start();
+  bool end_left = false, start_left = false;
+  second.set_removal_listener([&](const ChunkKey& key, std::span<const BlockHash>, std::string_view) {
+    end_left = end_left || key == end.info().key;
+    if (key == start.info().key) {
+      start_left = true;
+      EXPECT_TRUE(end_left);
+    }
+  });
+  for (std::uint64_t prompt = 100; !start_left; ++prompt) {
+    ASSERT_LT(prompt, 200U);
+    ASSERT_TRUE(store_chunk(second, {.prompt = prompt}).value());
+  }
+}
+
 TEST(WarmRestart, DropsWhatIsHalfWrittenOrDamagedAndFreesItsRoom) {
   Lives lives(256);
   ChunkStore& first = lives.start();
@@ -130,10 +200,11 @@ RC_GTEST_PROP(WarmRestart, SurvivesAnyBytesInMapAndSlab, ()) {
   ChunkStore& first = lives.start();
   for (std::uint64_t prompt = 0; prompt < 6; ++prompt) RC_ASSERT(store_chunk(first, {.prompt = prompt}).value());
   const auto flips = *rc::gen::container<std::vector<std::pair<std::uint32_t, std::uint32_t>>>(
-      rc::gen::pair(rc::gen::inRange(0U, 64U * 4096U * 8U), rc::gen::inRange(0U, 64U + 256U)));
+      rc::gen::pair(rc::gen::inRange(0U, 64U * 4096U * 8U), rc::gen::inRange(0U, 2U * 8U * 264U)));
   for (const auto& [slab_bit, map_bit] : flips) {
     lives.slab.span()[slab_bit / 8] ^= static_cast<std::byte>(1U << slab_bit % 8);
-    if (map_bit < 64) lives.map.span()[32 + map_bit / 8] ^= static_cast<std::byte>(1U << map_bit % 8);
+    const std::uint32_t byte = map_bit / 8;  // half of the flips in what comes behind the header
+    if (byte < 264) lives.map.span()[32 + byte] ^= static_cast<std::byte>(1U << map_bit % 8);
   }
   ChunkStore& second = lives.start();
   second.flush(NamespaceSet::all());

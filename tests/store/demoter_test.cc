@@ -359,8 +359,8 @@ TEST(Demoter, ARestartAmidAReplacementFindsOneFormWhole) {
       {
         ContainerMap map(f.map_memory.span(), f.config.slab_bytes);
         for (const std::uint64_t offset : map.offsets()) map.clear(offset);
-        for (int i = 0; i < kept_old; ++i) map.set(old_form.shards[static_cast<std::size_t>(i)].extent.offset);
-        for (int i = 0; i < kept_new; ++i) map.set(new_offsets[i]);
+        for (int i = 0; i < kept_old; ++i) map.set(old_form.shards[static_cast<std::size_t>(i)].extent.offset, 0);
+        for (int i = 0; i < kept_new; ++i) map.set(new_offsets[i], 0);
       }
       f.start();
       const std::string form = f.form_of(1);
