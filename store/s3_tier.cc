@@ -11,6 +11,7 @@
 #include "store/event_loop.h"
 #include "store/http_client.h"
 #include "store/remote_key.h"
+#include "store/stream_socket.h"
 #include "store/write_budget.h"
 
 namespace kvern {
@@ -556,6 +557,9 @@ void S3Tier::Work::go_on(const std::shared_ptr<Listing>& listing) {
 S3Tier::S3Tier(S3TierConfig config, const Clock& clock, TierObserver* observer)
     : Tier("s3", config.breaker, clock, observer) {
   if (const auto status = config.validate(); !status) throw std::invalid_argument("s3: " + status.message());
+  // Or every request would fail for it, one by one.
+  const auto tls = TlsContext::create(config.ca_file, "", "");
+  if (!config.ca_file.empty() && !tls) throw std::invalid_argument("s3: " + tls.error().message());
   work_ = std::make_unique<Work>(std::move(config), clock);
 }
 

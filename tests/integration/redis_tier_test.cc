@@ -8,6 +8,7 @@
 #include "store/redis_object.h"
 #include "store/redis_slots.h"
 #include "store/remote_key.h"
+#include "tests/integration/certificate.h"
 #include "tests/integration/network_namespace.h"
 #include "tests/integration/redis_servers.h"
 #include "tests/store/tier_samples.h"
@@ -258,23 +259,19 @@ TEST(RedisTierAuthentication, TakesUsersAndPasswordsAndSaysWhenTheyAreWrong) {
 }
 
 TEST(RedisTierOverTls, ChecksTheCertificate) {
-  const TemporaryFolder folder;
-  const auto path = [&](const char* name) { return folder.path() + "/" + name; };
-  ChildProcess certificate({OPENSSL_PATH, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
-                            "/CN=kvern", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path("key.pem"), "-out",
-                            path("certificate.pem")});
-  ASSERT_EQ(certificate.wait(), 0) << certificate.text();
+  const Certificate certificate;
+  ASSERT_TRUE(certificate.ready()) << certificate.text();
   const std::uint16_t port = free_port();
   RedisServer server(
-      {"--port", "0", "--tls-port", std::to_string(port), "--tls-cert-file", path("certificate.pem"), "--tls-key-file",
-       path("key.pem"), "--tls-ca-cert-file", path("certificate.pem"), "--tls-auth-clients", "yes"},
+      {"--port", "0", "--tls-port", std::to_string(port), "--tls-cert-file", certificate.file(), "--tls-key-file",
+       certificate.key_file(), "--tls-ca-cert-file", certificate.file(), "--tls-auth-clients", "yes"},
       port);
   ASSERT_TRUE(server.ready()) << server.process().text();
   auto config = config_of(server);
   config.tls = true;
-  config.tls_ca_file = path("certificate.pem");
-  config.tls_certificate_file = path("certificate.pem");
-  config.tls_key_file = path("key.pem");
+  config.tls_ca_file = certificate.file();
+  config.tls_certificate_file = certificate.file();
+  config.tls_key_file = certificate.key_file();
   RedisTier tier(config, Clock::system(), nullptr);
   expect_round_trips(tier);
 
@@ -283,7 +280,7 @@ TEST(RedisTierOverTls, ChecksTheCertificate) {
   const auto refused = write(stranger, SampleObject(1, 4, {4096}));
   EXPECT_EQ(refused.code(), Code::kUnavailable);
   EXPECT_NE(refused.message().find("certificate"), std::string::npos) << refused.message();
-  config.tls_ca_file = path("nothing.pem");
+  config.tls_ca_file = "/nowhere/nothing.pem";
   EXPECT_THROW(RedisTier(config, Clock::system(), nullptr), std::invalid_argument);
 }
 

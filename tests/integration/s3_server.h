@@ -4,22 +4,24 @@
 #include <string>
 
 #include "store/s3_tier.h"
+#include "tests/integration/certificate.h"
 #include "tests/integration/child_process.h"
 
 namespace kvern::testing {
 
-/// moto (s3_server.py) with one bucket.
+/// moto (s3_server.py) with one bucket, with and without TLS.
 class S3Server {
  public:
   enum class Signatures { kChecked, kIgnored };
 
   explicit S3Server(Signatures signatures = Signatures::kChecked)
-      : process_({TEST_PYTHON_PATH, S3_SERVER_PATH, kBucket, signatures == Signatures::kIgnored ? "unchecked" : ""}) {
+      : process_({TEST_PYTHON_PATH, S3_SERVER_PATH, kBucket, certificate_.file(), certificate_.key_file(),
+                  signatures == Signatures::kIgnored ? "unchecked" : ""}) {
     ready_ = process_.says("ready ") && process_.says("\n");
     std::istringstream line(process_.text().substr(process_.text().find("ready ") + 6));
-    line >> port_ >> key_ >> secret_ >> session_key_ >> session_secret_ >> session_token_;
+    line >> port_ >> key_ >> secret_ >> session_key_ >> session_secret_ >> session_token_ >> tls_port_;
   }
-  bool ready() const { return ready_ && !session_token_.empty(); }
+  bool ready() const { return certificate_.ready() && ready_ && !tls_port_.empty(); }
   const std::string& text() const { return process_.text(); }
   ChildProcess& process() { return process_; }
 
@@ -32,6 +34,12 @@ class S3Server {
     config.bucket.secret_access_key = {.value = secret_};
     return config;
   }
+  S3TierConfig tls_config() const {
+    S3TierConfig config = this->config();
+    config.bucket.endpoint = "https://127.0.0.1:" + tls_port_;
+    config.ca_file = certificate_.file();
+    return config;
+  }
   S3TierConfig session_config() const {
     S3TierConfig config = this->config();
     config.bucket.access_key_id = {.value = session_key_};
@@ -42,9 +50,10 @@ class S3Server {
 
  private:
   static constexpr const char* kBucket = "kvern-test";
+  const Certificate certificate_;
   ChildProcess process_;
   bool ready_ = false;
-  std::string port_, key_, secret_, session_key_, session_secret_, session_token_;
+  std::string port_, key_, secret_, session_key_, session_secret_, session_token_, tls_port_;
 };
 
 }  // namespace kvern::testing

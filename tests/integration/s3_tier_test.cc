@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <memory>
+#include <stdexcept>
 
 #include "tests/integration/s3_server.h"
 #include "tests/store/tier_samples.h"
@@ -160,6 +161,26 @@ TEST(S3TierOnAServerThatIgnoresSignatures, ErasesNamespacesOfMoreThanAPage) {
   EXPECT_TRUE(has(tier, foreign));
   EXPECT_TRUE(erase_all(tier, NamespaceSet::all()));
   EXPECT_FALSE(has(tier, foreign));
+}
+
+TEST_F(S3TierOnAServer, ChecksTheServersCertificate) {
+  config.bucket.endpoint = server->tls_config().bucket.endpoint;
+  config.ca_file = server->tls_config().ca_file;
+  const SampleObject sample(1, 4, {8192, kMiB});
+  {
+    const auto tier = make_tier();
+    const auto written = write(*tier, sample);
+    ASSERT_TRUE(written) << written.to_string();
+    EXPECT_EQ(read(*tier, sample.hit()).value(), sample.bytes());
+  }
+  config.ca_file.clear();  // the system's authorities do not know this one
+  const auto stranger = make_tier();
+  const auto refused = write(*stranger, SampleObject(2, 4, {4096}));
+  EXPECT_EQ(refused.code(), Code::kUnavailable);
+  EXPECT_NE(refused.message().find("certificate"), std::string::npos) << refused.message();
+  EXPECT_EQ(read(*stranger, sample.hit()).error().code(), Code::kUnavailable);
+  config.ca_file = "/nowhere/nothing.pem";
+  EXPECT_THROW(make_tier(), std::invalid_argument);
 }
 
 TEST_F(S3TierOnAServer, TakesTemporaryCredentialsWithTheirToken) {
