@@ -33,8 +33,8 @@ def plan_making(
     """plan_compaction: of the native binding. can_be_ragged: the engine reads caches whose layers differ. Throws ValueError with the reason of a refusal."""
     if len(geometry.groups) > 1 or geometry.groups[0].window:
         raise ValueError("compact caches are made for models whose layers all have full attention")
-    if geometry.ranks > 1:
-        raise ValueError("compact caches are made by engines of one rank; this one has more")
+    if geometry.pipeline_parallel > 1:
+        raise ValueError("compact caches are made where every rank has all layers; this engine is pipeline-parallel")
     if getattr(request, "sampling_params", None) is None or getattr(request, "resumable", False):
         raise ValueError("compact caches are made of prompts of ordinary generation requests")
     page_tokens = geometry.block_tokens if can_be_ragged else 0
@@ -42,6 +42,8 @@ def plan_making(
     if options.task:
         plan = plan_compaction(_for_task(plan[0], options), request.num_prompt_tokens, page_tokens)
     spec, slots, query_rows, ragged = plan
+    if query_rows and geometry.replicas > 1:
+        raise ValueError("ranks that share KV heads see a part of their queries each; methods without queries work")
     return Making(spec, request.num_prompt_tokens, slots, query_rows, options.ttl_seconds, ragged)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import sys
 
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -93,6 +94,19 @@ def fail_request(request, reason: str) -> None:
     failed.grammar = RuntimeError(reason)
     request.structured_output_request = failed
     request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+
+
+def connectors_before() -> int:
+    """How many others a MultiConnector asks for a request's tokens before the connector that it is making just now; 0 where
+    none is making one. It does not tell its children, so this looks who has called."""
+    makers = {}
+    frame = sys._getframe(1)
+    while frame is not None:
+        maker = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if any(base.__name__ == "MultiConnector" for base in type(maker).__mro__):
+            makers[id(maker)] = len(getattr(maker, "_connectors", (None,)))
+        frame = frame.f_back
+    return sum(makers.values())
 
 
 def hash_bytes(algorithm: str) -> int:

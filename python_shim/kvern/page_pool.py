@@ -87,8 +87,8 @@ class PagePool:
         group = geometry.groups[0]
         if len(geometry.groups) > 1 or group.window:
             return "not all layers have full attention"
-        if geometry.ranks > 1:
-            return "the engine has more than one rank"
+        if geometry.pipeline_parallel > 1:
+            return "not every rank has all layers"
         if self._vllm_config.kv_transfer_config.kv_load_failure_policy != "fail":
             return "kv_load_failure_policy is not 'fail'"
         try:
@@ -215,12 +215,13 @@ class PagePool:
         schedules: dict[tuple, torch.Tensor] = {}
         fields = vars(own)
         metadata = {}
+        schedule_of = self._scheduler(own.query_start_loc)
         for (name, layer), table, lengths, key in zip(
             self._layers.items(), tables.unbind(0), seq_lens.unbind(0), map(tuple, seq_lens.tolist())
         ):
             schedule = schedules.get(key)
             if schedule is None:
-                schedule = schedules[key] = self._schedule(layer, lengths, own.query_start_loc)
+                schedule = schedules[key] = schedule_of(layer, lengths)
             changed = self._class.__new__(self._class)
             vars(changed).update(fields)
             changed.kvern_own = own  # for those who look for requests by their blocks
@@ -229,25 +230,33 @@ class PagePool:
             metadata[name] = changed
         return metadata
 
-    def _schedule(self, layer, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
-        """As CPUAttentionMetadataBuilder.build() has it made."""
+    def _scheduler(self, query_start_loc: torch.Tensor):
+        """Makes (layer, seq_lens) -> schedule, as CPUAttentionMetadataBuilder.build() has it made. What is the same for all
+        layers is looked up once: a step may need one of each."""
         from vllm import _custom_ops, envs
 
-        return _custom_ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=seq_lens.shape[0],
-            num_heads=layer.num_heads,
-            num_kv_heads=self._heads,
-            head_dim=layer.head_size,
-            seq_lens=seq_lens,
-            dtype=self._vllm_config.model_config.dtype,
-            query_start_loc=query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=layer.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            dynamic_causal=None,
-            kv_cache_dtype=self._vllm_config.cache_config.cache_dtype,
-        )
+        make, splits = _custom_ops.cpu_attn_get_scheduler_metadata, envs.VLLM_CPU_ATTN_SPLIT_KV
+        dtype, cache_dtype = self._vllm_config.model_config.dtype, self._vllm_config.cache_config.cache_dtype
+        kv_heads = self._heads
+
+        def schedule(layer, seq_lens: torch.Tensor) -> torch.Tensor:
+            return make(
+                num_reqs=seq_lens.shape[0],
+                num_heads=layer.num_heads,
+                num_kv_heads=kv_heads,
+                head_dim=layer.head_size,
+                seq_lens=seq_lens,
+                dtype=dtype,
+                query_start_loc=query_start_loc,
+                causal=True,
+                sliding_window_size=-1,
+                isa=layer.isa,
+                enable_kv_split=splits,
+                dynamic_causal=None,
+                kv_cache_dtype=cache_dtype,
+            )
+
+        return schedule
 
     # ---------------------------------------------------------------- self-test
 
@@ -319,7 +328,7 @@ class PagePool:
             seq_lens=seq_lens,
             block_table=blocks,
             slot_mapping=slots,
-            scheduler_metadata=self._schedule(layer, seq_lens, starts),
+            scheduler_metadata=self._scheduler(starts)(layer, seq_lens),
         )
         by_layer = {each: metadata for each in self._layers}
         with torch.inference_mode(), run_step([RaggedOrder(1, pages)]):

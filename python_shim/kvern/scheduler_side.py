@@ -4,18 +4,20 @@ import collections
 import concurrent.futures
 import itertools
 import logging
-import re
 import time
 import uuid
 
-from kvern import compactions, compat, identity, rewriting, tracing
+from kvern import compactions, compat, identity, tracing
+from kvern.abilities import Abilities
+from kvern.compact_decoding import CompactDecoding
+from kvern.compact_making import CompactMaking
 from kvern.config import Options, RequestOptions
 from kvern.events import ChunkNote, EventLog, note_chunk
 from kvern.groups import Geometry, Group
 from kvern.guard import guarded, log_once, logger
-from kvern.handles import Handle, HandleError
-from kvern.metadata import CaptureOrder, CompactOrder, KvernMetadata, LoadOrder, RaggedOrder, StoreOrder
+from kvern.metadata import KvernMetadata, LoadOrder, StoreOrder
 from kvern.page_holds import PageHolds
+from kvern.request_state import RequestState
 from kvern.stats import Recorder
 
 # An answer stands this long before a waiting request is looked up again; vLLM asks once per step.
@@ -31,50 +33,10 @@ class _Namespace:
         self.handle = handle
 
 
-class _RequestState:
-    def __init__(self, request, options: RequestOptions, groups: int):
-        self.request = request
-        self.options = options
-        self.traceparent = tracing.traceparent_of(request)
-        self.lookup: tracing.Span | None = None  # until the first answer
-        self.epoch = -1  # number of the epoch that the marks below belong to
-        self.first_asked = 0.0
-        self.answer: tuple | None = None  # (local tokens, hashes, session, time, answer)
-        self.answered_local = 0
-        self.found_tokens = 0  # leading tokens that were in the store at the last look-up
-        self.hit_tokens = 0
-        self.stored_tokens = 0
-        self.claimed = False
-        self.loading = False
-        self.load_blocks: list[int] = []
-        self.failed = False  # a load failed: it is not tried again, or a recomputing engine would loop
-        self.stale = False  # its pages date from before a cache reset
-        self.finished = False
-        self.tables: tuple[list[int], ...] | None = None  # only where vLLM does not show its own
-        self.next_cell = [0] * groups  # first chunk, on the grid, that is neither stored nor planned
-        self.tail_done = False
-        self.due_tokens = 0  # nothing becomes due before so many tokens are computed
-        self.joined: tuple[int, bytes] = (0, b"")
-        self.making: compactions.Making | None = None  # a compact cache that it asks for
-        self.refusal = options.compact_refusal  # why it gets none
-        self.decodes = False  # from a compact cache: its placeholders must never be computed, nothing of it is stored
-        self.handle: Handle | None = None
-        self.asked: concurrent.futures.Future | None = None  # what the daemon knows of a ragged cache
-        self.pages: tuple[int, ...] | None = None  # of each of its layers
-        self.doomed = ""  # why it must fail
-
-    def reset_marks(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.next_cell = [0] * len(self.next_cell)
-        self.tail_done = False
-        self.due_tokens = 0
-        self.found_tokens = 0
-
-
 class _Store:
     """A store job until every rank has told its end. notes: what to announce of each chunk, if anything."""
 
-    def __init__(self, state: _RequestState, namespace: _Namespace, group: int, chunk_tokens: list[int], notes):
+    def __init__(self, state: RequestState, namespace: _Namespace, group: int, chunk_tokens: list[int], notes):
         self.state = state
         self.group = group
         self.namespace = namespace
@@ -96,12 +58,13 @@ class SchedulerSide:
         *,
         hash_block_tokens: int,
         plan_compaction,
+        connectors_before: int = 0,
         clock=time.monotonic,
         wall_clock=time.time,
     ):
         """client, matcher: of the native binding, or anything that behaves like them. weights: their fingerprint.
         hash_block_tokens: tokens that one entry of request.block_hashes stands for. plan_compaction: of the native
-        binding. wall_clock: unix seconds."""
+        binding. connectors_before: others that vLLM asks first. wall_clock: unix seconds."""
         self.errors = 0
         self._vllm_config = vllm_config
         self._geometry = geometry
@@ -117,7 +80,7 @@ class SchedulerSide:
         self._may_load = role in ("kv_both", "kv_consumer")
         self._may_store = role in ("kv_both", "kv_producer")
         self._refused = ""
-        self._states: dict[str, _RequestState] = {}
+        self._states: dict[str, RequestState] = {}
         self._namespaces: dict[tuple[int, str], _Namespace] = {}
         self._announce: list[_Namespace] = []
         self._base_facts: dict[str, str] | None = None
@@ -125,16 +88,10 @@ class SchedulerSide:
         self._epoch_name = ""
         self._hash_ratio = geometry.block_tokens // hash_block_tokens
         self._hash_bytes = compat.hash_bytes(str(vllm_config.cache_config.prefix_caching_hash_algo))
-        self._plan_compaction = plan_compaction
-        self._wall_clock = wall_clock
-        self._makings: dict[str, _RequestState] = {}  # requests whose compact cache has not been ordered yet
-        self._skip_local: list = []  # requests that are to be asked about again without their local prefix hit
-        self._ragged: dict[str, _RequestState] = {}  # requests that decode from ragged caches
-        self._no_pool: dict[int, str] = {}  # rank -> why it cannot read such, "": it can
-        self._no_capture: dict[int, str] = {}  # rank -> why it cannot capture queries, "": it can
+        self._connectors_before = connectors_before
         self._jobs = itertools.count(1)
         self._loads_due: list[LoadOrder] = []
-        self._loads: dict[str, _RequestState] = {}
+        self._loads: dict[str, RequestState] = {}
         self._stores: dict[int, _Store] = {}
         self._holds = PageHolds(geometry.ranks)
         self._recorder = Recorder()
@@ -142,8 +99,37 @@ class SchedulerSide:
         self._sessions = 0
         self._connected = False
         self._said_absent = False
+        self._abilities = Abilities(geometry.ranks, self._setup_seconds, clock)
+        self._making = CompactMaking(
+            geometry,
+            self._abilities,
+            self._holds,
+            self._recorder,
+            self._jobs,
+            plan_compaction=plan_compaction,
+            hash_bytes=self._hash_bytes,
+            obstacle=self._storing_obstacle,
+            namespace_of=self._registered_namespace,
+            open_store=self._open_store,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        self._decoding = CompactDecoding(
+            client,
+            geometry,
+            self._abilities,
+            self._recorder,
+            rewrites=options.rewrite,
+            hash_bytes=self._hash_bytes,
+            patience_seconds=self._setup_seconds,
+            obstacle=self._decoding_obstacle,
+            ready=self._ready,
+            find=self._find,
+            release=self._release,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-digest")
-        self._asking = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-ask")
         self._adapters = identity.AdapterDigests(self._executor)
         events = getattr(vllm_config, "kv_events_config", None)
         self._events = EventLog() if events is not None and events.enable_kv_cache_events else None
@@ -167,10 +153,29 @@ class SchedulerSide:
             self._may_store = False
             log_once(logging.WARNING, "Kvern: this engine loads but does not store: %s.", problem)
 
+    @property
+    def all_errors(self) -> int:
+        return self.errors + self._making.errors
+
     def refuse(self, reason: str) -> None:
         if not self._refused:
             self._refused = reason
             log_once(logging.WARNING, "Kvern: this engine runs without the store: %s.", reason)
+
+    def _storing_obstacle(self) -> str:
+        """Why this engine stores nothing."""
+        return self._refused or ("" if self._may_store else "this engine does not store")
+
+    def _decoding_obstacle(self) -> str:
+        """Why no request of this engine can decode from a compact cache."""
+        if not self._may_load:
+            return "this engine does not load (kv_role)"
+        fails_on_its_own = self._vllm_config.kv_transfer_config.kv_load_failure_policy == "fail"
+        if not compat.can_fail_requests() and not fails_on_its_own:
+            return "on this vLLM compact caches need kv_load_failure_policy 'fail'"
+        if self._connectors_before:
+            return "vLLM would take placeholders from a connector that MultiConnector asks first; name KvernConnector first"
+        return self._refused and f"this engine runs without the store: {self._refused}"
 
     def _facts(self) -> dict[str, str] | None:
         if self._base_facts is None:
@@ -203,7 +208,7 @@ class SchedulerSide:
             self._announce.append(namespace)
         return True, namespace
 
-    def _state_of(self, request, new: bool = False) -> _RequestState:
+    def _state_of(self, request, new: bool = False) -> RequestState:
         """new: the request is being admitted."""
         state = self._states.get(request.request_id)
         if state is None:
@@ -211,13 +216,13 @@ class SchedulerSide:
             if options.problem:
                 log_once(logging.WARNING, "Kvern: %s.", options.problem)
             if options.rewrite and options.handle is not None and not compactions.names_handle(request, options):
-                self._rewrite(request, options, new)
-            state = _RequestState(request, options, len(self._geometry.groups))
+                self._decoding.rewrite(request, options, new)
+            state = RequestState(request, options, len(self._geometry.groups))
             self._states[request.request_id] = state
             if compactions.names_handle(request, options):
-                self._start_decoding(state, request)
+                self._decoding.start(state, request)
             elif options.compact:
-                self._start_making(state, request)
+                self._making.start(state, request)
             elif state.refusal:
                 self._recorder.count("compactions_refused", label="malformed")
         if state.epoch != self._epoch:
@@ -240,19 +245,17 @@ class SchedulerSide:
         state = self._state_of(request)
         state.stale = False  # asked for requests without computed tokens only: whatever it had is recomputed
         if state.decodes:
-            return self._match_handle(state, request, local_tokens)
+            return self._decoding.match(state, request, local_tokens)
         if state.making is None:
             return self._match(state, request, local_tokens)
         answer = None, False
-        if self._knows_layout(state, request) and (
-            state.making is None or self._leaves_queries(state, request, local_tokens)
-        ):
+        if self._making.may_match(state, request, local_tokens):
             answer = self._match(state, request, local_tokens)
-        if answer[0] is None and state.making is not None and state.making.skip_local:
-            self._skip_local.append(request)
+        if answer[0] is None:
+            self._making.put_off(state, request)
         return answer
 
-    def _match(self, state: _RequestState, request, local_tokens: int) -> tuple[int | None, bool]:
+    def _match(self, state: RequestState, request, local_tokens: int) -> tuple[int | None, bool]:
         block_tokens = self._geometry.block_tokens
         if not self._wants_load(state, request) or local_tokens % block_tokens:
             self._release(state)
@@ -288,7 +291,7 @@ class SchedulerSide:
         state.answer = (local_tokens, hashed, self._client.session_count, now, answer)
         return answer
 
-    def _wants_load(self, state: _RequestState, request) -> bool:
+    def _wants_load(self, state: RequestState, request) -> bool:
         return (
             self._may_load
             and not self._refused
@@ -351,7 +354,7 @@ class SchedulerSide:
             )
         return False
 
-    def _joined_hashes(self, state: _RequestState, request) -> bytes:
+    def _joined_hashes(self, state: RequestState, request) -> bytes:
         if state.handle is not None:
             return state.joined[1]
         count = len(request.block_hashes)
@@ -365,7 +368,7 @@ class SchedulerSide:
         self._recorder.count("requested_tokens", request.num_tokens)
         self._client.report(0, request.num_tokens)
 
-    def _release(self, state: _RequestState) -> None:
+    def _release(self, state: RequestState) -> None:
         """Gives the claim on what was found back; an answer that rested on it is void."""
         if state.claimed and not state.loading:
             state.claimed = False
@@ -380,13 +383,13 @@ class SchedulerSide:
         if external_tokens > 0 and state is not None and not state.loading:
             self._start_load(state, LoadOrder(next(self._jobs), request.request_id, -1, 0, [], state.traceparent))
 
-    def _start_load(self, state: _RequestState, order: LoadOrder) -> None:
+    def _start_load(self, state: RequestState, order: LoadOrder) -> None:
         state.loading = True
         self._loads[order.request] = state
         self._loads_due.append(order)
 
     @guarded()
-    def _retain_hits(self, state: _RequestState, request) -> None:
+    def _retain_hits(self, state: RequestState, request) -> None:
         """Of the whole prompt: what is stored of it is what it hits, and the rest is passed over."""
         namespace = self._registered_namespace(request)
         if namespace is not None and not state.decodes:
@@ -394,7 +397,7 @@ class SchedulerSide:
             for group in self._geometry.groups:
                 self._retain(state, namespace, group.index, hashes)
 
-    def _retain(self, state: _RequestState, namespace: _Namespace, group: int, hashes: bytes) -> None:
+    def _retain(self, state: RequestState, namespace: _Namespace, group: int, hashes: bytes) -> None:
         if hashes and self._ready():
             self._matcher.retain(namespace.handle, group, hashes, self._hash_bytes, state.options.retain_seconds)
 
@@ -406,13 +409,7 @@ class SchedulerSide:
         if state is None or state.loading:
             return
         if external_tokens <= 0:
-            if state.decodes and state.answer is not None and state.answer[4][0]:
-                self._recorder.count("handles_failed", label="another connector took its place")
-                log_once(
-                    logging.ERROR,
-                    "Kvern: vLLM takes tokens of requests that decode from compact caches from another connector, and computes "
-                    "placeholders for the rest. Compact caches need an engine whose only connector is Kvern's.",
-                )
+            self._decoding.passed_over(state)
             self._release(state)
             return
         _, namespace = self._namespace_of(request.lora_request)
@@ -470,11 +467,8 @@ class SchedulerSide:
         """Loads first: a load that vLLM waits for must reach the workers whatever happens below."""
         loads, self._loads_due = self._loads_due, []
         metadata = KvernMetadata(loads=loads)
-        if self._skip_local:
-            for request in self._skip_local:
-                request.skip_reading_prefix_cache = True  # until vLLM asks about it again
-            self._skip_local = []
-        self._plan_ragged(metadata, scheduler_output)
+        self._making.begin_step()
+        self.errors += self._decoding.plan_step(metadata, scheduler_output)
         self._plan_step(metadata, scheduler_output)
         self._describe_namespaces(metadata)
         return metadata
@@ -500,8 +494,7 @@ class SchedulerSide:
                 state = self._states.get(request_id)
                 if state is not None:
                     self._plan_stores(metadata, scheduler_output, state, scheduled, own_tables)
-        if self._makings:
-            self._plan_makings(metadata, scheduler_output, own_tables)
+        self._making.plan_step(metadata, scheduler_output, own_tables)
 
     def _mirror_tables(self, scheduler_output) -> None:
         """Block tables from what is new in each step. They do not show blocks that a sliding window has given away, so
@@ -523,7 +516,7 @@ class SchedulerSide:
                     table.extend(blocks)
 
     @guarded()
-    def _plan_stores(self, metadata, scheduler_output, state: _RequestState, scheduled: int, own_tables: bool) -> None:
+    def _plan_stores(self, metadata, scheduler_output, state: RequestState, scheduled: int, own_tables: bool) -> None:
         request = state.request
         if state.epoch != self._epoch:
             state.reset_marks(self._epoch)
@@ -596,285 +589,20 @@ class SchedulerSide:
                 notes.append(note_chunk(request, group, own, begin, previous or None))
         if not chunks:
             return
-        job = next(self._jobs)
         codec = state.options.codec or self._options.codec
-        order = StoreOrder(job, namespace.key, group.index, codec, hash_bytes, chunks, state.traceparent)
-        self._holds.take(job, [block for chunk in chunks for block in chunk[1]])
-        self._stores[job] = _Store(state, namespace, group.index, tokens, notes)
+        job = self._open_store(metadata, state, namespace, group, codec, chunks, tokens, notes)
         if state.options.retain_seconds:
             self._stores[job].hashes = [chunk[0] for chunk in chunks]
-        metadata.stores.append(order)
 
-    # ---------------------------------------------------------------- compact caches: decoding from one
-
-    def _rewrite(self, request, options: RequestOptions, new: bool) -> None:
-        """A request that cannot be rewritten has its whole prompt and is served as any other."""
-        try:
-            if not self._options.rewrite:
-                raise HandleError("this engine does not rewrite prompts; kvern.rewrite allows it")
-            if not new:
-                raise HandleError("this vLLM does not tell its connector of new requests")
-            if obstacle := rewriting.obstacle() or self._decoding_obstacle() or ("" if self._ready() else "no daemon"):
-                raise HandleError(obstacle)
-            handle = compactions.handle_to_rewrite(request, options, self._wall_clock())
-            if handle.ragged and any(self._no_pool.values()):
-                raise HandleError("this engine gives all layers the same slots")
-            rewriting.rewrite(request, handle)
-        except HandleError as error:
-            reason = _label(str(error))
-            log_once(logging.WARNING, "Kvern: requests are computed whole and not from their compact caches: %s.", reason)
-            self._recorder.count("rewrites_refused", label=reason)
-
-    def _decoding_obstacle(self) -> str:
-        """Why no request of this engine can decode from a compact cache."""
-        if not self._may_load:
-            return "this engine does not load (kv_role)"
-        fails_on_its_own = self._vllm_config.kv_transfer_config.kv_load_failure_policy == "fail"
-        if not compat.can_fail_requests() and not fails_on_its_own:
-            return "on this vLLM compact caches need kv_load_failure_policy 'fail'"
-        return self._refused and f"this engine runs without the store: {self._refused}"
-
-    def _start_decoding(self, state: _RequestState, request) -> None:
-        state.decodes = True
-        try:
-            state.handle = compactions.handle_to_decode(request, state.options, self._wall_clock())
-            if obstacle := self._decoding_obstacle():
-                raise HandleError(obstacle)
-        except HandleError as error:
-            self._fail(state, request, str(error))
-            return
-        if state.handle.ragged:
-            self._ragged[request.request_id] = state
-        blocks = -(-state.handle.slots // self._geometry.block_tokens)
-        state.joined = (blocks, state.handle.slot_hashes(blocks, self._hash_bytes))
-
-    def _match_handle(self, state: _RequestState, request, local_tokens: int) -> tuple[int | None, bool]:
-        """All of the cache's slots or none: what is not claimed would be computed from placeholders."""
-        handle, now = state.handle, self._clock()
-        reason = state.doomed
-        if not reason and state.failed:
-            reason = "its load failed"
-        reason = reason or self._decoding_obstacle()
-        if not reason and handle.ragged and state.pages is None:
-            known, reason = self._learn_pages(state, now)
-            if not known:
-                return None, False
-        if not reason and local_tokens >= handle.slots:
-            self._release(state)
-            return 0, False
-        if not reason:
-            if state.answer is not None and (state.answer[0], state.answer[2]) == (local_tokens, self._client.session_count):
-                return state.answer[4]
-            limit = state.joined[0] * self._geometry.block_tokens
-            known, found, missing = self._find(state, request, local_tokens, limit, now)
-            if not known:
-                return None, False
-            if found < limit:
-                reason = f"it is not stored, or not any more: {missing or 'not found'}"
-            if handle.expires_at <= self._wall_clock():
-                reason = "the handle has expired"
-        if reason:
-            self._fail(state, request, reason)
-            return None, False
-        state.answered_local = local_tokens
-        answer = (handle.slots - local_tokens, True)
-        state.answer = (local_tokens, 0, self._client.session_count, now, answer)
-        return answer
-
-    def _learn_pages(self, state: _RequestState, now: float) -> tuple[bool, str]:
-        """(known, why there are none). Not known: ask again."""
-        state.first_asked = state.first_asked or now
-        known, problem = self._pool_problem(state, now)
-        if not known or problem:
-            return known, f"this engine gives all layers the same slots: {problem}"
-        if state.asked is None:
-            if not self._ready():
-                return now - state.first_asked >= self._setup_seconds, "no daemon"
-            state.asked = self._asking.submit(self._client.compaction, state.handle.text, 0)
-        if not state.asked.done():
-            return False, ""
-        try:
-            state.pages = compactions.layer_pages(state.handle, state.asked.result(), self._geometry)
-        except HandleError as error:
-            return True, str(error)
-        return True, ""
-
-    def _pool_problem(self, state: _RequestState, now: float) -> tuple[bool, str]:
-        """(known, why this engine cannot read ragged caches). Not known: ask again."""
-        if not compat.offers_block_tables():
-            return True, "this vLLM does not show its connector the requests' blocks"
-        if len(self._no_pool) < self._geometry.ranks:  # they tell with their first step
-            return now - state.first_asked >= self._setup_seconds, "the workers have not said whether they can do else"
-        return True, next(filter(None, self._no_pool.values()), "")
-
-    def _plan_ragged(self, metadata: KvernMetadata, scheduler_output) -> None:
-        """Tells the workers of every ragged request that runs: without its layers' tables it would read other pages than
-        its own. One that cannot be described fails the step."""
-        for request_id, state in self._ragged.items():
-            if request_id not in scheduler_output.num_scheduled_tokens:
-                continue
-            try:
-                ((first_block, *_),) = compat.block_tables(scheduler_output, request_id)
-            except Exception:
-                self.errors += 1
-                first_block = -1
-            metadata.ragged.append(RaggedOrder(first_block, state.pages or ()))
-
-    def _fail(self, state: _RequestState, request, reason: str) -> None:
-        if not state.doomed:
-            name = f"the compact cache {state.handle.short}" if state.handle is not None else "a compact cache"
-            logger.warning("Kvern: request %s fails: it decodes from %s, and %s.", request.request_id, name, reason)
-            self._recorder.count("handles_failed", label=_label(reason))
-        state.doomed = reason
-        self._release(state)
-        compat.fail_request(request, reason)
-
-    # ---------------------------------------------------------------- compact caches: making one
-
-    def _start_making(self, state: _RequestState, request) -> None:
-        try:
-            if not self._may_store or self._refused:
-                raise ValueError(self._refused or "this engine does not store")
-            state.making = compactions.plan_making(request, state.options, self._geometry, self._plan_compaction)
-            self._makings[request.request_id] = state
-        except ValueError as error:
-            self._refuse_making(state, str(error))
-
-    def _refuse_making(self, state: _RequestState, reason: str) -> None:
-        state.making, state.refusal = None, reason
-        self._makings.pop(state.request.request_id, None)
-        self._recorder.count("compactions_refused", label=_label(reason))
-
-    def _knows_layout(self, state: _RequestState, request) -> bool:
-        """Whether it is settled that the layers of the cache differ, or that they do not; False: ask again."""
-        if not state.making.ragged:
-            return True
-        now = self._clock()
-        state.first_asked = state.first_asked or now
-        known, problem = self._pool_problem(state, now)
-        if known and problem:
-            log_once(logging.INFO, "Kvern: compact caches get the same slots for all layers: %s.", problem)
-            self._plan_anew(state, request)
-        return known
-
-    def _plan_anew(self, state: _RequestState, request) -> None:
-        try:
-            state.making = compactions.plan_making(
-                request, state.options, self._geometry, self._plan_compaction, can_be_ragged=False
-            )
-        except ValueError as error:
-            self._refuse_making(state, str(error))
-
-    def _leaves_queries(self, state: _RequestState, request, local_tokens: int) -> bool:
-        """Whether the queries that the method reads will be computed here; False: ask again. A local prefix hit cannot be
-        shortened, so one that leaves too little is passed over as a whole; what the store has is loaded up to there."""
-        making = state.making
-        if making.skip_local:
-            request.skip_reading_prefix_cache = False
-        if not making.query_rows:
-            return True
-        now = self._clock()
-        state.first_asked = state.first_asked or now
-        if len(self._no_capture) < self._geometry.ranks:  # they tell with their first step
-            if now - state.first_asked < self._setup_seconds:
-                return False
-            self._refuse_making(state, "the workers have not said whether they can capture queries")
-            return True
-        problem = next(filter(None, self._no_capture.values()), "")
-        if problem:
-            self._refuse_making(state, f"queries cannot be captured on this engine: {problem}")
-            return True
-        if making.prompt_tokens - local_tokens < making.query_rows:
-            making.skip_local = True
-            return False
-        return True
-
-    def _plan_makings(self, metadata: KvernMetadata, scheduler_output, own_tables: bool) -> None:
-        for request_id, state in list(self._makings.items()):
-            scheduled = scheduler_output.num_scheduled_tokens.get(request_id)
-            tables = state.tables if own_tables else None
-            if scheduled and tables is None:
-                tables = compat.block_tables(scheduler_output, request_id)
-            if tables is not None and scheduled:
-                self._plan_making(metadata, state, scheduled, tables[0])
-
-    @guarded()
-    def _plan_making(self, metadata: KvernMetadata, state: _RequestState, scheduled: int, table: list[int]) -> None:
-        request, making = state.request, state.making
-        if state.stale:
-            self._refuse_making(state, "the engine's cache was reset while the prompt was computed")
-            return
-        begin = request.num_computed_tokens
-        end = begin + scheduled
-        first = making.prompt_tokens - making.query_rows
-        if making.query_rows and first < end and begin < making.prompt_tokens:
-            last_block = table[(end - 1) // self._geometry.block_tokens]
-            metadata.captures.append(CaptureOrder(request.request_id, begin, end, last_block, first, making.query_rows))
-        if end >= making.prompt_tokens:
-            self._order_compaction(metadata, state, table)
-
-    def _order_compaction(self, metadata: KvernMetadata, state: _RequestState, table: list[int]) -> None:
-        """Stores the whole prompt once more, under names that only the handle gives, for the daemon to make the cache of.
-        Where something stands in the way now, the same is due again in the next step."""
-        request, making, group = state.request, state.making, self._geometry.groups[0]
-        namespace = self._registered_namespace(request)
-        if namespace is None:
-            making.obstacle = "the daemon was not there when the prompt had been computed"
-            return
-        if not self._holds.has_room(PageHolds.MAX_SHARE_COMPACT):
-            making.obstacle = "too many blocks waited to be stored when the prompt had been computed"
-            self._recorder.count("stores_deferred")
-            return
-        blocks = -(-making.prompt_tokens // group.block_tokens)
-        block_ids = list(table[:blocks])
-        expires_at = int(self._wall_clock()) + making.ttl_seconds
-        prompt = request.all_token_ids[: making.prompt_tokens]
-        handle = Handle.make(prompt, making.slots, expires_at, making.ragged)
-        size = self._hash_bytes
-        hashes = handle.source_hashes(blocks, size)
-        chunks = []
-        for first in range(0, blocks, group.chunk_blocks):
-            last = min(first + group.chunk_blocks, blocks)
-            previous = hashes[(first - 1) * size : first * size] if first else b""
-            chunks.append((hashes[first * size : last * size], block_ids[first:last], first * group.block_tokens, previous))
-        store, job = next(self._jobs), next(self._jobs)
-        self._holds.take(store, block_ids)
-        self._stores[store] = _Store(state, namespace, group.index, [0] * len(chunks), None)
-        metadata.stores.append(StoreOrder(store, namespace.key, group.index, "raw", size, chunks, state.traceparent))
-        metadata.compactions.append(
-            CompactOrder(
-                job=job,
-                store_job=store,
-                request=request.request_id,
-                namespace=namespace.key,
-                group=group.index,
-                handle=handle.text,
-                spec=making.spec,
-                prompt_tokens=making.prompt_tokens,
-                slots=making.slots,
-                expires_at=expires_at,
-                query_rows=making.query_rows,
-                hash_bytes=size,
-                source_hashes=hashes,
-                slot_hashes=handle.slot_hashes(-(-making.slots // group.block_tokens), size),
-                traceparent=state.traceparent,
-            )
+    def _open_store(self, metadata, state, namespace: _Namespace, group: Group, codec: str, chunks, tokens, notes) -> int:
+        """chunks: as in StoreOrder; tokens: of each, that count as stored; notes: see _Store."""
+        job = next(self._jobs)
+        self._holds.take(job, [block for chunk in chunks for block in chunk[1]])
+        self._stores[job] = _Store(state, namespace, group.index, tokens, notes)
+        metadata.stores.append(
+            StoreOrder(job, namespace.key, group.index, codec, self._hash_bytes, chunks, state.traceparent)
         )
-        making.handle = handle
-        del self._makings[request.request_id]
-
-    def _told_of_making(self, state: _RequestState) -> dict:
-        making = state.making
-        if making is None or making.handle is None:
-            return {"state": "refused", "reason": state.refusal or self._refused or making.obstacle}
-        return {
-            "state": "pending",
-            "handle": making.handle.text,
-            "prompt_tokens": making.prompt_tokens,
-            "slots": making.slots,
-            "method": making.spec,
-            "expires_at": making.handle.expires_at,
-        }
+        return job
 
     # ---------------------------------------------------------------- results
 
@@ -895,10 +623,7 @@ class SchedulerSide:
             for rank, report in reports.reports.items():
                 if report.refusal:
                     self.refuse(report.refusal)
-                if report.no_capture is not None:
-                    self._no_capture[rank] = report.no_capture
-                if report.no_pool is not None:
-                    self._no_pool[rank] = report.no_pool
+                self._abilities.take(rank, report)
                 for job in report.gathered:
                     self._holds.gathered(job, rank)
                 for job, chunks in report.stored.items():
@@ -936,13 +661,13 @@ class SchedulerSide:
         self._release(state)
         if state.lookup is not None:
             state.lookup.end(reason="the request ended before the answer")
-        self._makings.pop(request.request_id, None)
-        self._ragged.pop(request.request_id, None)
+        self._making.ended(request.request_id)
+        self._decoding.ended(request.request_id)
         if not state.options.asked:
             return False, None
         answer = {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}
-        if state.making is not None or state.refusal:
-            answer["compact"] = self._told_of_making(state)
+        if (told := self._making.told(state)) is not None:
+            answer["compact"] = told
         return False, {"kvern": answer}
 
     def has_pending_push_work(self) -> bool:
@@ -992,9 +717,9 @@ class SchedulerSide:
 
     @guarded()
     def take_stats(self):
-        if self.errors != self._reported_errors:
-            self._recorder.count("callback_errors", self.errors - self._reported_errors)
-            self._reported_errors = self.errors
+        if self.all_errors != self._reported_errors:
+            self._recorder.count("callback_errors", self.all_errors - self._reported_errors)
+            self._reported_errors = self.all_errors
         self._recorder.gauge("jobs_in_flight", len(self._stores) + len(self._loads))
         self._recorder.gauge("held_blocks", self._holds.blocks)
         self._recorder.gauge("connected", int(self._client.state == "ready"))
@@ -1003,10 +728,5 @@ class SchedulerSide:
     @guarded()
     def shutdown(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-        self._asking.shutdown(wait=False, cancel_futures=True)
+        self._decoding.shutdown()
         self._client.close()
-
-
-def _label(reason: str) -> str:
-    """Of a metric: numbers would make one for each request."""
-    return re.sub(r"\d+", "N", reason.split(":")[0])[:60]

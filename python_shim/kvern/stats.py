@@ -1,6 +1,7 @@
 """Counters on their way to vLLM's log and to its /metrics endpoint."""
 
 import collections
+import re
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -40,6 +41,11 @@ HISTOGRAMS = {
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _MAX_OBSERVATIONS = 1000  # per interval and histogram; more would only be a load for vLLM's logger
 _MAX_REASONS = 50  # distinct label values, so that no text from outside makes metrics grow without end
+
+
+def label_of(reason: str) -> str:
+    """Of a metric: numbers would make one for each request."""
+    return re.sub(r"\d+", "N", reason.split(":")[0])[:60]
 
 
 class KvernStats(KVConnectorStats):

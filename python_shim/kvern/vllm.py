@@ -126,6 +126,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             weights,
             hash_block_tokens=compat.hash_block_tokens(vllm_config, kv_cache_config, geometry.block_tokens),
             plan_compaction=native.compaction_plan,
+            connectors_before=compat.connectors_before(),
         )
 
     def _make_worker_side(self, geometry: Geometry, options: Options) -> WorkerSide:

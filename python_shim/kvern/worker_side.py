@@ -217,7 +217,8 @@ class WorkerSide:
     @guarded(_drop)
     def _submit(self, order: LoadOrder | StoreOrder, until: float | None = None) -> None:
         if isinstance(order, StoreOrder) and not self._writes:
-            # Another rank holds the same heads and stores them.
+            # Another rank holds the same heads, stores them, and asks for what is to be made of them.
+            self._compactions.pop(order.job, None)
             self._report.gathered.append(order.job)
             self._report.stored[order.job] = list(range(len(order.chunks)))
             return

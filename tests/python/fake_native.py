@@ -33,7 +33,8 @@ class Store:
         self.matches = 0
         self.retained: dict[tuple, int] = {}  # (namespace id, group, hash) -> seconds
         self.traceparents: list[tuple[str, str]] = []  # (kind of request, what came with it)
-        self.compactions: dict[str, dict] = {}  # handle -> arguments of submit_compaction
+        self.compactions: dict[str, dict] = {}  # handle -> arguments of submit_compaction, of the last rank
+        self.compaction_parts: dict[str, dict] = {}  # handle -> first head of a rank -> (its worker, arguments)
 
     def add(self, namespace: bytes, group: int, hashes: list[bytes], planes: dict) -> None:
         key = (namespace, group, hashes[-1])
@@ -259,20 +260,26 @@ class TransferWorker:
         self._jobs.append(("compact", arguments.pop("job"), arguments))
 
     def _run_compaction(self, job, arguments):
-        """Keeps the last M rows of each plane. All that it needs must have been stored by now."""
+        """Once all ranks have asked, keeps the last M rows of each plane. What a rank needs must have been stored by then."""
         store, size = self.client.store, arguments["hash_bytes"]
         mine = self.client.id_of(arguments["namespace"])
         facts = self.registered[arguments["group"]]
         row = {"float32": 4}.get(facts["dtype"], 2) * (facts["key_dim"] + facts["value_dim"])
         store.compactions[arguments["handle"]] = arguments
+        parts = store.compaction_parts.setdefault(arguments["handle"], {})
+        assert facts["head_begin"] not in parts, "two ranks ask for the same heads"
+        parts[facts["head_begin"]] = (self, arguments)
         sources = [arguments["source_hashes"][i : i + size] for i in range(0, len(arguments["source_hashes"]), size)]
         slots = [arguments["slot_hashes"][i : i + size] for i in range(0, len(arguments["slot_hashes"]), size)]
         if not all(store.has(mine, arguments["group"], block) for block in sources):
             self._events.append((job, "compaction_failed", [], "some of the prompt's chunks are missing", 0.001, 0, 0))
             return
+        self._events.append((job, "compacting", [], "", 0.001, 0, 0))
+        if sum(worker.registered[arguments["group"]]["heads"] for worker, _ in parts.values()) < facts["model_heads"]:
+            return
         chunk_blocks = max(1, 256 // facts["block_tokens"])
         planes = {}
-        for _, _, key in self._planes(arguments["group"]):
+        for key in [key for worker, _ in parts.values() for _, _, key in worker._planes(arguments["group"])]:
             rows = b""
             for block in sources:
                 chunk, offset = store.blocks[mine, arguments["group"], block]
@@ -289,7 +296,6 @@ class TransferWorker:
         for block in sources:
             key, _ = store.blocks.pop((mine, arguments["group"], block))
             store.chunks.pop(key, None)
-        self._events.append((job, "compacting", [], "", 0.001, 0, 0))
 
     def _run_load(self, job, namespace, hash_bytes, pieces):
         store = self.client.store

@@ -89,9 +89,12 @@ class AttentionImpl:
 
 
 class AttentionLayer:
-    num_heads, num_kv_heads, head_size = 2 * HEADS, HEADS, DIM
+    """One rank's part of it."""
 
-    def __init__(self):
+    head_size = DIM
+
+    def __init__(self, ranks: int):
+        self.num_heads, self.num_kv_heads = 2 * HEADS // ranks, HEADS // ranks
         self.impl = AttentionImpl()
 
     def __call__(self, query, key, value):
@@ -163,11 +166,12 @@ class MiniEngine:
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         self.config.cache_config.num_gpu_blocks = blocks
-        self.attention = {names[0]: AttentionLayer() for names in self.layer_names} if attention else {}
-        self.config.compilation_config.static_forward_context.update(self.attention)
+        self.attention: list[dict[str, AttentionLayer]] = []  # of each rank
         self.pages, self.workers = [], []
         for rank in range(ranks):
             set_rank(rank)
+            self.attention.append({names[0]: AttentionLayer(ranks) for names in self.layer_names} if attention else {})
+            self.config.compilation_config.static_forward_context.update(self.attention[rank])
             # One storage for all groups: only block ids keep them apart.
             storage = torch.full((blocks, heads, block_size, 2 * DIM), float("nan"))
             self.pages.append(storage)
@@ -264,7 +268,7 @@ class MiniEngine:
     def _rank_step(self, rank, worker, metadata, output, sampled) -> ModelRunnerOutput:
         worker.handle_preemptions(metadata)
         worker.bind_connector_metadata(metadata)
-        self._attend(sampled)
+        self._attend(rank, sampled)
         next_tokens = []
         for request, begin, end in sampled.values():
             self._forward(rank, request, begin, end)
@@ -296,15 +300,15 @@ class MiniEngine:
 
     # ---------------------------------------------------------------- the model
 
-    def _attend(self, sampled) -> None:
+    def _attend(self, rank: int, sampled) -> None:
         """Hands each layer the batch's queries as vLLM does: rows of all requests, in an order that nobody is told."""
         batch = list(sampled.values())[::-1]
-        if not batch or not self.attention:
+        if not batch or not self.attention[rank]:
             return
         queries, starts, lengths = [], [0], []
         for request, begin, end in batch:
             states = self._states(request.all_token_ids[:end])
-            queries += [query_row(state) for state in states[begin:end]]
+            queries += [query_row(state).chunk(self.ranks)[rank] for state in states[begin:end]]
             starts.append(len(queries))
             lengths.append(end)
         tables = [self.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0] for request, _, _ in batch]
@@ -314,7 +318,7 @@ class MiniEngine:
             seq_lens=torch.tensor(lengths),
             block_table=torch.tensor([table + [0] * (width - len(table)) for table in tables]),
         )
-        for layer in self.attention.values():
+        for layer in self.attention[rank].values():
             layer.impl.forward(layer, torch.stack(queries), None, None, None, metadata, output=None)
 
     @staticmethod

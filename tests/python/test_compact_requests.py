@@ -7,9 +7,15 @@ import numpy
 import pytest
 import torch
 from test_scheduler_side import BLOCK, assert_at_rest, computed, prompt_of, side_of, tokens_of
+from vllm.config import KVTransferConfig
 from vllm.v1.request import RequestStatus
 
 from kvern import compat
+from kvern.compactions import plan_making
+from kvern.config import Options, RequestOptions
+from kvern.groups import Geometry
+from kvern.metadata import CompactOrder, KvernMetadata, StoreOrder
+from kvern.worker_side import WorkerSide
 
 PLACEHOLDER = 7
 
@@ -51,7 +57,12 @@ def run(engine, request):
 
 
 def queries_of(engine, store, handle) -> list[torch.Tensor]:
-    arguments = store.compactions[handle]
+    """[rows, heads, dim] of each layer, of all ranks' heads."""
+    parts = [_queries_in(arguments) for _, (_, arguments) in sorted(store.compaction_parts[handle].items())]
+    return [torch.cat(layer, 1) for layer in zip(*parts)]
+
+
+def _queries_in(arguments) -> list[torch.Tensor]:
     shape = (arguments["query_rows"], arguments["query_heads"], mini_engine.DIM)
     return [torch.from_numpy(numpy.frombuffer(part, numpy.float32).reshape(shape).copy()) for part in arguments["queries"]]
 
@@ -126,10 +137,10 @@ def test_the_engines_own_attention_runs_where_nobody_asked(engine):
     one = engine()
     one.generate(prompt_of(300), params=compact("snapkv(slots=100,window=40)"))
     one.generate(prompt_of(300, seed=3))
-    assert all("forward" not in vars(layer.impl) for layer in one.attention.values())
+    assert all("forward" not in vars(layer.impl) for layer in one.attention[0].values())
     one.add(prompt_of(300, seed=4))
     one.step()
-    assert all("forward" not in vars(layer.impl) for layer in one.attention.values())
+    assert all("forward" not in vars(layer.impl) for layer in one.attention[0].values())
 
 
 def test_what_an_aborted_request_had_captured_is_dropped(engine):
@@ -297,6 +308,71 @@ def test_preemption_reloads(engine, store):
     assert_at_rest(one)
 
 
+# ---------------------------------------------------------------- several ranks
+
+
+@pytest.mark.parametrize("batched", [1024, 100])
+def test_two_ranks_hand_over_a_prompt_and_read_its_slots(engine, store, batched):
+    one = engine(ranks=2, max_batched=batched)
+    prompt = prompt_of(430)
+    handle = handle_of(one, prompt, "snapkv(slots=100,window=40)")
+    assert {head: part["query_heads"] for head, (_, part) in store.compaction_parts[handle].items()} == {0: 2, 1: 2}
+    (queries,) = queries_of(one, store, handle)
+    assert torch.equal(queries, wanted_queries(one, prompt, 40))
+    assert computed(one, run(one, add_decoding(one, handle))) == 3
+    assert_at_rest(one)
+
+
+@pytest.mark.parametrize("makers, readers", [(2, 1), (1, 2)])
+def test_slots_serve_engines_of_other_ranks(engine, makers, readers):
+    one, two = engine(ranks=makers), engine(ranks=readers)
+    prompt = prompt_of(300)
+    handle = handle_of(one, prompt)
+    two.compact_prompts[handle] = prompt
+    assert computed(two, run(two, add_decoding(two, handle))) == 3
+
+
+def test_a_rank_that_cannot_load_fails_the_request(engine, store):
+    one = engine(ranks=2)
+    handle = handle_of(one, prompt_of(300))
+    store.fail_loads = True
+    request = run(one, add_decoding(one, handle))
+    assert request.status == RequestStatus.FINISHED_ERROR and not tokens_of(request)
+    assert_at_rest(one)
+
+
+def test_a_rank_whose_heads_another_one_stores_asks_for_nothing():
+    geometry = Geometry((), BLOCK, 8, tensor_parallel=2, pipeline_parallel=1, replicas=2)
+    worker = WorkerSide(geometry, Options.from_extra_config({}), fake_native, None, 1, 0)
+    store = StoreOrder(1, 0, 0, "raw", 32, [(b"h" * 32, [1], 0, b"")])
+    facts = {name: b"" if name.endswith("hashes") else 0 for name in CompactOrder.__dataclass_fields__}
+    order = CompactOrder(**{**facts, "job": 2, "store_job": 1, "request": "r"})
+    worker.bind(KvernMetadata(stores=[store], compactions=[order]))
+    worker.submit_stores()
+    assert not worker._compactions and worker.errors == 0
+    assert worker.take_report().reports[1].stored == {1: [0]}
+
+
+def test_engines_whose_ranks_do_not_see_all_of_it_are_refused():
+    class Group:
+        window, block_tokens = 0, BLOCK
+
+    class Request:
+        sampling_params, num_prompt_tokens, resumable = object(), 500, False
+
+    def plan(spec, **geometry):
+        sizes = {"tensor_parallel": 4, "pipeline_parallel": 1, "replicas": 1, **geometry}
+        options = RequestOptions.from_request({"kvern": {"compact": spec}})
+        return plan_making(Request, options, Geometry((Group,), BLOCK, 8, **sizes), fake_native.compaction_plan)
+
+    assert plan("snapkv(slots=60,window=40)").query_rows == 40
+    with pytest.raises(ValueError, match="pipeline-parallel"):
+        plan("streaming(slots=60)", pipeline_parallel=2)
+    with pytest.raises(ValueError, match="share KV heads"):
+        plan("snapkv(slots=60,window=40)", replicas=2)
+    assert plan("streaming(slots=60)", replicas=2).slots == 60
+
+
 # ---------------------------------------------------------------- failing closed
 
 
@@ -359,7 +435,7 @@ def test_prompt_logprobs_fail(one):
 
 def test_an_expired_handle_fails(one):
     handle = handle_of(one, prompt_of(500), ttl_seconds=60)
-    side_of(one)._wall_clock = lambda: int(handle.split(".")[3])
+    side_of(one)._decoding._wall_clock = lambda: int(handle.split(".")[3])
     assert_failed(one, run(one, add_decoding(one, handle)))
 
 
@@ -454,6 +530,46 @@ def test_an_exception_in_the_look_up_fails_them(one, monkeypatch):
 
     monkeypatch.setattr(fake_native.PrefixMatcher, "match", broken)
     request = run(one, add_decoding(one, handle))
+    assert request.status == RequestStatus.FINISHED_ERROR and not tokens_of(request)
+
+
+def beside_another(first: str) -> KVTransferConfig:
+    """Of a MultiConnector that asks `first`, "KvernConnector" or "Bystander", before the other."""
+    kvern = {
+        "kv_connector": "KvernConnector",
+        "kv_connector_module_path": "kvern.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"kvern.address": "unix:///fake"},
+    }
+    other = {
+        "kv_connector": "Bystander",
+        "kv_connector_module_path": "bystander",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"tokens": BLOCK},
+    }
+    return KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"connectors": sorted([kvern, other], key=lambda c: c["kv_connector"] != first)},
+    )
+
+
+def test_beside_another_connector_the_one_that_is_asked_first_decodes(engine):
+    one = engine()
+    prompt = prompt_of(500)
+    handle = handle_of(one, prompt)
+    two = engine(transfer=beside_another("KvernConnector"))
+    two.compact_prompts[handle] = prompt
+    request = run(two, add_decoding(two, handle))
+    assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED and computed(two, request) == 3
+
+
+def test_behind_another_connector_they_fail(engine):
+    one = engine()
+    handle = handle_of(one, prompt_of(500))
+    two = engine(transfer=beside_another("Bystander"))
+    request = run(two, add_decoding(two, handle))
     assert request.status == RequestStatus.FINISHED_ERROR and not tokens_of(request)
 
 

@@ -16,7 +16,7 @@ LAYERS, BLOCKS, BLOCK, WIDTH = 6, 50, 32, 40
 
 def pool(monkeypatch) -> PagePool:
     monkeypatch.setattr(PagePool, "_set_up", lambda self, *_: "")
-    monkeypatch.setattr(PagePool, "_schedule", lambda self, layer, seq_lens, starts: tuple(seq_lens.tolist()))
+    monkeypatch.setattr(PagePool, "_scheduler", lambda self, starts: lambda layer, seq_lens: tuple(seq_lens.tolist()))
     made = PagePool(None, {}, {}, None, fake_native.pool_pages)
     made._layers = {f"layer{i}": types.SimpleNamespace(kv_cache=i) for i in range(LAYERS)}
     made._bases = torch.arange(LAYERS, dtype=torch.int32) * BLOCKS

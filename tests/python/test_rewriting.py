@@ -130,7 +130,7 @@ def test_prompt_logprobs_and_expired_handles_are_computed(one):
     prompt = prompt_of(500)
     handle = handle_of(one, prompt, ttl_seconds=60)
     assert_served_whole(one, run(one, add_whole(one, handle, prompt + SUFFIX, prompt_logprobs=1)), 503)
-    side_of(one)._wall_clock = lambda: int(handle.split(".")[3])
+    side_of(one)._decoding._wall_clock = lambda: int(handle.split(".")[3])
     assert_served_whole(one, run(one, add_whole(one, handle, prompt + SUFFIX)), 503)
 
 

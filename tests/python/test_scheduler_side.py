@@ -36,7 +36,7 @@ def assert_at_rest(engine):
     assert side._matcher.claims == 0
     assert not side._states and not side._loads and not side._stores
     assert side._holds.jobs == 0 and side._holds.blocks == 0
-    assert side.errors == 0 and all(worker._worker.errors == 0 for worker in engine.workers)
+    assert side.all_errors == 0 and all(worker._worker.errors == 0 for worker in engine.workers)
 
 
 # ---------------------------------------------------------------- hits
@@ -710,7 +710,7 @@ def test_a_multi_connector_of_two(engine, store):
     one.settle()
     for child in one.connector._connectors:
         side = child._scheduler
-        assert side._matcher.claims == 0 and not side._states and side._holds.blocks == 0 and side.errors == 0
+        assert side._matcher.claims == 0 and not side._states and side._holds.blocks == 0 and side.all_errors == 0
     assert one.free_blocks == one.kv_cache_config.num_blocks - 1
 
 

@@ -35,7 +35,7 @@ def store_and_load(engine, **options):
         one.run(request)
         one.settle()
         one.forget()
-    assert one.connector._scheduler.errors == 0 and one.workers[0]._worker.errors == 0
+    assert one.connector._scheduler.all_errors == 0 and one.workers[0]._worker.errors == 0
     return one
 
 
