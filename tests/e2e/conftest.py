@@ -1,9 +1,12 @@
 import pathlib
+import sys
 
 import pytest
 
 from daemon import Daemon
-from engine import Engine, Server, kvern_transfer
+from engine import ROOT, Engine, Server, kvern_transfer
+
+sys.path.append(str(ROOT / "tests" / "deploy"))  # the Prometheus of those tests
 
 
 def pytest_addoption(parser):
@@ -45,7 +48,8 @@ class Stage:
 
     def engine(self, model: pathlib.Path, kvern: dict | None = None, **options) -> Engine:
         """Starts an engine on the daemon; wait_started() is the caller's."""
-        options.setdefault("transfer", kvern_transfer(self.daemon.address, **(kvern or {})))
+        if "transfer" not in options:
+            options["transfer"] = kvern_transfer(self.daemon.address, **(kvern or {}))
         engine = Engine(model, self.folder, **options)
         self.engines.append(engine)
         return engine

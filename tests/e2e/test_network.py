@@ -1,36 +1,39 @@
-"""An engine on another host: network namespaces with their own IPC and UTS namespaces, joined by a veth pair. Control
-over ZeroMQ with CURVE keys, data over UCX TCP."""
+"""Other hosts: network namespaces, joined by a veth pair. An engine on one, with its own IPC and UTS namespaces, control
+over ZeroMQ with CURVE keys and data over UCX TCP; and a remote tier on one, whose network is cut."""
 
 import os
+import shutil
 import subprocess
+import time
 
 import pytest
 
-from daemon import binary
+from daemon import Daemon, binary
 from engine import difference, kvern_transfer
 from models import random_llama
 from prompts import tokens
 
-DAEMON_ADDRESS, ENGINE_ADDRESS = "10.203.0.1", "10.203.0.2"
-PORT, UCX_PORT = 7070, 7071
+DAEMON_ADDRESS, OTHER_ADDRESS = "10.203.0.1", "10.203.0.2"
+PORT, UCX_PORT, REDIS_PORT = 7070, 7071, 6379
+DEVICES = ("kvern-d", "kvern-e")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Names of two network namespaces."""
+    """Names of two network namespaces, with one of DEVICES each."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     names = [f"kvern-e2e-{os.getpid()}-{end}" for end in ("d", "e")]
-    devices = [f"kv{os.getpid() % 100000}{end}" for end in ("d", "e")]
-
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True)
-
+    devices = list(DEVICES)
     for name in names:
         ip("netns", "add", name)
     try:
         ip("link", "add", devices[0], "netns", names[0], "type", "veth", "peer", "name", devices[1], "netns", names[1])
-        for name, device, address in zip(names, devices, (DAEMON_ADDRESS, ENGINE_ADDRESS)):
+        for name, device, address in zip(names, devices, (DAEMON_ADDRESS, OTHER_ADDRESS)):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
             ip("-n", name, "link", "set", device, "up")
             ip("-n", name, "link", "set", "lo", "up")
@@ -84,3 +87,66 @@ def test_an_engine_on_another_host_stores_and_restores(hosts, stage):
     assert restored.tokens == cold.tokens, difference(restored, cold)
     assert stage.daemon.metric("kvern_sessions", data_plane="ucx") == 2  # scheduler and worker
     engine.stop()
+
+
+def test_a_network_that_is_cut_costs_the_remote_tiers_hits_alone(hosts, stage, tmp_path):
+    """What waits for the tier ends in time, all else goes on, and the tier serves again afterwards."""
+    here, there = hosts
+    inside = ["ip", "netns", "exec", there]
+    server = subprocess.Popen(
+        [*inside, shutil.which("redis-server"), "--bind", OTHER_ADDRESS, "--protected-mode", "no", "--save", ""],
+        stdout=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
+
+    def keys() -> int:
+        command = [*inside, "redis-cli", "-h", OTHER_ADDRESS, "dbsize"]
+        return int(subprocess.run(command, capture_output=True, text=True).stdout.strip() or -1)
+
+    tier = {"redis.nodes": f"{OTHER_ADDRESS}:{REDIS_PORT}"}
+    daemon = Daemon(tmp_path, tier, namespace=here)
+    try:
+        deadline = time.monotonic() + 30
+        while keys() < 0:
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        daemon.start()
+        engine = stage.engine(random_llama(), transfer=kvern_transfer(daemon.address)).wait_started()
+        before, during, after = (tokens("cut", i, length=500) for i in range(3))
+
+        def stored_and_restored(text: list[int]) -> None:
+            cold = engine.generate(text)
+            assert cold.cached_tokens == 0
+            restored_again(text, cold)
+
+        def restored_again(text: list[int], cold) -> None:
+            engine.forget_kv()
+            restored = engine.generate(text)
+            assert restored.cached_tokens == 480
+            assert restored.tokens == cold.tokens, difference(restored, cold)
+
+        known = engine.generate(before)
+        daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0)
+        stored = keys()
+        assert stored > 0
+        ip("-n", there, "link", "set", DEVICES[1], "down")
+        restored_again(before, known)
+        stored_and_restored(during)
+        for i in range(4):
+            assert engine.generate(tokens("look-ups of nothing", i, length=300)).cached_tokens == 0
+        daemon.wait_metric("kvern_tier_breaker_state", lambda value: value > 0)
+        restored_again(before, known)
+        ip("-n", there, "link", "set", DEVICES[1], "up")
+        deadline = time.monotonic() + 60
+        while daemon.metric("kvern_tier_breaker_state") > 0:  # a look-up that misses everywhere is a probe
+            assert time.monotonic() < deadline
+            engine.generate(tokens("probe", str(time.monotonic()), length=100), max_tokens=1)
+        reached = keys()
+        stored_and_restored(after)
+        daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0)
+        assert keys() > reached >= stored
+        engine.stop()
+    finally:
+        daemon.destroy()
+        server.kill()
+        server.wait()

@@ -38,6 +38,21 @@ def test_a_full_store_makes_room_and_serves_what_it_kept(daemon, engine):
     assert restored[0].cached_tokens == 0, "the prompt that was stored first is still there"
 
 
+def test_a_retained_prompt_outlives_what_is_stored_after_it(daemon, engine):
+    kept, plain = tokens("retained", length=700), tokens("not retained", length=700)
+    cold = engine.generate(kept, kv_transfer_params={"kvern": {"retain_seconds": 600}})
+    engine.generate(plain)
+    daemon.wait_metric("kvern_retained_chunks", lambda value: value > 0)
+    for i in range(12):
+        engine.generate(tokens("after the retained", i, length=700))
+    engine.forget_kv()
+    no_store = {"kv_transfer_params": {"kvern": {"store": False}}}
+    restored = engine.generate(kept, **no_store)
+    assert restored.cached_tokens == 672
+    assert restored.tokens == cold.tokens, difference(restored, cold)
+    assert engine.generate(plain, **no_store).cached_tokens == 0
+
+
 def test_evictions_during_loads_give_no_wrong_token(daemon, engine, other):
     texts = [tokens("race", i, length=600) for i in range(3)]
     cold = [engine.generate(text, **NEITHER) for text in texts]
