@@ -207,7 +207,7 @@ PromptLayer prompt_layer(const CompactionOrder& order, std::uint32_t layer, cons
 /// Pages of each layer. Budgets that follow from what all layers claim need the prompt once before it is cut.
 Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, const std::vector<SourceChunk>& prompt,
                                                LayerRows& rows, LayerQueries& queries,
-                                               const std::atomic<bool>& cancelled) {
+                                               const std::atomic<bool>& cancelled, Executor* helpers) {
   const ShardShape& shape = order.info.shape;
   if (!order.plan.ragged()) {
     const std::uint32_t blocks = (order.plan.slots + order.info.block_tokens - 1) / order.info.block_tokens;
@@ -217,7 +217,7 @@ Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, con
   for (std::uint32_t layer = 0; order.plan.reads_preferences() && layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
     if (const Status read = read_layer(prompt, layer, shape.heads, rows); !read) return failure(read);
-    const auto preference = layer_preference(order.plan, prompt_layer(order, layer, rows, queries), nullptr);
+    const auto preference = layer_preference(order.plan, prompt_layer(order, layer, rows, queries), helpers);
     if (!preference) return failure(preference.error());
     preferences.push_back(*preference);
   }
@@ -226,22 +226,22 @@ Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, con
 
 /// Cuts one layer into its pages; the error of its attention where there are queries.
 Result<std::optional<double>> cut_layer(const CompactionOrder& order, const PromptLayer& prompt,
-                                        std::span<const PoolPage> pages, SlotChunks& chunks) {
+                                        std::span<const PoolPage> pages, SlotChunks& chunks, Executor* helpers) {
   const ShardShape& shape = order.info.shape;
   const auto room = static_cast<std::uint32_t>(pages.size()) * order.info.block_tokens;
   const std::uint32_t slots = order.plan.ragged() ? room : order.plan.slots;
-  auto cut = compact_layer(order.plan, prompt, slots, nullptr);
+  auto cut = compact_layer(order.plan, prompt, slots, helpers);
   if (!cut) return failure(cut.error());
   std::optional<double> error;
   if (order.plan.query_rows > 0) {
-    const auto measured = attention_error(prompt, cut->kept, nullptr);
+    const auto measured = attention_error(prompt, cut->kept, helpers);
     if (!measured) return failure(measured.error());
     error = *measured;
   }
   const std::int64_t shift = order.plan.shift(0);
   if (order.rotation && shift != 0) {
     const auto keys = HeadRows::contiguous(cut->keys.data(), shape.dtype, shape.heads, slots, shape.key_dim);
-    if (const Status placed = place_keys(keys, shift, *order.rotation, cut->keys.data(), nullptr); !placed) {
+    if (const Status placed = place_keys(keys, shift, *order.rotation, cut->keys.data(), helpers); !placed) {
       return failure(placed);
     }
   }
@@ -329,7 +329,7 @@ Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, cons
   const ShardShape& shape = order.info.shape;
   LayerRows rows(shape, order.plan.prompt_tokens);
   LayerQueries queries(order);
-  const auto counts = layer_pages(order, *prompt, rows, queries, cancelled);
+  const auto counts = layer_pages(order, *prompt, rows, queries, cancelled, parts_.helpers);
   if (!counts) return failure(counts.error());
   const auto pages = pool_pages(*counts);
   if (!pages) return failure(pages.error());
@@ -340,7 +340,8 @@ Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, cons
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
     if (const Status read = read_layer(*prompt, layer, shape.heads, rows); !read) return failure(read);
-    const auto error = cut_layer(order, prompt_layer(order, layer, rows, queries), (*pages)[layer], slots);
+    const auto error =
+        cut_layer(order, prompt_layer(order, layer, rows, queries), (*pages)[layer], slots, parts_.helpers);
     if (!error) return failure(error.error());
     if (!*error) continue;
     outcome.error_mean = outcome.error_mean.value_or(0) + **error / shape.layers;

@@ -70,12 +70,14 @@ class CompactionTask {
     TieredStore& tiers;
     StorePipeline& pipeline;
     InFlight& in_flight;
+    Executor* helpers = nullptr;  ///< for heads of a layer; the result does not depend on it
   };
   explicit CompactionTask(const Parts& parts) : parts_(parts) {}
 
   /// Holds the prompt's chunks, cuts layer by layer, turns the kept keys to the slots 0 … M - 1 and stores the cache as
-  /// ordinary chunks; on this thread, and stops soon after cancelled is set (kExpired). kNotFound when a chunk of the
-  /// prompt is gone, kCorrupt when one is damaged. What it had stored when it failed is left to the caller.
+  /// ordinary chunks; on this thread and the helpers', and stops soon after cancelled is set (kExpired). kNotFound when
+  /// a chunk of the prompt is gone, kCorrupt when one is damaged. What it had stored when it failed is left to the
+  /// caller.
   Result<CompactionOutcome> run(const CompactionOrder& order, const std::atomic<bool>& cancelled) const;
 
  private:

@@ -29,6 +29,21 @@ void lower_priority() {
   static_cast<void>(done);
 }
 
+/// Tasks on an executor's threads, at that priority.
+class LowPriority final : public Executor {
+ public:
+  explicit LowPriority(Executor& on) : on_(on) {}
+  [[nodiscard]] bool submit(std::function<void()> task) override {
+    return on_.submit([task = std::move(task)] {
+      lower_priority();
+      task();
+    });
+  }
+
+ private:
+  Executor& on_;
+};
+
 Status invalid(std::string why) { return {Code::kInvalid, std::move(why)}; }
 Status refused(std::string why) { return {Code::kRefused, std::move(why)}; }
 Status not_found() { return {Code::kNotFound, "there is no such compact cache, or it has expired"}; }
@@ -131,7 +146,8 @@ std::vector<ChunkKey> Compactions::Entry::slot_keys() const {
 Compactions::Compactions(const Parts& parts, const CompactionLimits& limits, std::filesystem::path folder)
     : parts_(parts),
       limits_(limits),
-      task_({parts.store, parts.tiers, parts.pipeline, parts.in_flight}),
+      helpers_(parts.helpers == nullptr ? nullptr : std::make_unique<LowPriority>(*parts.helpers)),
+      task_({parts.store, parts.tiers, parts.pipeline, parts.in_flight, helpers_.get()}),
       manifests_(std::move(folder)) {
   for (auto& manifest : manifests_.load()) take_over(std::move(manifest));
   if (!entries_.empty()) log_info("compact caches of the run before are known", {{"caches", entries_.size()}});

@@ -54,6 +54,7 @@ class Compactions {
     const Clock& clock;                          ///< for time-outs
     std::function<std::int64_t()> unix_seconds;  ///< for expiry
     Executor& executor;
+    Executor* helpers = nullptr;  ///< other threads than the executor's, for parts of one cache; null: none
   };
   using Found = std::function<void(Result<std::vector<wire::CompactionReport>> reports)>;
 
@@ -140,6 +141,7 @@ class Compactions {
 
   const Parts parts_;
   const CompactionLimits limits_;
+  const std::unique_ptr<Executor> helpers_;
   const CompactionTask task_;
   const CompactManifests manifests_;
   /// A handle's file and its entry change together under it. Taken before mutex_.

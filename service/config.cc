@@ -222,7 +222,10 @@ constexpr ConfigKey kKeys[] = {
      "survives a reboot as that does.",
      KVERN_SLOT(compact.state_dir)},
     {"compact.threads", KeyType::kNumber, "threads", "", 1, 64,
-     "Threads that make compact caches, of low priority; one cache keeps one busy.", KVERN_SLOT(compact.threads)},
+     "Threads that make compact caches, of low priority: so many are made at a time.", KVERN_SLOT(compact.threads)},
+    {"compact.helper_threads", KeyType::kNumber, "threads", "", 0, 64,
+     "Threads that help with each, of low priority: heads of a layer are cut side by side.",
+     KVERN_SLOT(compact.helper_threads)},
     {"compact.job_bytes", KeyType::kBytes, "bytes", "", kMiB, kTiB,
      "Most memory for one of them, which holds a layer of the prompt and all slots; and for the queries of all that "
      "wait.",

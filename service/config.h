@@ -128,6 +128,7 @@ struct ServiceConfig {
   struct Compact {
     std::string state_dir;  ///< empty: compact_state_dir() makes one in run_dir
     std::uint64_t threads = 1;
+    std::uint64_t helper_threads = 3;
     std::uint64_t job_bytes = 4ULL << 30;
     std::uint64_t max_pending = 64;
     std::uint64_t max_handles = 4096;

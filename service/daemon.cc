@@ -61,6 +61,7 @@ namespace fs = std::filesystem;
 using std::chrono::milliseconds;
 
 constexpr std::size_t kAdministrationQueue = 64;
+constexpr std::size_t kMaxCuts = 1024;  // that wait for a helper; more are done by who makes the cache
 // Threads that verify what comes up from lower tiers: at some 10 GB/s each they keep ahead of any of those.
 constexpr std::size_t kMovers = 2;
 constexpr std::size_t kMaxMoving = 1U << 16;
@@ -240,6 +241,7 @@ struct Daemon::State {
   ThreadPool administration{"kvern-admin", 1, kAdministrationQueue};
   StorePipeline pipeline;
   DeviceService devices;
+  const std::unique_ptr<ThreadPool> compact_helpers;  ///< null: none
   ThreadPool compactors;
   std::unique_ptr<Compactions> compactions;
   HotService hot;
@@ -305,6 +307,9 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                .usable_bytes = [this] { return slab.usable_bytes(); },
                .open = std::move(open_device),
                .threads = config.pipeline.device_threads}),
+      compact_helpers(config.compact.helper_threads == 0
+                          ? nullptr
+                          : std::make_unique<ThreadPool>("kvern-cut", config.compact.helper_threads, kMaxCuts)),
       compactors("kvern-compact", config.compact.threads, config.compact.max_pending),
       compactions(std::make_unique<Compactions>(Compactions::Parts{.store = *store,
                                                                    .tiers = *tiers,
@@ -313,7 +318,8 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                                                                    .metrics = metrics,
                                                                    .clock = clock,
                                                                    .unix_seconds = unix_seconds,
-                                                                   .executor = compactors},
+                                                                   .executor = compactors,
+                                                                   .helpers = compact_helpers.get()},
                                                 compaction_limits(config), config.compact_state_dir())),
       hot({.sessions = sessions,
            .store = *store,

@@ -40,7 +40,8 @@ struct CompactionsTest : ::testing::Test {
                                                              .metrics = service.metrics,
                                                              .clock = service.clock,
                                                              .unix_seconds = [this] { return now; },
-                                                             .executor = executor},
+                                                             .executor = executor,
+                                                             .helpers = &helpers},
                                           limits, folder);
   }
 
@@ -110,6 +111,7 @@ struct CompactionsTest : ::testing::Test {
 
   ServiceFixture service;
   ManualExecutor executor;
+  ThreadPool helpers{"helpers", 2, 64};
   CompactionLimits limits{.max_pending = 3, .job_bytes = 1U << 20, .max_handles = 5, .max_ttl_seconds = 1000};
   std::int64_t now = kNow;
   const std::filesystem::path folder =
