@@ -1,4 +1,5 @@
-"""A real Prometheus that scrapes one kvernd every second, with the rules of deploy/prometheus."""
+"""A real Prometheus that scrapes one kvernd, and an engine where there is one, every second, with the rules of
+deploy/prometheus."""
 
 import pathlib
 import shutil
@@ -16,13 +17,15 @@ SCRAPE_SECONDS = 1
 
 
 class Prometheus(Process):
-    def __init__(self, folder: pathlib.Path, kvernd_port: int):
+    def __init__(self, folder: pathlib.Path, kvernd_port: int, vllm_port: int | None = None):
         super().__init__("prometheus", folder)
         config = yaml.safe_load((RULES / "prometheus.yaml").read_text())
         config["global"] = {name: f"{SCRAPE_SECONDS}s" for name in ("scrape_interval", "evaluation_interval")}
-        # vLLM is not there; its job stays out, or its target would be down.
-        config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] == "kvernd"]
-        config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{kvernd_port}"]}]
+        # The job of what is not there stays out, or its target would be down.
+        ports = {"kvernd": kvernd_port, "vllm": vllm_port}
+        config["scrape_configs"] = [job for job in config["scrape_configs"] if ports[job["job_name"]] is not None]
+        for job in config["scrape_configs"]:
+            job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[job['job_name']]}"]}]
         for name in config["rule_files"]:
             shutil.copy(RULES / name, folder)
         path = folder / "prometheus.yaml"
@@ -65,4 +68,9 @@ class Prometheus(Process):
             time.sleep(0.05)
 
     def scrapes(self) -> float:
-        return sum(self.query('count_over_time(up{job="kvernd"}[1h])'))
+        return min(self.query("count_over_time(up[1h])"), default=0)
+
+    def wait_scrapes(self, number: int) -> None:
+        """Of every target."""
+        wanted = self.scrapes() + number
+        self.wait(lambda: self.scrapes() >= wanted, f"there are {wanted} scrapes")

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-"""Makes the pictures of the dashboards in docs/images: a real kvernd with three tiers under load, and a Prometheus that
-scrapes it; deploy/grafana/pictures.py draws what Prometheus recorded. The dashboard of the engine's side has no picture,
-since there is no engine.
+"""Makes the pictures of the dashboards in docs/images: a real kvernd with three tiers under load, a real vLLM on it, and a
+Prometheus that scrapes both; deploy/grafana/pictures.py draws what Prometheus recorded.
 
 Usage: record_dashboards.py [MINUTES]
 """
@@ -19,8 +18,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]
 import numpy as np  # noqa: E402
 
 from daemon import Daemon  # noqa: E402
-from engine import ROOT  # noqa: E402
+from engine import ROOT, Server, kvern_transfer  # noqa: E402
 from load import Load  # noqa: E402
+from models import smollm2  # noqa: E402
+from prompts import prose  # noqa: E402
 from prometheus_server import SCRAPE_SECONDS, Prometheus  # noqa: E402
 from test_tiers import Redis  # noqa: E402
 
@@ -33,7 +34,9 @@ POPULARITY = 1.1  # exponent of Zipf's law
 PAUSE_SECONDS = 0.15  # between requests of a client, in the mean
 BURST = (0.35, 0.6)  # of the period: no pauses
 REDIS_STANDS = (0.7, 0.85)  # of the period: its breaker opens
-PICTURED = ("overview", "compression", "tiers", "sessions")
+CONVERSATIONS = 12  # that the engine has, of so many tokens
+CONVERSATION_TOKENS = 600
+FORGETS_EVERY = 4  # requests: vLLM's own prefix cache is emptied, or nothing would be loaded
 
 
 class Period:
@@ -63,6 +66,24 @@ def play_client(address: str, period: Period, seed: int) -> None:
     load.close()
 
 
+def play_engine(server: Server, period: Period, troubles: list[Exception]) -> None:
+    try:
+        converse(server, period)
+    except Exception as trouble:
+        troubles.append(trouble)
+
+
+def converse(server: Server, period: Period) -> None:
+    draw = np.random.default_rng(CLIENTS)
+    requests = 0
+    while period.share < 1:
+        server.complete(prose("dashboards", int(draw.integers(CONVERSATIONS)), length=CONVERSATION_TOKENS), max_tokens=8)
+        requests += 1
+        if requests % FORGETS_EVERY == 0:
+            server.reset_prefix_cache()
+        time.sleep(draw.exponential(PAUSE_SECONDS))
+
+
 def python() -> str:
     """Of an environment of its own: nothing else needs matplotlib."""
     if not (VENV / "ready").exists():
@@ -74,7 +95,7 @@ def python() -> str:
 
 
 def record(folder: pathlib.Path, minutes: float) -> None:
-    drawer = [python(), str(DRAWER / "pictures.py"), *PICTURED]
+    drawer = [python(), str(DRAWER / "pictures.py")]
     redis = Redis(folder).start()
     settings = {
         "store.dram_bytes": "256MiB",
@@ -84,11 +105,15 @@ def record(folder: pathlib.Path, minutes: float) -> None:
         "ladder.default": "balanced",
     }
     daemon = Daemon(folder, settings).start()
-    prometheus = Prometheus(folder, daemon.http_port)
+    server = Server(smollm2(), folder, transfer=kvern_transfer(daemon.address))
+    prometheus = None
     try:
-        prometheus.wait_ready()
+        server.wait_started()
+        prometheus = Prometheus(folder, daemon.http_port, server.port).wait_ready()
         period = Period(minutes * 60)
         players = [threading.Thread(target=play_client, args=(daemon.address, period, i)) for i in range(CLIENTS)]
+        troubles: list[Exception] = []
+        players.append(threading.Thread(target=play_engine, args=(server, period, troubles)))
         for each in players:
             each.start()
         frozen = False
@@ -99,12 +124,16 @@ def record(folder: pathlib.Path, minutes: float) -> None:
             time.sleep(0.5)
         for each in players:
             each.join()
+        if troubles:
+            raise troubles[0]
         drawer += ["--prometheus", f"http://{prometheus.address}", "--minutes", str(minutes)]
         drawer += ["--scrape-seconds", str(5 * SCRAPE_SECONDS), "--output", str(ROOT / "docs/images")]
         subprocess.run(drawer, check=True)
     finally:
         redis.thaw()
-        prometheus.kill()
+        if prometheus is not None:
+            prometheus.kill()
+        server.stop()
         daemon.destroy()
         redis.kill()
 

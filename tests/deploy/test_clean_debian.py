@@ -1,9 +1,9 @@
 """From a bare Debian 12, a root that debootstrap has just made: what the README asks for first, and `make setup`, with which
-all targets of the Makefile begin, give all that the build needs. Compiling and the demo are not repeated there: with nothing
-in a compiler's cache they take the better part of an hour.
+all targets of the Makefile begin, give all that the build needs, and `make demo` builds it and shows what the README says.
 
 Nothing of this machine is in that root but what reaches the network (names, certificates, settings of package indexes), and
-the cache of Python packages, which only saves time."""
+the caches of Python packages and of compiled files, which only save time: without the latter it takes the better part of
+an hour."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ pytestmark = [
 README = ROOT / "README.md"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 NETWORK_VARIABLES = re.compile(r"PIP_|UV_|(?:https?|no|all)_proxy$", re.IGNORECASE)
-PACKAGE_CACHE = "/root/.cache/uv"
+CACHES = ("/root/.cache/uv", "/root/.ccache")
 MINUTE = 60
 
 
@@ -60,8 +60,8 @@ class CleanDebian:
             f"mount --rbind /dev {self.root}/dev",
             f"mount -t tmpfs tmpfs {self.root}/dev/shm",
         ]
-        if pathlib.Path(PACKAGE_CACHE).is_dir():
-            mounts += [f"mkdir -p {self.root}{PACKAGE_CACHE}", f"mount --bind {PACKAGE_CACHE} {self.root}{PACKAGE_CACHE}"]
+        for cache in filter(os.path.isdir, CACHES):
+            mounts += [f"mkdir -p {self.root}{cache}", f"mount --bind {cache} {self.root}{cache}"]
         enter = f'exec chroot {self.root} bash -euo pipefail -c "cd /kvern; $1"'
         environment = {name: value for name, value in os.environ.items() if NETWORK_VARIABLES.match(name)}
         environment |= {name: "/etc/machine.crt" for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")}
@@ -102,3 +102,10 @@ def test_setup_ends_well_and_the_next_one_has_nothing_to_do(debian):
 def test_the_build_finds_all_that_it_needs(debian):
     configured = debian.run("cmake --preset release -DKVERN_PYTHON=ON -DPython_EXECUTABLE=/kvern/.venv/bin/python", 10)
     assert "Build files have been written to" in configured
+
+
+def test_the_demo_restores_a_prompt_in_a_new_engine(debian):
+    debian.run("apt-get install -y --no-install-recommends ccache", 10)
+    shown = debian.run("make demo", 120)
+    row = re.search(r"^ *lossless, new engine +[\d.]+ s +\d+ x +(\d+) of 3000 .* yes$", shown, re.MULTILINE)
+    assert row is not None and int(row[1]) > 2900, shown[-3000:]

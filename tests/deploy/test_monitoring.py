@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -11,12 +10,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import yaml
 
 import dashboards
 import pictures
 from daemon import Daemon
 from engine import ROOT
+from expressions import NEEDS_ENGINE, finite, panel_queries, recorded, rules
 from load import Load
 from prometheus_server import RULES, Prometheus
 
@@ -24,31 +23,8 @@ from prometheus_server import RULES, Prometheus
 NAMES = re.compile(r"\b(?:instance\w*:|engine:|vllm:)?kvern_\w+(?::\w+)?|vllm:\w+")
 SUFFIXES = re.compile(r"_(bucket|sum|count)$")
 
-# What vLLM serves, or is computed from it: these expressions must parse, and their metrics must exist in the code.
-NEEDS_ENGINE = re.compile(r"vllm:|engine:")
-
 PROMPTS_IN_DRAM = 24  # more than it ever holds
 DRIVE_SECONDS = 120  # the daemon's demoting threads have the lowest priority that there is
-
-
-def rules() -> list[dict]:
-    files = [yaml.safe_load((RULES / name).read_text()) for name in ("rules.yaml", "alerts.yaml")]
-    return [rule for file in files for group in file["groups"] for rule in group["rules"]]
-
-
-def recorded() -> list[str]:
-    return [rule["record"] for rule in rules() if "record" in rule]
-
-
-def panel_queries() -> list[tuple[str, str]]:
-    queries = []
-    for name in dashboards.DASHBOARDS:
-        for panel in json.loads((ROOT / "deploy/grafana" / f"{name}.json").read_text())["panels"]:
-            for target in panel["targets"]:
-                expression = target["expr"].replace("$__rate_interval", "5m").replace("$instance", ".*")
-                queries.append((f"{name}: {panel['title']} {target['refId']}", expression))
-    assert queries
-    return queries
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +34,8 @@ def prometheus(daemon, tmp_path_factory):
     server.kill()
 
 
-def scraped(prometheus, number: int) -> None:
-    wanted = prometheus.scrapes() + number
-    prometheus.wait(lambda: prometheus.scrapes() >= wanted, f"there are {wanted} scrapes")
-
-
 def test_a_fresh_and_idle_daemon_fires_no_alert(prometheus):
-    scraped(prometheus, 5)
+    prometheus.wait_scrapes(5)
     assert prometheus.query('up{job="kvernd"}') == [1]
     assert prometheus.query("count(kvern_uptime_seconds)") == [1]
     assert prometheus.api("alerts")["alerts"] == []
@@ -76,9 +47,9 @@ def loaded(daemon, prometheus):
     load = Load(daemon.address, chunks=8)
     prompts = itertools.count()
     before = drive(load, daemon, prompts, {})
-    scraped(prometheus, 2)
+    prometheus.wait_scrapes(2)
     drive(load, daemon, prompts, before)
-    scraped(prometheus, 2)
+    prometheus.wait_scrapes(2)
     yield load
     load.close()
 
@@ -113,10 +84,6 @@ def drive(load: Load, daemon: Daemon, prompts: Iterator[int], before: dict) -> d
         if grown == wanted:
             return series
         assert time.monotonic() < deadline, f"after {DRIVE_SECONDS} s of load these stand still: {wanted - grown}"
-
-
-def finite(values: list[float]) -> bool:
-    return any(math.isfinite(value) for value in values)
 
 
 def test_every_panel_shows_data(prometheus, loaded):

@@ -251,6 +251,31 @@ class EngineProcess:
             connector.wait_for_layer_load = leave_out_last
         return outside
 
+    def time_layers(self) -> list[float]:
+        """Seconds that the connector's calls before and after the layers took in each step since the last call; the first
+        call starts it."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        told, self.layer_seconds = getattr(self, "layer_seconds", None), []
+        if told is not None:
+            return told
+        connector = get_kv_transfer_group()
+        first = next(name for _, name, _ in self._pages())
+
+        def timed(call):
+            def wrapper(name, *arguments, **named):
+                if call is before and name == first:
+                    self.layer_seconds.append(0.0)
+                begin = time.perf_counter()
+                call(name, *arguments, **named)
+                self.layer_seconds[-1] += time.perf_counter() - begin
+
+            return wrapper
+
+        before, after = connector.wait_for_layer_load, connector.save_kv_layer
+        connector.wait_for_layer_load, connector.save_kv_layer = timed(before), timed(after)
+        return []
+
     def free_blocks(self) -> int:
         return self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 

@@ -3,7 +3,9 @@
 import pytest
 import requests
 
+from expressions import NEEDS_ENGINE, finite, panel_queries
 from models import smollm2
+from prometheus_server import Prometheus
 from prompts import prose
 
 
@@ -29,6 +31,36 @@ def test_a_prompt_is_restored_over_http(stage, server):
 def test_kverns_metrics_are_on_vllms_endpoint(server):
     lines = requests.get(f"{server.url}/metrics", timeout=30).text.splitlines()
     assert any("kvern" in line and not line.startswith("#") for line in lines)
+
+
+# Panels of counters that have a series for each reason, once there is one; these queries are only run.
+TROUBLE = ("Loads that failed", "Stores that failed", "Chunks not stored")
+
+
+def test_dashboards_and_rules_of_the_engines_side_have_data(stage, server, tmp_path):
+    prometheus = Prometheus(tmp_path, stage.daemon.http_port, server.port).wait_ready()
+    try:
+        for i in range(2):  # rates need series that grow
+            text = prose("dashboards", i, length=400)
+            server.complete(text)
+            stage.daemon.wait_quiet()
+            server.reset_prefix_cache()
+            assert server.complete(text)["cached_tokens"] == 384
+            prometheus.wait_scrapes(2)
+        asked = [(where, expression) for where, expression in panel_queries() if NEEDS_ENGINE.search(expression)]
+        for where, expression in asked:
+            prometheus.query(expression)
+        asked = [(where, expression) for where, expression in asked if not any(panel in where for panel in TROUBLE)]
+        assert len(asked) > 10
+        prometheus.wait(
+            lambda: all(finite(prometheus.query(expression)) for _, expression in asked),
+            "there is data for all of " + ", ".join(where for where, _ in asked),
+        )
+        rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
+        assert [rule for rule in rules if rule["health"] != "ok"] == []
+        assert [alert for alert in prometheus.api("alerts")["alerts"] if alert["state"] == "firing"] == []
+    finally:
+        prometheus.kill()
 
 
 def test_a_client_that_hangs_up_during_a_load_leaves_nothing_behind(stage, server):
