@@ -8,6 +8,8 @@ compact.smollm2.<budget>.capacity_limit    prompt tokens over slots, rounded up 
 compact.handover_over_prefill              end of prefill to first token from the compact cache, over the prefill
 compact.handover.<part>_s                  its parts: made (stored and compacted), decode (load and one step)
 compact.tokens_per_s                       prompt tokens that the daemon compacts a second
+compact.exchange_ms                        of a decode step of four requests whose 30 layers keep different numbers of
+                                           slots: time in the connector's calls before and after the layers, median
 
 Models: smollm2 (the real one), kvheavy_b1 and kvheavy_b4 (random weights, 4 layers of 16 KV heads; one long prompt, and
 four of a quarter of its length at once).
@@ -37,6 +39,7 @@ STEPS = 24  # decode steps of one measurement
 REPEATS = 3
 READY_SECONDS = 300
 HANDOVER_TOKENS = 4000
+EXCHANGE_TOKENS = (900, 1000, 1100, 1200)
 DTYPE_BYTES = 2
 BLOCK_TOKENS = 32
 
@@ -169,6 +172,17 @@ def handover(case: Case, engine: Engine, compactions: Compactions) -> dict:
     }
 
 
+def exchange(engine: Engine, compactions: Compactions) -> dict:
+    prompts = [prose("exchange", length=length) for length in EXCHANGE_TOKENS]
+    made = [make(engine, compactions, prompt, "cake(budget=12%,window=16,allocation=cake)")[0] for prompt in prompts]
+    requests = [compact_request(output, output.tokens) for output in made]
+    assert all(one["salt"].startswith("kvc2.") for one in requests), "all layers got the same slots"
+    run(engine, requests, 1)
+    engine.call("time_layers")
+    run(engine, requests, STEPS)
+    return {"compact.exchange_ms": statistics.median(engine.call("time_layers")) * 1e3}
+
+
 def at_once(engine: Engine, requests: list[dict]) -> int:
     """How many hold KV memory at the same time, of more than fit."""
     named = [{"name": f"many{i}", "max_tokens": STEPS, "logprobs": None, **one} for i, one in enumerate(requests)]
@@ -214,6 +228,7 @@ def measure(address: str) -> dict:
                 results |= speed(case, engine, compactions)
                 if case.name == "smollm2":
                     results |= handover(case, engine, compactions)
+                    results |= exchange(engine, compactions)
             if case.name == "smollm2":
                 results |= capacity(case, address, compactions)
     return results

@@ -36,6 +36,7 @@ COMPACT = {
     "compact.handover.made_s": "stored and compacted, seconds",
     "compact.handover.decode_s": "loaded, and one step, seconds",
     "compact.tokens_per_s": "tokens compacted a second",
+    "compact.exchange_ms": "a step of four requests with a budget for each layer: exchange of the layers' tables, milliseconds",
 }
 TIERS = {
     "store.index.bytes_per_chunk": "DRAM: bytes of bookkeeping per chunk of eight blocks",
