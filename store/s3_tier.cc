@@ -558,8 +558,10 @@ S3Tier::S3Tier(S3TierConfig config, const Clock& clock, TierObserver* observer)
     : Tier("s3", config.breaker, clock, observer) {
   if (const auto status = config.validate(); !status) throw std::invalid_argument("s3: " + status.message());
   // Or every request would fail for it, one by one.
-  const auto tls = TlsContext::create(config.ca_file, "", "");
-  if (!config.ca_file.empty() && !tls) throw std::invalid_argument("s3: " + tls.error().message());
+  if (!config.ca_file.empty()) {
+    const auto tls = TlsContext::create(config.ca_file, "", "");
+    if (!tls) throw std::invalid_argument("s3: " + tls.error().message());
+  }
   work_ = std::make_unique<Work>(std::move(config), clock);
 }
 
