@@ -186,7 +186,9 @@ std::vector<std::uint32_t> ReusePolicy::victims(std::size_t count) {
   std::unordered_map<std::uint32_t, std::uint32_t> named_children;
   const auto worth_in = [this](std::uint32_t list) {
     if (list == kUnreachable) return 0.0;
-    if (list == kHeld || list == kNewest) return std::numeric_limits<double>::infinity();
+    // What was used so lately may still be in that use, which is not counted twice: the model knows nothing of it.
+    const bool in_use = list % ReuseModel::kAges == 0;
+    if (list == kHeld || list == kNewest || in_use) return std::numeric_limits<double>::infinity();
     return model_.worth(list / ReuseModel::kAges, list % ReuseModel::kAges);
   };
   const auto add = [&](std::uint32_t list, std::uint32_t chunk) {

@@ -73,17 +73,15 @@ def drive(load: Load, daemon: Daemon, prompts: Iterator[int], before: dict) -> d
     of before, the growth must be in one of them: only then is there a rate."""
     wanted = growing()
     deadline = time.monotonic() + DRIVE_SECONDS
-    found = 0
     while True:
         prompt = next(prompts)
         load.store(prompt, "raw" if prompt % 8 == 0 else "")
-        # May be gone already: where the disk is slow, the ends of the few prompts that DRAM holds are being written.
-        found += load.load(prompt)
+        assert load.load(prompt) > 0
         if prompt >= PROMPTS_IN_DRAM:
             load.load(prompt - PROMPTS_IN_DRAM)  # has left DRAM: comes up from the file, if it was not lost
         series = {(name, *sorted(labels.items())): value for name, labels, value in daemon.metrics() if name in wanted}
         grown = {key[0] for key, value in series.items() if value > before.get(key, math.inf if before else 0)}
-        if grown == wanted and found > 0:
+        if grown == wanted:
             return series
         assert time.monotonic() < deadline, f"after {DRIVE_SECONDS} s of load these stand still: {wanted - grown}"
 

@@ -22,8 +22,9 @@ using Prompt = std::vector<std::uint64_t>;  // names of its chunks; a name stand
 /// A store of so many chunks, with one policy.
 class Cache {
  public:
-  Cache(std::string_view policy, std::size_t capacity)
-      : policy_(*make_eviction_policy(policy)), capacity_(capacity), name_of_(capacity) {
+  /// held: chunks that cannot be taken, for as long as it says so.
+  Cache(std::string_view policy, std::size_t capacity, std::function<bool(std::uint64_t name)> held = nullptr)
+      : policy_(*make_eviction_policy(policy)), capacity_(capacity), held_(std::move(held)), name_of_(capacity) {
     for (std::uint32_t chunk = 0; chunk < capacity; ++chunk) spare_.push_back(chunk);
   }
 
@@ -42,7 +43,8 @@ class Cache {
  private:
   void insert(std::uint64_t name) {
     if (spare_.empty()) {
-      const std::uint32_t victim = policy_->victims(1).at(0);
+      std::uint32_t victim = policy_->victims(1).at(0);
+      for (; held_ && held_(name_of_[victim]); victim = policy_->victims(1).at(0)) policy_->skipped(victim);
       policy_->erased(victim);
       chunk_of_.erase(name_of_[victim]);
       spare_.push_back(victim);
@@ -56,6 +58,7 @@ class Cache {
 
   const std::unique_ptr<EvictionPolicy> policy_;
   const std::size_t capacity_;
+  const std::function<bool(std::uint64_t name)> held_;
   std::map<std::uint64_t, std::uint32_t> chunk_of_;
   std::vector<std::uint64_t> name_of_;
   std::vector<std::uint32_t> spare_;
@@ -205,6 +208,27 @@ TEST(ReusePolicy, ServesADayInSeconds) {
 
 TEST(ReusePolicy, DecidesTheSameEveryTime) {
   EXPECT_EQ(hit_rate("reuse", 300, zipf(500, 0.9), 2000), hit_rate("reuse", 300, zipf(500, 0.9), 2000));
+}
+
+// One engine computes prompts and another one decodes them: each is read once, soon, and never again. Many chunks of
+// the prompts before are being written to a slow disk meanwhile.
+TEST(PolicyTraffic, WhatHasJustComeIsThereForWhoeverComesForIt) {
+  for (const char* policy : {"lru", "reuse"}) {
+    for (const std::size_t capacity : {32U, 256U, 4096U}) {
+      std::uint64_t number = 0;
+      Cache cache(policy, capacity, [&](std::uint64_t name) {
+        return name * 2654435761U % 7 < 3 && name / 8 + capacity / 16 > number && name / 8 < number;
+      });
+      std::size_t missed = 0;
+      for (; number < 2 * capacity; ++number) {
+        Prompt prompt;
+        for (std::uint64_t chunk = 0; chunk < 8; ++chunk) prompt.push_back(number * 8 + chunk);
+        cache.serve(prompt);
+        missed += prompt.size() - cache.serve(prompt);
+      }
+      EXPECT_EQ(missed, 0U) << policy << ", " << capacity << " chunks";
+    }
+  }
 }
 
 }  // namespace
