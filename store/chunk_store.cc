@@ -188,7 +188,7 @@ struct ChunkStore::State {
   void note_order(std::uint32_t parent, std::uint32_t chunk);
   /// As the map of a warm restart has it: units of 67 ms, for nine years after the host's start.
   std::uint32_t use_time() const { return static_cast<std::uint32_t>(clock.now_ns() >> 26); }
-  void use(std::uint32_t chunk);
+  void use(std::uint32_t chunk, std::uint32_t at);
   bool enter_index(std::uint32_t chunk, const ContainerInfo& info);
   Result<bool> add_whole_shard(const Extent& extent, const ContainerInfo& info, std::size_t container_bytes);
   std::vector<LoadedShard> find_containers();
@@ -848,9 +848,9 @@ void ChunkStore::State::note_order(std::uint32_t parent, std::uint32_t chunk) {
   tell_policies(chunk, [&](EvictionPolicy& each) { each.follows(chunk, parent); });
 }
 
-void ChunkStore::State::use(std::uint32_t chunk) {
+void ChunkStore::State::use(std::uint32_t chunk, std::uint32_t at) {
   tell_policies(chunk, [&](EvictionPolicy& each) { each.touched(chunk); });
-  if (map) map->touch(record(chunk).shards[0].extent.offset, use_time());
+  if (map) map->touch(record(chunk).shards[0].extent.offset, at);
 }
 
 // Publishes a complete chunk; false, with nothing changed, when the index has no room.
@@ -870,7 +870,8 @@ bool ChunkStore::State::enter_index(std::uint32_t chunk, const ContainerInfo& in
   index.make_live(chunk);
   entering.state = ChunkState::kLive;
   if (map) {
-    for (const auto& shard : entering.shards) map->set(shard.extent.offset, use_time());
+    const std::uint32_t now = use_time();
+    for (const auto& shard : entering.shards) map->set(shard.extent.offset, now);
   }
   ++counters.chunks;
   count_form(entering, true);
@@ -1074,6 +1075,7 @@ std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t gro
   std::vector<BlockIndexHit> hits(blocks.size());
   hits.resize(s.index.reader().find_leading(fingerprints, hits));
 
+  const std::uint32_t now = s.use_time();
   std::lock_guard lock(s.mutex);
   std::size_t found = 0;
   while (found < hits.size() &&
@@ -1084,7 +1086,7 @@ std::size_t ChunkStore::match(const NamespaceId& namespace_id, std::uint16_t gro
   for (std::size_t i = found; i-- > 0;) {
     if (i + 1 < found && hits[i].chunk == hits[i + 1].chunk) continue;
     if (i + 1 < found) s.note_order(hits[i].chunk, hits[i + 1].chunk);
-    s.use(hits[i].chunk);
+    s.use(hits[i].chunk, now);
   }
   return found;
 }
@@ -1132,7 +1134,7 @@ Result<PinnedChunk> ChunkStore::pin(const NamespaceId& namespace_id, std::uint16
   ChunkRecord& pinned = s.record(*chunk);
   if (pinned.pins++ == 0) ++s.counters.pinned_chunks;
   if (what_for != PinFor::kMove && pinned.state == ChunkState::kLive) {
-    s.use(*chunk);
+    s.use(*chunk, s.use_time());
   }
   PinnedChunk result{.pin = s.next_id++, .chunk = *chunk, .tokens = pinned.tokens(), .shards = s.shards_of(pinned)};
   s.pins.emplace(result.pin, State::Pin{*chunk, pinned.form});

@@ -5,11 +5,11 @@ Prometheus that scrapes both; deploy/grafana/pictures.py draws what Prometheus r
 Usage: record_dashboards.py [MINUTES]
 """
 
+import concurrent.futures
 import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -66,14 +66,7 @@ def play_client(address: str, period: Period, seed: int) -> None:
     load.close()
 
 
-def play_engine(server: Server, period: Period, troubles: list[Exception]) -> None:
-    try:
-        converse(server, period)
-    except Exception as trouble:
-        troubles.append(trouble)
-
-
-def converse(server: Server, period: Period) -> None:
+def play_engine(server: Server, period: Period) -> None:
     draw = np.random.default_rng(CLIENTS)
     requests = 0
     while period.share < 1:
@@ -111,11 +104,9 @@ def record(folder: pathlib.Path, minutes: float) -> None:
         server.wait_started()
         prometheus = Prometheus(folder, daemon.http_port, server.port).wait_ready()
         period = Period(minutes * 60)
-        players = [threading.Thread(target=play_client, args=(daemon.address, period, i)) for i in range(CLIENTS)]
-        troubles: list[Exception] = []
-        players.append(threading.Thread(target=play_engine, args=(server, period, troubles)))
-        for each in players:
-            each.start()
+        pool = concurrent.futures.ThreadPoolExecutor(CLIENTS + 1)
+        players = [pool.submit(play_client, daemon.address, period, i) for i in range(CLIENTS)]
+        players.append(pool.submit(play_engine, server, period))
         frozen = False
         while period.share < 1:
             if period.within(REDIS_STANDS) != frozen:
@@ -123,9 +114,7 @@ def record(folder: pathlib.Path, minutes: float) -> None:
                 redis.freeze() if frozen else redis.thaw()
             time.sleep(0.5)
         for each in players:
-            each.join()
-        if troubles:
-            raise troubles[0]
+            each.result()
         drawer += ["--prometheus", f"http://{prometheus.address}", "--minutes", str(minutes)]
         drawer += ["--scrape-seconds", str(5 * SCRAPE_SECONDS), "--output", str(ROOT / "docs/images")]
         subprocess.run(drawer, check=True)

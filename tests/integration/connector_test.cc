@@ -6,7 +6,10 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "connector/client.h"
 #include "connector/prefix_matcher.h"
@@ -431,15 +434,26 @@ std::uint16_t port_of(Daemon& daemon) {
   return static_cast<std::uint16_t>(std::stoi(line.substr(line.rfind(':') + 1)));
 }
 
+/// A daemon for other hosts, reached over the loopback device.
+struct UcxDaemon {
+  explicit UcxDaemon(std::size_t dram_bytes) {
+    ::setenv("KVERN_UCX_MODULE", KVERN_UCX_PATH, 1);
+    daemon.emplace(dram_bytes, std::vector<std::string>{"--server.tcp_listen=127.0.0.1:0", "--server.insecure=true",
+                                                        "--server.ucx_listen=127.0.0.1"});
+    const std::uint16_t port = port_of(*daemon);
+    EXPECT_NE(port, 0) << daemon->process().text();
+    address = "tcp://127.0.0.1:" + std::to_string(port);
+  }
+
+  std::optional<Daemon> daemon;
+  std::string address;
+};
+
 // An engine's threads read the environment whenever they like (every line of a log asks for the time zone), and who
 // changes it beside them frees what they read.
 TEST(Connector, a_client_changes_the_environment_in_its_constructor_alone) {
-  ::setenv("KVERN_UCX_MODULE", KVERN_UCX_PATH, 1);
-  Daemon daemon(64U << 20,
-                {"--server.tcp_listen=127.0.0.1:0", "--server.insecure=true", "--server.ucx_listen=127.0.0.1"});
-  const std::uint16_t port = port_of(daemon);
-  ASSERT_NE(port, 0) << daemon.process().text();
-  const Client client(remote_config("tcp://127.0.0.1:" + std::to_string(port)));
+  const UcxDaemon daemon(64U << 20);
+  const Client client(remote_config(daemon.address));
   char** const before = environ;
   const char* const segment = std::getenv("UCX_TCP_TX_SEG_SIZE");
   ASSERT_NE(segment, nullptr);
@@ -450,15 +464,10 @@ TEST(Connector, a_client_changes_the_environment_in_its_constructor_alone) {
 }
 
 TEST(Connector, a_remote_client_stores_finds_and_loads_over_ucx) {
-  ::setenv("KVERN_UCX_MODULE", KVERN_UCX_PATH, 1);
-  Daemon daemon(256U << 20,
-                {"--server.tcp_listen=127.0.0.1:0", "--server.insecure=true", "--server.ucx_listen=127.0.0.1"});
-  const std::uint16_t port = port_of(daemon);
-  ASSERT_NE(port, 0) << daemon.process().text();
-  const std::string address = "tcp://127.0.0.1:" + std::to_string(port);
+  const UcxDaemon daemon(256U << 20);
   const auto options = packed(PagePacking::kCpuVec);
-  Rank writer(address, options, 1, {}, remote_config);
-  Rank reader(address, options, 2, {}, remote_config);
+  Rank writer(daemon.address, options, 1, {}, remote_config);
+  Rank reader(daemon.address, options, 2, {}, remote_config);
   EXPECT_TRUE(reader.client().session()->data_plane->name().starts_with("ucx"));
   const auto hashes = prompt(1, 20);
   EXPECT_EQ(writer.store(hashes, ids(1, 20)).size(), 3U);
