@@ -7,7 +7,7 @@
 #include "connector/client.h"
 #include "connector/shard_message.h"
 #include "kernels/compaction.h"
-#include "kernels/page_pool.h"
+#include "kernels/slot_pages.h"
 #include "transport/compact_handle.h"
 #include "transport/wire.h"
 
@@ -79,21 +79,21 @@ CompactionInfo unknown(const std::string& handle, std::string reason) {
 
 }  // namespace
 
-Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens,
+Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens, SlotLayout layout,
                                          std::uint32_t page_tokens) {
-  auto plan = CompactionPlan::make(spec, prompt_tokens, page_tokens);
+  auto plan = CompactionPlan::make(spec, prompt_tokens, layout, page_tokens);
   if (!plan) return failure(plan.error());
-  return CompactionTerms{std::move(plan->chain.spec), plan->slots, plan->query_rows, plan->ragged()};
+  return CompactionTerms{std::move(plan->chain.spec), plan->slots, plan->query_rows, plan->layout};
 }
 
-Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> ragged_places(
-    std::span<const std::uint32_t> pages_of_layers) {
-  const auto pages = pool_pages(pages_of_layers);
+Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> slot_places(
+    SlotLayout layout, std::span<const std::uint32_t> pages_of_layers, std::uint32_t blocks) {
+  const auto pages = slot_pages(layout, pages_of_layers, blocks);
   if (!pages) return failure(pages.error());
   std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>> places;
   for (const auto& layer : *pages) {
     auto& of_layer = places.emplace_back();
-    for (const PoolPage& page : layer) of_layer.emplace_back(page.layer, page.block);
+    for (const SlotPage& page : layer) of_layer.emplace_back(page.layer, page.block);
   }
   return places;
 }

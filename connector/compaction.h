@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/keys.h"
+#include "base/slot_layout.h"
 #include "base/status.h"
 #include "connector/cache_layout.h"
 
@@ -21,18 +22,17 @@ struct Session;
 /// What is known of a compact cache before its prompt is computed; follows from the spec and the prompt's length alone.
 struct CompactionTerms {
   std::string spec;              ///< canonical
-  std::uint32_t slots = 0;       ///< M: tokens that every layer and head keeps, or keeps on average
+  std::uint32_t slots = 0;       ///< M: tokens that a request claims in every layer
   std::uint32_t query_rows = 0;  ///< last queries of the prompt that the method reads; 0: none
-  bool ragged = false;           ///< layers keep different numbers of whole pages, M on average
+  SlotLayout layout = SlotLayout::kRectangular;
 };
-/// kInvalid or kRefused with the reason, see CompactionPlan::make(). page_tokens: tokens of an engine's block where it
-/// can read ragged caches, otherwise 0.
+/// kInvalid or kRefused with the reason, see CompactionPlan::make(), also for layout and page_tokens.
 Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens,
-                                         std::uint32_t page_tokens = 0);
+                                         SlotLayout layout = SlotLayout::kRectangular, std::uint32_t page_tokens = 0);
 
-/// Where the pages of a ragged cache lie: [layer][page] -> (layer, block of the request), see pool_pages().
-Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> ragged_places(
-    std::span<const std::uint32_t> pages_of_layers);
+/// Where the pages of a compact cache lie: [layer][page] -> (layer, block of the request), see slot_pages().
+Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> slot_places(
+    SlotLayout layout, std::span<const std::uint32_t> pages_of_layers, std::uint32_t blocks);
 
 /// Asks the daemon for a compact cache of a prompt whose blocks are stored, raw, under the source hashes of the handle
 /// (transport/compact_handle.h). Every rank asks for its shard.

@@ -12,8 +12,8 @@
 #include "kernels/key_scores.h"
 #include "kernels/layer_budgets.h"
 #include "kernels/observation.h"
-#include "kernels/page_pool.h"
 #include "kernels/preference_budgets.h"
+#include "kernels/slot_pages.h"
 #include "kernels/token_scores.h"
 #include "kernels/window_scores.h"
 
@@ -238,7 +238,7 @@ Result<std::vector<float>> outputs(const PromptLayer& layer, const evict::Select
 
 }  // namespace
 
-Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t prompt_tokens,
+Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t prompt_tokens, SlotLayout layout,
                                             std::uint32_t page_tokens) {
   auto chain = parse_chain(spec);
   if (!chain) return failure(chain.error());
@@ -258,10 +258,15 @@ Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t
                                          std::to_string(plan.slots) + " tokens must be more than the " +
                                          std::to_string(least) + " that are always kept");
     }
-    if (page_tokens > 0 && allocation_of(*step) != "uniform" &&
-        (plan.slots - 1) / page_tokens + 1 < prompt_tokens / page_tokens) {
-      plan.page_tokens = page_tokens;
-      plan.slots = ((plan.slots - 1) / page_tokens + 1) * page_tokens;
+    if (layout != SlotLayout::kRectangular && page_tokens > 0 && allocation_of(*step) != "uniform") {
+      const std::uint32_t mean_pages = (plan.slots - 1) / page_tokens + 1, all_pages = prompt_tokens / page_tokens;
+      if (mean_pages < all_pages) {
+        plan.layout = layout;
+        plan.page_tokens = page_tokens;
+        plan.mean_slots = mean_pages * page_tokens;
+        plan.slots =
+            layout == SlotLayout::kShift ? std::min(kShiftPeak * mean_pages, all_pages) * page_tokens : plan.mean_slots;
+      }
     }
     if (step->name == "windowkv") {
       plan.query_rows = number(*step, "alpha");
@@ -274,6 +279,7 @@ Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t
   if (plan.ragged()) {
     plan.chain = std::move(*chain);
   } else {
+    plan.mean_slots = plan.slots;
     auto uniform = made_uniform(*chain);
     if (!uniform) return failure(uniform.error());
     plan.chain = std::move(*uniform);
@@ -291,10 +297,10 @@ std::vector<std::uint32_t> CompactionPlan::layer_pages(std::span<const double> p
   const std::uint32_t kept = protected_tokens(step, prompt_tokens);
   PageBudget budget;
   budget.page_tokens = page_tokens;
-  budget.mean_pages = slots / page_tokens;
+  budget.mean_pages = mean_slots / page_tokens;
   budget.least = std::max(1U, (kept + page_tokens - 1) / page_tokens);
-  budget.most = prompt_tokens / page_tokens;
-  const std::uint32_t mean = slots - kept, cap = budget.most * page_tokens - kept;
+  budget.most = (layout == SlotLayout::kShift ? slots : prompt_tokens) / page_tokens;
+  const std::uint32_t mean = mean_slots - kept, cap = budget.most * page_tokens - kept;
   const std::uint64_t total = std::uint64_t{mean} * layers;
   std::vector<double> tokens;
   if (reads_preferences()) {

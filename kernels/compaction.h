@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/slot_layout.h"
 #include "base/status.h"
 #include "kernels/chain.h"
 #include "kernels/head_rows.h"
@@ -18,28 +19,34 @@ class Executor;
 
 /// What a compact cache of a prompt looks like before any of its bytes is there: follows from the spec and the number
 /// of tokens alone, so that it can be told at once. Every head of a layer keeps the same number of tokens, and so do
-/// the layers (rectangular), unless the cache is ragged: then each layer keeps whole pages of the engine, M tokens on
-/// average.
+/// the layers, unless the cache is ragged: then each layer keeps whole pages of the engine, mean_slots on average.
 struct CompactionPlan {
   Chain chain;                      ///< canonical; its first step picks the tokens
   std::uint32_t prompt_tokens = 0;  ///< N
-  std::uint32_t slots = 0;          ///< M <= N
+  std::uint32_t slots = 0;          ///< M <= N: what a request claims in every layer
+  std::uint32_t mean_slots = 0;     ///< that layers keep on average: M, or fewer in the layout shift
   std::uint32_t query_rows = 0;     ///< last queries of the prompt that are needed; 0: none
-  std::uint32_t page_tokens = 0;    ///< of the engine, of a ragged cache; 0: rectangular
+  SlotLayout layout = SlotLayout::kRectangular;
+  std::uint32_t page_tokens = 0;  ///< of the engine, of a ragged cache
 
-  /// page_tokens: tokens of an engine's block, where it can read caches whose layers differ; 0 where it cannot. A cache
-  /// is ragged where the spec's allocation asks for it, the engine can, and the budget leaves a choice: M is then
-  /// rounded up to whole pages. Elsewhere the chain's allocation becomes uniform.
+  /// The shift layout holds the blocks of the thickest layer, which must be known before any layer is: no layer keeps
+  /// more than this many times the mean. A pyramid's thickest layer stays below it by itself.
+  static constexpr std::uint32_t kShiftPeak = 2;
+
+  /// layout, page_tokens: how an engine with blocks of so many tokens reads caches whose layers differ; rectangular
+  /// where it cannot. A cache is ragged where the spec's allocation asks for it, the engine can, and the budget leaves
+  /// a choice: the mean is then rounded up to whole pages. Elsewhere the chain's allocation becomes uniform.
   /// kInvalid for a spec that is wrong, picks no tokens, or whose budget does not hold what the method always keeps;
   /// kRefused, with the reason, for what this service does not make: budgets that differ between heads, and methods
   /// that need the queries of the whole prompt.
-  static Result<CompactionPlan> make(std::string_view spec, std::uint32_t prompt_tokens, std::uint32_t page_tokens = 0);
+  static Result<CompactionPlan> make(std::string_view spec, std::uint32_t prompt_tokens,
+                                     SlotLayout layout = SlotLayout::kRectangular, std::uint32_t page_tokens = 0);
 
-  bool ragged() const { return page_tokens > 0; }
+  bool ragged() const { return layout != SlotLayout::kRectangular; }
   /// Whether a ragged cache's pages follow from layer_preference() of all layers.
   bool reads_preferences() const;
-  /// Pages of each layer of a ragged cache, slots / page_tokens on average. preferences: of the layers where they are
-  /// read, otherwise empty.
+  /// Pages of each layer of a ragged cache, mean_slots / page_tokens on average. preferences: of the layers where they
+  /// are read, otherwise empty.
   std::vector<std::uint32_t> layer_pages(std::span<const double> preferences, std::uint32_t layers) const;
 
   /// Positions by which every kept key is turned when the cache is placed at slot `base`: base - (N - M). Queries from

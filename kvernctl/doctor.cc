@@ -95,8 +95,8 @@ void tell_self_tests(const nlohmann::json& session, Findings& findings) {
   const auto tell = [&](const char* attribute, const std::string& works, const std::string& otherwise) {
     const std::string result = attributes.value(attribute, std::string());
     if (result.empty()) return;
-    const bool passed = result == "self-test passed";
-    findings.good(passed ? name + works + " (self-test passed)" : name + otherwise + ": " + result);
+    const bool passed = result.ends_with("self-test passed");
+    findings.good(passed ? name + works + " (" + result + ")" : name + otherwise + ": " + result);
   };
   tell("query_capture", " makes compact caches by methods that read queries",
        " makes compact caches by methods without queries only");

@@ -6,7 +6,7 @@
 #include <thread>
 #include <utility>
 
-#include "kernels/page_pool.h"
+#include "kernels/slot_pages.h"
 #include "store/lease.h"
 
 namespace kvern {
@@ -58,7 +58,7 @@ class LayerRows final : public RowSink {
   std::uint32_t first_head_ = 0;
 };
 
-/// The chunks of the cache in their canonical layout, zeros behind the last slot.
+/// The chunks of the cache in their canonical layout, zeros where no slot is.
 class SlotChunks {
  public:
   explicit SlotChunks(const CompactionOrder& order)
@@ -72,7 +72,7 @@ class SlotChunks {
   }
 
   /// Rows [head][slots of the layer][dim] to the layer's pages, one after the other.
-  void put(std::span<const PoolPage> pages, std::uint32_t slots, Part part, std::span<const std::byte> rows) {
+  void put(std::span<const SlotPage> pages, std::uint32_t slots, Part part, std::span<const std::byte> rows) {
     for (std::size_t page = 0; page < pages.size(); ++page) {
       const std::uint32_t to = pages[page].block * block_tokens_;
       const std::uint32_t first = static_cast<std::uint32_t>(page) * block_tokens_;
@@ -226,7 +226,7 @@ Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, con
 
 /// Cuts one layer into its pages; the error of its attention where there are queries.
 Result<std::optional<double>> cut_layer(const CompactionOrder& order, const PromptLayer& prompt,
-                                        std::span<const PoolPage> pages, SlotChunks& chunks, Executor* helpers) {
+                                        std::span<const SlotPage> pages, SlotChunks& chunks, Executor* helpers) {
   const ShardShape& shape = order.info.shape;
   const auto room = static_cast<std::uint32_t>(pages.size()) * order.info.block_tokens;
   const std::uint32_t slots = order.plan.ragged() ? room : order.plan.slots;
@@ -331,7 +331,8 @@ Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, cons
   LayerQueries queries(order);
   const auto counts = layer_pages(order, *prompt, rows, queries, cancelled, parts_.helpers);
   if (!counts) return failure(counts.error());
-  const auto pages = pool_pages(*counts);
+  const std::uint32_t blocks = (order.plan.slots - 1) / order.info.block_tokens + 1;
+  const auto pages = slot_pages(order.plan.layout, *counts, blocks);
   if (!pages) return failure(pages.error());
   if (order.plan.ragged()) {
     for (const std::uint32_t count : *counts) outcome.layer_slots.push_back(count * order.info.block_tokens);

@@ -74,10 +74,9 @@ Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, c
     return failure(invalid("block hashes of compact caches have 16 to 32 bytes"));
   }
   if (handle.prompt_tokens > kMaxPromptTokens) return failure(refused("the prompt is too long for a compact cache"));
-  const auto plan =
-      CompactionPlan::make(request.spec(), handle.prompt_tokens, handle.ragged ? space.shape.block_tokens : 0);
+  const auto plan = CompactionPlan::make(request.spec(), handle.prompt_tokens, handle.layout, space.shape.block_tokens);
   if (!plan) return failure(plan.error());
-  if (plan->ragged() != handle.ragged) return failure(invalid("the spec gives all layers the same slots"));
+  if (plan->layout != handle.layout) return failure(invalid("the spec gives all layers the same slots"));
   if (plan->slots != handle.slots) {
     return failure(invalid("the spec makes " + std::to_string(plan->slots) + " slots, the handle says " +
                            std::to_string(handle.slots)));

@@ -11,8 +11,8 @@
 namespace kvern {
 namespace {
 
-constexpr std::string_view kPrefix = "kvc1";
-constexpr std::string_view kRaggedPrefix = "kvc2";
+/// By SlotLayout.
+constexpr std::array<std::string_view, 3> kPrefixes = {"kvc1", "kvc2", "kvc3"};
 constexpr std::size_t kDigits = 64;
 
 /// Up to the next dot, which is taken away too.
@@ -56,18 +56,23 @@ std::vector<BlockHash> hashes_of(std::string_view purpose, std::string_view hand
 
 Result<CompactHandle> CompactHandle::parse(std::string_view text) {
   std::string_view rest = text;
-  const std::string_view prefix = next_part(rest);
-  const bool ragged = prefix == kRaggedPrefix;
-  const bool known = text.size() <= kMaxBytes && (ragged || prefix == kPrefix);
+  const auto prefix = std::ranges::find(kPrefixes, next_part(rest));
+  const bool known = text.size() <= kMaxBytes && prefix != kPrefixes.end();
   const auto prompt_tokens = number_of<std::uint32_t>(next_part(rest));
   const auto slots = number_of<std::uint32_t>(next_part(rest));
   const auto expires_at = number_of<std::int64_t>(next_part(rest));
   if (!known || !prompt_tokens || !slots || !expires_at || *slots > *prompt_tokens || rest.size() != kDigits ||
       !std::ranges::all_of(rest, is_digit)) {
-    return failure(Code::kInvalid,
-                   "this is no handle of a compact cache: kvc1 or kvc2, and .<tokens>.<slots>.<expiry>.<64 digits>");
+    return failure(
+        Code::kInvalid,
+        "this is no handle of a compact cache: kvc1, kvc2 or kvc3, and .<tokens>.<slots>.<expiry>.<64 digits>");
   }
-  return CompactHandle{std::string(text), std::string(rest), *prompt_tokens, *slots, *expires_at, ragged};
+  return CompactHandle{.text = std::string(text),
+                       .digits = std::string(rest),
+                       .prompt_tokens = *prompt_tokens,
+                       .slots = *slots,
+                       .expires_at = *expires_at,
+                       .layout = static_cast<SlotLayout>(prefix - kPrefixes.begin())};
 }
 
 std::vector<BlockHash> CompactHandle::source_hashes(std::uint32_t block_tokens, std::uint32_t hash_bytes) const {

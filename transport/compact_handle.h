@@ -6,16 +6,17 @@
 #include <vector>
 
 #include "base/keys.h"
+#include "base/slot_layout.h"
 #include "base/status.h"
 
 namespace kvern {
 
 /// Names a compact cache and says what it is: "kvc1.<N>.<M>.<expiry>.<64 hexadecimal digits>", N the tokens of the
-/// prompt, M <= N the slots that are kept, expiry in unix seconds. "kvc2" in front: a ragged cache, whose layers keep
-/// different numbers of slots, M on average; its blocks are not what their numbers say (kernels/page_pool.h), and
-/// whoever does not know that must not take it. The digits cannot be guessed, so that whoever has
-/// the text may use the cache. The blocks of the prompt and of the cache are stored as ordinary chunks under hashes
-/// that follow from the whole text: another N, M or expiry is another handle, and misses.
+/// prompt, M <= N the slots that a request claims, expiry in unix seconds. "kvc2" (pool) or "kvc3" (shift) in front:
+/// the layers keep different numbers of slots (base/slot_layout.h), so that blocks are not what their numbers say, and
+/// who does not know that must not take it. The digits cannot be guessed, so that whoever has the text may use the
+/// cache. The blocks of the prompt and of the cache are stored as ordinary chunks under hashes that follow from the
+/// whole text: another N, M or expiry is another handle, and misses.
 struct CompactHandle {
   static constexpr std::size_t kMaxBytes = 128;       ///< of the text; it also serves as a cache salt
   static constexpr std::uint32_t kMaxHashBytes = 32;  ///< of a SHA-256
@@ -26,7 +27,7 @@ struct CompactHandle {
   std::uint32_t prompt_tokens = 0;
   std::uint32_t slots = 0;
   std::int64_t expires_at = 0;
-  bool ragged = false;
+  SlotLayout layout = SlotLayout::kRectangular;
 
   /// kInvalid unless the text is one that is written like this: no leading zeros, small letters.
   static Result<CompactHandle> parse(std::string_view text);

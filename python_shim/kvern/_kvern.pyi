@@ -6,13 +6,16 @@ __version__: str
 PROTOCOL_VERSION: int
 
 # A compact cache of a prompt of so many tokens, as the spec asks for it ("cake(budget=12%) | int8"): the canonical spec,
-# the slots that every layer and head keeps, how many of the prompt's last queries the method reads (0: none), and whether
-# it is ragged: layers keep whole pages of page_tokens each, the slots on average. page_tokens: tokens of the engine's block
-# where it can read such caches; 0: equal budgets instead. Raises ValueError with the reason when there can be none.
-def compaction_plan(spec: str, prompt_tokens: int, page_tokens: int = 0) -> tuple[str, int, int, bool]: ...
-# Where the pages of a ragged cache lie: [layer][page] -> (layer, block of the request) (kernels/page_pool.h). Raises
-# ValueError when the pages do not divide by the layers, or a layer has none.
-def pool_pages(pages_of_layers: list[int]) -> list[list[tuple[int, int]]]: ...
+# the slots that a request claims in every layer, how many of the prompt's last queries the method reads (0: none), and
+# the layout of the slots (base/slot_layout.h). layout, page_tokens: that in which the engine, with blocks of so many
+# tokens, reads caches whose layers differ; "rectangular": equal budgets instead. Raises ValueError with the reason when
+# there can be none.
+def compaction_plan(
+    spec: str, prompt_tokens: int, layout: str = "rectangular", page_tokens: int = 0
+) -> tuple[str, int, int, str]: ...
+# Where the pages of a compact cache lie: [layer][page] -> (layer, block of the request) (kernels/slot_pages.h). Raises
+# ValueError when they do not fit the blocks.
+def slot_pages(layout: str, pages_of_layers: list[int], blocks: int) -> list[list[tuple[int, int]]]: ...
 
 class Client:
     def __init__(self, address: str, *, scheduler: bool, client_name: str = "",

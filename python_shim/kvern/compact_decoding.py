@@ -12,7 +12,7 @@ from kvern.config import RequestOptions
 from kvern.groups import Geometry
 from kvern.guard import log_once, logger
 from kvern.handles import HandleError
-from kvern.metadata import KvernMetadata, RaggedOrder
+from kvern.metadata import KvernMetadata, RaggedOrder, RaggedSlots
 from kvern.request_state import RequestState
 from kvern.stats import Recorder, label_of
 
@@ -66,8 +66,8 @@ class CompactDecoding:
             if obstacle := rewriting.obstacle() or self._obstacle() or ("" if self._ready() else "no daemon"):
                 raise HandleError(obstacle)
             handle = compactions.handle_to_rewrite(request, options, self._wall_clock())
-            if handle.ragged and self._abilities.surely_no_pool:
-                raise HandleError("this engine gives all layers the same slots")
+            if handle.ragged and self._abilities.surely_not(handle.layout):
+                raise HandleError(f"this engine does not read caches of the layout {handle.layout}")
             rewriting.rewrite(request, handle)
         except HandleError as error:
             reason = label_of(str(error))
@@ -95,8 +95,8 @@ class CompactDecoding:
         if not reason and state.failed:
             reason = "its load failed"
         reason = reason or self._obstacle()
-        if not reason and handle.ragged and state.pages is None:
-            known, reason = self._learn_pages(state, now)
+        if not reason and handle.ragged and state.ragged_slots is None:
+            known, reason = self._learn_slots(state, now)
             if not known:
                 return None, False
         if not reason and local_tokens >= handle.slots:
@@ -131,12 +131,13 @@ class CompactDecoding:
                 "placeholders for the rest. Name KvernConnector first in MultiConnector, or alone.",
             )
 
-    def _learn_pages(self, state: RequestState, now: float) -> tuple[bool, str]:
+    def _learn_slots(self, state: RequestState, now: float) -> tuple[bool, str]:
         """(known, why there are none). Not known: ask again."""
         state.first_asked = state.first_asked or now
-        known, problem = self._abilities.pool(state.first_asked)
+        layout = state.handle.layout
+        known, problem = self._abilities.layout(layout, state.first_asked)
         if not known or problem:
-            return known, f"this engine gives all layers the same slots: {problem}"
+            return known, f"this engine does not read caches of the layout {layout}: {problem}"
         if state.asked is None:
             if not self._ready():
                 return now - state.first_asked >= self._patience_seconds, "no daemon"
@@ -144,7 +145,7 @@ class CompactDecoding:
         if not state.asked.done():
             return False, ""
         try:
-            state.pages = compactions.layer_pages(state.handle, state.asked.result(), self._geometry)
+            state.ragged_slots = compactions.ragged_slots(state.handle, state.asked.result(), self._geometry)
         except HandleError as error:
             return True, str(error)
         return True, ""
@@ -161,7 +162,8 @@ class CompactDecoding:
             except Exception:
                 undescribed += 1
                 first_block = -1
-            metadata.ragged.append(RaggedOrder(first_block, state.pages or ()))
+            slots = state.ragged_slots or RaggedSlots(state.handle.layout, 0, ())
+            metadata.ragged.append(RaggedOrder(first_block, slots))
         return undescribed
 
     def _fail(self, state: RequestState, request, reason: str) -> None:

@@ -72,7 +72,7 @@ class CompactMaking:
 
     def may_match(self, state: RequestState, request, local_tokens: int) -> bool:
         """Whether it is settled what will be made, if anything; False: ask again."""
-        if state.making.ragged and not self._knows_layout(state, request):
+        if state.making.layout != "rectangular" and not self._knows_layout(state, request):
             return False
         return state.making is None or self._leaves_queries(state, request, local_tokens)
 
@@ -82,14 +82,15 @@ class CompactMaking:
             self._skip_local.append(request)
 
     def _knows_layout(self, state: RequestState, request) -> bool:
-        """Whether it is settled that the layers of the cache differ, or that they do not; False: ask again."""
+        """Whether it is settled how the layers of the cache differ, or that they do not; False: ask again."""
         state.first_asked = state.first_asked or self._clock()
-        known, problem = self._abilities.pool(state.first_asked)
-        if known and problem:
-            log_once(logging.INFO, "Kvern: compact caches get the same slots for all layers: %s.", problem)
+        known, layout, problem = self._abilities.best_layout(state.first_asked)
+        if known and layout != state.making.layout:
+            how = "claim the slots of the largest layer" if layout == "shift" else "get the same slots for all layers"
+            log_once(logging.INFO, "Kvern: compact caches %s: %s.", how, problem)
             try:
                 state.making = compactions.plan_making(
-                    request, state.options, self._geometry, self._plan_compaction, can_be_ragged=False
+                    request, state.options, self._geometry, self._plan_compaction, layout
                 )
             except ValueError as error:
                 self._refuse(state, str(error))
@@ -162,7 +163,7 @@ class CompactMaking:
         blocks = -(-making.prompt_tokens // group.block_tokens)
         expires_at = int(self._wall_clock()) + making.ttl_seconds
         prompt = request.all_token_ids[: making.prompt_tokens]
-        handle = Handle.make(prompt, making.slots, expires_at, making.ragged)
+        handle = Handle.make(prompt, making.slots, expires_at, making.layout)
         size = self._hash_bytes
         hashes = handle.source_hashes(blocks, size)
         chunks = []

@@ -10,6 +10,7 @@ from kvern.config import RequestOptions
 from kvern.groups import Geometry
 from kvern.guard import log_once
 from kvern.handles import Handle, HandleError, is_handle_salt
+from kvern.metadata import RAGGED_LAYOUTS, RaggedSlots
 
 
 @dataclasses.dataclass
@@ -21,30 +22,31 @@ class Making:
     slots: int
     query_rows: int  # last queries of the prompt that the method reads
     ttl_seconds: int
-    ragged: bool = False  # layers keep different numbers of pages, slots on average
+    layout: str = "rectangular"  # in others layers keep different numbers of pages
     skip_local: bool = False  # the local prefix hit left too few tokens to compute
     obstacle: str = "the request ended before its prompt was computed"  # why nothing has been handed over yet
     handle: Handle | None = None  # once the order has gone out
 
 
 def plan_making(
-    request, options: RequestOptions, geometry: Geometry, plan_compaction, can_be_ragged: bool = True
+    request, options: RequestOptions, geometry: Geometry, plan_compaction, layout: str = RAGGED_LAYOUTS[0]
 ) -> Making:
-    """plan_compaction: of the native binding. can_be_ragged: the engine reads caches whose layers differ. Throws ValueError with the reason of a refusal."""
+    """plan_compaction: of the native binding. layout: in which the engine reads caches whose layers differ, where it can.
+    Throws ValueError with the reason of a refusal."""
     if len(geometry.groups) > 1 or geometry.groups[0].window:
         raise ValueError("compact caches are made for models whose layers all have full attention")
     if geometry.pipeline_parallel > 1:
         raise ValueError("compact caches are made where every rank has all layers; this engine is pipeline-parallel")
     if getattr(request, "sampling_params", None) is None or getattr(request, "resumable", False):
         raise ValueError("compact caches are made of prompts of ordinary generation requests")
-    page_tokens = geometry.block_tokens if can_be_ragged else 0
-    plan = plan_compaction(options.compact, request.num_prompt_tokens, page_tokens)
+    plan = plan_compaction(options.compact, request.num_prompt_tokens, layout, geometry.block_tokens)
     if options.task:
-        plan = plan_compaction(_for_task(plan[0], options), request.num_prompt_tokens, page_tokens)
-    spec, slots, query_rows, ragged = plan
+        spec = _for_task(plan[0], options)
+        plan = plan_compaction(spec, request.num_prompt_tokens, layout, geometry.block_tokens)
+    spec, slots, query_rows, layout = plan
     if query_rows and geometry.replicas > 1:
         raise ValueError("ranks that share KV heads see a part of their queries each; methods without queries work")
-    return Making(spec, request.num_prompt_tokens, slots, query_rows, options.ttl_seconds, ragged)
+    return Making(spec, request.num_prompt_tokens, slots, query_rows, options.ttl_seconds, layout)
 
 
 def _for_task(spec: str, options: RequestOptions) -> str:
@@ -121,16 +123,21 @@ def _check_decoding(request, options: RequestOptions, handle: Handle, now: float
         raise HandleError("a request that does not read caches cannot decode from one")
 
 
-def layer_pages(handle: Handle, state: dict, geometry: Geometry) -> tuple[int, ...]:
+def ragged_slots(handle: Handle, state: dict, geometry: Geometry) -> RaggedSlots:
     """Pages of each layer of a ragged cache, from what the daemon says of it. Throws HandleError."""
     if state["state"] != "ready":
         raise HandleError(f"it is {state['state']}: {state['reason']}")
     group = geometry.groups[0]
     slots = state["layer_slots"]
-    whole = all(count > 0 and count % group.block_tokens == 0 for count in slots)
-    if len(slots) != group.group_layers or not whole or sum(slots) != len(slots) * handle.slots:
+    whole = all(count > 0 and count % group.block_tokens == 0 for count in (*slots, handle.slots))
+    if handle.layout == "pool":
+        fits = sum(slots) == len(slots) * handle.slots
+    else:
+        fits = max(slots, default=0) <= handle.slots
+    if len(slots) != group.group_layers or not whole or not fits:
         raise HandleError("the daemon does not know how many slots its layers keep")
-    return tuple(count // group.block_tokens for count in slots)
+    pages = tuple(count // group.block_tokens for count in slots)
+    return RaggedSlots(handle.layout, handle.slots // group.block_tokens, pages)
 
 
 def nothing_found(request, trouble: str) -> tuple[int | None, bool]:

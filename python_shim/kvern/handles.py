@@ -1,9 +1,9 @@
 """Handles of compact caches: what they say, and the names under which the store keeps what belongs to them.
 
-A handle is the text kvc1.N.M.EXPIRY.DIGITS: N prompt tokens, M slots, the end of its life in unix seconds, 16 random
-bytes, so that nobody guesses it, and 16 bytes that tell whose prompt it is to who has the prompt. kvc2 in front: the
-layers keep different numbers of slots, M on average, and only an engine that gives each layer its own
-(kvern/page_pool.py) can read it. Who has the handle may read the cache; logs get `Handle.short`.
+A handle is the text kvc1.N.M.EXPIRY.DIGITS: N prompt tokens, M slots that a request claims, the end of its life in unix
+seconds, 16 random bytes, so that nobody guesses it, and 16 bytes that tell whose prompt it is to who has the prompt. kvc2
+(layout pool) or kvc3 (shift) in front: the layers keep different numbers of slots, and only an engine that gives each
+layer its own (kvern/ragged_attention.py) can read it. Who has the handle may read the cache; logs get `Handle.short`.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import secrets
 import struct
 from collections.abc import Sequence
 
-PREFIXES = ("kvc1.", "kvc2.")
-_TEXT = re.compile(r"kvc([12])\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,11})\.([0-9a-f]{64})")
+_LAYOUTS = ("rectangular", "pool", "shift")
+PREFIXES = ("kvc1.", "kvc2.", "kvc3.")  # by layout
+_TEXT = re.compile(r"kvc([123])\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,8})\.([1-9][0-9]{0,11})\.([0-9a-f]{64})")
 _SECRET_DIGITS = _PROMPT_DIGITS = 32
 MAX_HASH_BYTES = 32
 
@@ -29,23 +30,27 @@ class Handle:
     prompt_tokens: int  # N
     slots: int  # M <= N
     expires_at: int  # unix seconds
-    ragged: bool = False
+    layout: str = "rectangular"
+
+    @property
+    def ragged(self) -> bool:
+        return self.layout != "rectangular"
 
     @classmethod
     def parse(cls, text) -> "Handle":
         """Throws HandleError."""
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise HandleError("the handle is malformed: it must be kvc1.N.M.EXPIRY (or kvc2) and 64 hexadecimal digits")
+            raise HandleError("the handle is malformed: it must be kvc1.N.M.EXPIRY (or kvc2, kvc3) and 64 hexadecimal digits")
         prompt_tokens, slots, expires_at = (int(match[i]) for i in (2, 3, 4))
         if slots > prompt_tokens:
             raise HandleError(f"the handle claims {slots} slots for a prompt of {prompt_tokens} tokens")
-        return cls(text, prompt_tokens, slots, expires_at, match[1] == "2")
+        return cls(text, prompt_tokens, slots, expires_at, _LAYOUTS[int(match[1]) - 1])
 
     @classmethod
-    def make(cls, prompt: Sequence[int], slots: int, expires_at: int, ragged: bool = False) -> "Handle":
+    def make(cls, prompt: Sequence[int], slots: int, expires_at: int, layout: str = "rectangular") -> "Handle":
         """A new one, unlike any other. prompt: its token ids."""
-        named = f"{PREFIXES[ragged]}{len(prompt)}.{slots}.{expires_at}.{secrets.token_hex(_SECRET_DIGITS // 2)}"
+        named = f"{PREFIXES[_LAYOUTS.index(layout)]}{len(prompt)}.{slots}.{expires_at}.{secrets.token_hex(_SECRET_DIGITS // 2)}"
         return cls.parse(named + _prompt_digits(named, prompt))
 
     def begins(self, prompt: Sequence[int]) -> bool:

@@ -1,6 +1,7 @@
 """What the two sides of the connector send each other. vLLM pickles these objects every step: plain types only."""
 
 import dataclasses
+from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
@@ -41,12 +42,23 @@ class CaptureOrder:
     rows: int
 
 
+RAGGED_LAYOUTS = ("pool", "shift")  # the better one first
+
+
+class RaggedSlots(NamedTuple):
+    """Of a compact cache whose layers keep different numbers of pages."""
+
+    layout: str
+    blocks: int  # that a request claims
+    pages: tuple[int, ...]  # of each layer
+
+
 @dataclasses.dataclass
 class RaggedOrder:
     """Of one step: a request that it runs decodes from a ragged compact cache."""
 
     first_block: int  # which no other request has, but those with the same cache; -1: not known, and the step must fail
-    pages: tuple[int, ...]  # of each layer
+    slots: RaggedSlots
 
 
 @dataclasses.dataclass
@@ -90,7 +102,7 @@ class RankReport:
     stored: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # job -> chunks that others can read
     refusal: str = ""  # why this rank can neither load nor store, ever
     no_capture: str | None = None  # once: why this rank cannot capture queries; "": it can
-    no_pool: str | None = None  # once: why this rank cannot read ragged compact caches; "": it can
+    no_layout: dict[str, str] | None = None  # once: layout -> why this rank cannot read such compact caches; "": it can
 
 
 class KvernWorkerMetadata(compat.WorkerMetadataBase):

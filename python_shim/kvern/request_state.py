@@ -5,6 +5,7 @@ import concurrent.futures
 from kvern import compactions, tracing
 from kvern.config import RequestOptions
 from kvern.handles import Handle
+from kvern.metadata import RaggedSlots
 
 
 class RequestState:
@@ -38,7 +39,7 @@ class RequestState:
         self.decodes = False  # from a compact cache: its placeholders must never be computed, nothing of it is stored
         self.handle: Handle | None = None
         self.asked: concurrent.futures.Future | None = None  # what the daemon knows of a ragged cache
-        self.pages: tuple[int, ...] | None = None  # of each of its layers
+        self.ragged_slots: RaggedSlots | None = None  # of such a cache, once they are known
         self.doomed = ""  # why it must fail
 
     def reset_marks(self, epoch: int) -> None:

@@ -217,7 +217,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         if self._worker is not None:
             layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
             self._worker.register_kv_caches(kv_caches, layers, self._vllm_config)
-            self._worker.test_pool(self._step_with)
+            self._worker.test_ragged(self._step_with)
 
     @contextlib.contextmanager
     def _step_with(self, ragged):
@@ -245,13 +245,13 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All loads are asynchronous: no layer ever waits. But this runs right before a layer's attention."""
-        if self._worker is not None and (pool := self._worker.pool) is not None:
-            pool.exchange(layer_name)
+        if self._worker is not None and (ragged := self._worker.ragged) is not None:
+            ragged.exchange(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
         """Whole chunks are stored after the forward pass."""
-        if self._worker is not None and (pool := self._worker.pool) is not None:
-            pool.restore(layer_name, kv_layer)
+        if self._worker is not None and (ragged := self._worker.ragged) is not None:
+            ragged.restore(layer_name, kv_layer)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:

@@ -12,8 +12,16 @@ from kvern.capture import QueryCapture
 from kvern.config import Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once
-from kvern.metadata import CompactOrder, KvernMetadata, KvernWorkerMetadata, LoadOrder, RankReport, StoreOrder
-from kvern.page_pool import PagePool
+from kvern.metadata import (
+    RAGGED_LAYOUTS,
+    CompactOrder,
+    KvernMetadata,
+    KvernWorkerMetadata,
+    LoadOrder,
+    RankReport,
+    StoreOrder,
+)
+from kvern.ragged_attention import RaggedAttention
 from kvern.stats import Recorder
 
 # Orders wait this long for their namespace to be registered with the daemon.
@@ -59,7 +67,7 @@ class WorkerSide:
         self._loads: dict[int, LoadOrder] = {}
         self._stores: dict[int, StoreOrder] = {}
         self._capture: QueryCapture | None = None
-        self._pool: PagePool | None = None
+        self._ragged: RaggedAttention | None = None
         self._abilities_told = False
         self._compactions: dict[int, tuple[CompactOrder, list]] = {}  # store job -> what waits for its end
         self._compacting: dict[int, list] = {}  # job -> queries that the native side may still read
@@ -115,15 +123,17 @@ class WorkerSide:
             return
         self._transfer, self._refusal = transfer, ""
         self._capture = QueryCapture(self._geometry, kv_caches, attention_layers, vllm_config)
-        self._pool = PagePool(self._geometry, kv_caches, attention_layers, vllm_config, self._native.pool_pages)
+        self._ragged = RaggedAttention(
+            self._geometry, kv_caches, attention_layers, vllm_config, self._native.slot_pages
+        )
 
     @guarded()
-    def test_pool(self, run_step) -> None:
-        """run_step: see PagePool.self_test()."""
-        if self._pool is not None:
-            self._pool.self_test(run_step)
+    def test_ragged(self, run_step) -> None:
+        """run_step: see RaggedAttention.self_test()."""
+        if self._ragged is not None:
+            self._ragged.self_test(run_step)
             self._client.describe("query_capture", self._capture.problem or "self-test passed")
-            self._client.describe("layer_budgets", self._pool.problem or "self-test passed")
+            self._client.describe("layer_budgets", self._ragged.verdict)
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -133,8 +143,8 @@ class WorkerSide:
 
     @guarded()
     def bind(self, metadata: KvernMetadata) -> None:
-        if self._pool is not None:
-            self._pool.begin_step(metadata.ragged)
+        if self._ragged is not None:
+            self._ragged.begin_step(metadata.ragged)
         # Stores wait for the end of the forward pass: only then are the pages complete.
         self._stores_due += metadata.stores
         if self._capture is not None:
@@ -145,9 +155,9 @@ class WorkerSide:
                 self._handles[key] = self._client.add_namespace(facts)
 
     @property
-    def pool(self) -> PagePool | None:
+    def ragged(self) -> RaggedAttention | None:
         """Where this step runs requests that decode from ragged compact caches, who gives the layers their tables."""
-        return self._pool if self._pool is not None and self._pool.active else None
+        return self._ragged if self._ragged is not None and self._ragged.active else None
 
     def submit_loads(self, metadata: KvernMetadata) -> None:
         for order in metadata.loads:
@@ -358,7 +368,7 @@ class WorkerSide:
     def take_failed_blocks(self) -> set[int]:
         """Of loads only for a vLLM that has no get_transfer_results(). Called once after each forward pass."""
         blocks, self._failed_blocks = self._failed_blocks, set()
-        ragged = self._pool.end_step() if self._pool is not None else set()
+        ragged = self._ragged.end_step() if self._ragged is not None else set()
         return ragged if compat.HAS_TRANSFER_RESULTS else blocks | ragged
 
     @guarded()
@@ -369,7 +379,8 @@ class WorkerSide:
         if not self._abilities_told:
             self._abilities_told = True
             report.no_capture = self._capture.problem if self._capture is not None else "this worker has no cache to watch"
-            report.no_pool = self._pool.problem if self._pool is not None else "this worker has no cache"
+            no_cache = dict.fromkeys(RAGGED_LAYOUTS, "this worker has no cache")
+            report.no_layout = dict(self._ragged.problems) if self._ragged is not None else no_cache
         elif not report.gathered and not report.stored and not report.refusal:
             return None
         return KvernWorkerMetadata({self.rank: report})

@@ -522,23 +522,31 @@ void bind_worker(nb::module_& module) {
           "in_flight", [](PyWorker& self) { return self->in_flight(); }, ReleaseGil());
 }
 
+SlotLayout slot_layout_of(std::string_view name) {
+  for (const SlotLayout layout : {SlotLayout::kRectangular, SlotLayout::kPool, SlotLayout::kShift}) {
+    if (slot_layout_name(layout) == name) return layout;
+  }
+  throw std::invalid_argument("there is no slot layout " + std::string(name));
+}
+
 void bind_compaction(nb::module_& module) {
   module.def(
       "compaction_plan",
-      [](const std::string& spec, std::uint32_t prompt_tokens, std::uint32_t page_tokens) {
-        auto terms = compaction_terms(spec, prompt_tokens, page_tokens);
+      [](const std::string& spec, std::uint32_t prompt_tokens, const std::string& layout, std::uint32_t page_tokens) {
+        auto terms = compaction_terms(spec, prompt_tokens, slot_layout_of(layout), page_tokens);
         if (!terms) throw std::invalid_argument(terms.error().message());
-        return std::make_tuple(std::move(terms->spec), terms->slots, terms->query_rows, terms->ragged);
+        return std::make_tuple(std::move(terms->spec), terms->slots, terms->query_rows,
+                               std::string(slot_layout_name(terms->layout)));
       },
-      nb::arg("spec"), nb::arg("prompt_tokens"), nb::arg("page_tokens") = 0);
+      nb::arg("spec"), nb::arg("prompt_tokens"), nb::arg("layout") = "rectangular", nb::arg("page_tokens") = 0);
   module.def(
-      "pool_pages",
-      [](const std::vector<std::uint32_t>& pages_of_layers) {
-        auto places = ragged_places(pages_of_layers);
+      "slot_pages",
+      [](const std::string& layout, const std::vector<std::uint32_t>& pages_of_layers, std::uint32_t blocks) {
+        auto places = slot_places(slot_layout_of(layout), pages_of_layers, blocks);
         if (!places) throw std::invalid_argument(places.error().message());
         return std::move(*places);
       },
-      nb::arg("pages_of_layers"));
+      nb::arg("layout"), nb::arg("pages_of_layers"), nb::arg("blocks"));
 }
 
 }  // namespace

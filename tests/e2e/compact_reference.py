@@ -79,8 +79,9 @@ def shares(preferences: torch.Tensor, total: float, cap: float) -> torch.Tensor:
     return (high * preferences).clamp(max=cap)
 
 
-def layer_tokens(spec: str, slots: int, page: int, prompt: dict) -> torch.Tensor:
-    """Tokens that each layer of a ragged cache keeps, in real numbers: CAKE's preferences, or a falling line."""
+def layer_tokens(spec: str, slots: float, most: int, prompt: dict) -> torch.Tensor:
+    """Tokens that each layer of a ragged cache keeps, `slots` on average and no more than `most`, in real numbers: CAKE's
+    preferences, or a falling line."""
     name, settings = parameters(spec)
     layers, tokens = len(prompt["keys"]), prompt["keys"][0].shape[1]
     if settings["allocation"] != "cake":
@@ -89,14 +90,14 @@ def layer_tokens(spec: str, slots: int, page: int, prompt: dict) -> torch.Tensor
         if name in ("knorm", "keydiff"):
             tail += int(settings["sinks"])
         line = torch.linspace(2 - 1 / slope, 1 / slope, layers, dtype=torch.double)
-        return tail + shares(line, (slots - tail) * layers, tokens // page * page - tail)
+        return tail + shares(line, (slots - tail) * layers, most - tail)
     window, preferences = int(settings["window"]), []
     for queries, keys in zip(prompt["queries"], prompt["keys"]):
         seen = attention(queries[:, -window:], keys)[:, :, : tokens - window]
         dispersion, shift = -torch.xlogy(seen, seen).sum(), seen.var(1).sum()
         preferences.append(dispersion ** (1 / float(settings["tau1"])) * shift ** (1 / float(settings["tau2"])))
     preferences = torch.stack(preferences)
-    return window + shares(preferences, (slots - window) * layers, tokens // page * page - window)
+    return window + shares(preferences, (slots - window) * layers, most - window)
 
 
 def by_keys(name: str, settings: dict, keys, slots: int) -> tuple[torch.Tensor, Doubts]:

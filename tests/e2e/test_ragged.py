@@ -1,11 +1,13 @@
-"""Compact caches whose layers keep different numbers of slots: vLLM reads, in each layer, just those, and a request holds
-the blocks of the mean. transformers decodes on the same pruned cache, with lengths per layer."""
+"""Compact caches whose layers keep different numbers of slots: vLLM reads, in each layer, just those. A request holds the
+blocks of the mean, or of the largest layer where the layers' caches are allocations of their own. transformers decodes
+on the same pruned cache, with lengths per layer."""
 
 import math
 
 import pytest
 
 import compact_reference
+from engine import kvern_transfer
 from kvern import compact
 from models import random_llama, smollm2
 from prompts import prose, tokens
@@ -20,6 +22,8 @@ METHODS = {
 
 
 class Ragged(Bench):
+    prefix = "kvc2."
+
     def __init__(self, stage, model, kvern: dict | None = None, **options):
         super().__init__(stage, model, kvern={"policy": "fail", **(kvern or {})}, **options)
 
@@ -38,10 +42,13 @@ class Ragged(Bench):
         cache, rows, output = self.check(METHODS[method], prose(method, "ragged", length=length), prose("q", method, length=9))
         slots = self.layer_slots(cache)
         print(method, slots)
-        assert cache.handle.startswith("kvc2.") and len(set(slots)) > 1
-        assert sum(slots) == cache.slots * len(slots) and cache.slots % page == 0 and all(s % page == 0 for s in slots)
+        mean = sum(slots) // len(slots)
+        assert cache.handle.startswith(self.prefix) and len(set(slots)) > 1
+        assert sum(slots) == mean * len(slots) and all(s % page == 0 for s in (*slots, mean, cache.slots))
+        assert cache.slots == (mean if self.prefix == "kvc2." else min(2 * mean, length // page * page))
         if method != "windowkv":
-            exact = compact_reference.layer_tokens(cache.method, cache.slots, page, rows)
+            most = length // page * page if self.prefix == "kvc2." else cache.slots
+            exact = compact_reference.layer_tokens(cache.method, mean, most, rows)
             assert all(abs(s - e) <= 1.01 * page for s, e in zip(slots, exact.tolist()))
         return cache, rows, output
 
@@ -61,10 +68,52 @@ def bench(stage, daemon):
 def test_each_layer_reads_its_own_slots(stage, bench):
     bench.check_ragged("cake", 611)
     doctor = stage.daemon.ctl("doctor")
-    assert "reads compact caches with a budget for each layer (self-test passed)" in doctor, doctor
+    assert "reads compact caches with a budget for each layer (pool, self-test passed)" in doctor, doctor
+
+
+class Apart(Ragged):
+    """Its layers' caches are allocations of their own."""
+
+    prefix = "kvc3."
+
+    def __init__(self, stage, model, **options):
+        transfer = kvern_transfer(stage.daemon.address, policy="fail")
+        transfer.update(kv_connector="CachesApart", kv_connector_module_path="caches_apart")
+        super().__init__(stage, model, transfer=transfer, **options)
+
+
+@pytest.fixture(scope="module")
+def apart(stage, daemon):
+    bench = Apart(stage, smollm2(), max_num_batched_tokens=512)
+    yield bench
+    bench.close()
+
+
+def test_where_the_caches_lie_apart_each_layer_reads_its_own_last_slots(stage, bench, apart):
+    cache, rows, alone = apart.check_ragged("cake", 611)
+    assert max(apart.layer_slots(cache)) <= cache.slots
+    doctor = stage.daemon.ctl("doctor")
+    assert "(shift, since the layers' caches are separate allocations; self-test passed)" in doctor, doctor
+    pooled, _, _ = bench.check_ragged("keydiff", 420)
+    assert apart.decode(pooled, [1, 2]).finish_reason == "error", "a layer does not see the pages of others"
+    elsewhere = bench.decode(cache, prose("q", "cake", length=9))
+    assert bench.difference(elsewhere, cache, rows, prose("q", "cake", length=9)) < TOLERANCE["float32"]
+    assert elsewhere.tokens == alone.tokens
+
+
+def test_preemption_and_resume_where_the_caches_lie_apart(apart):
+    check_preemption(apart)
+
+
+def test_requests_of_all_kinds_in_one_batch_where_the_caches_lie_apart(apart):
+    check_batch(apart)
 
 
 def test_requests_of_all_kinds_in_one_batch(bench):
+    check_batch(bench)
+
+
+def check_batch(bench):
     plain, question = prose("plain", length=333), prose("a question", length=70)
     alone = bench.engine.generate(plain, max_tokens=GENERATED)
     first, first_rows, _ = bench.check_ragged("cake", 523)
@@ -95,6 +144,10 @@ def test_requests_of_all_kinds_in_one_batch(bench):
 
 
 def test_preemption_and_resume(bench):
+    check_preemption(bench)
+
+
+def check_preemption(bench):
     cache, rows, alone = bench.check_ragged("keydiff", 450)
     suffix = prose("q", "keydiff", length=9)
     bench.engine.call("submit", requests=[{"name": "preempted", **bench.submit(cache, suffix)}])
@@ -124,9 +177,10 @@ def test_a_step_whose_layers_were_not_all_served_fails_its_ragged_requests_alone
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("layout", ["bench", "apart"])
 @pytest.mark.parametrize("method", METHODS)
-def test_methods(bench, method):
-    bench.check_ragged(method, 1200)
+def test_methods(request, method, layout):
+    request.getfixturevalue(layout).check_ragged(method, 1200)
 
 
 @pytest.mark.full

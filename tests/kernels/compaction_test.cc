@@ -12,6 +12,7 @@
 #include <set>
 
 #include "base/executor.h"
+#include "kernels/slot_pages.h"
 #include "tests/kernels/evict_samples.h"
 
 namespace kvern {
@@ -77,11 +78,32 @@ const std::array kRagged = {
     "knorm(budget=25%,recent=8,allocation=pyramid)"};
 
 TEST(CompactionPlan, IsRaggedInWholePagesWhereTheEngineCanReadIt) {
-  const auto plan = CompactionPlan::make("cake(budget=12%,allocation=cake) | int8", 1000, 32).value();
+  const auto plan =
+      CompactionPlan::make("cake(budget=12%,allocation=cake) | int8", 1000, SlotLayout::kPool, 32).value();
   EXPECT_TRUE(plan.ragged() && plan.reads_preferences());
   EXPECT_EQ(plan.slots, 128U);  // 120 in whole pages
+  EXPECT_EQ(plan.mean_slots, 128U);
   EXPECT_NE(plan.chain.spec.find("allocation=cake"), std::string::npos);
   EXPECT_EQ(plan.query_rows, 32U);
+}
+
+TEST(CompactionPlan, TheShiftClaimsTwiceTheMeanAndNoLayerKeepsMore) {
+  const auto plan = CompactionPlan::make("cake(budget=320,allocation=cake)", 2000, SlotLayout::kShift, 32).value();
+  EXPECT_EQ(plan.mean_slots, 320U);
+  EXPECT_EQ(plan.slots, 640U);
+  EXPECT_EQ(plan.shift(0), 640 - 2000);
+  // 18 : 1 : 1 would be 27 pages for the first.
+  EXPECT_EQ(plan.layer_pages(std::array{18.0, 1.0, 1.0}, 3), (std::vector<std::uint32_t>{20, 5, 5}));
+  EXPECT_EQ(CompactionPlan::make("cake(budget=320,allocation=cake)", 500, SlotLayout::kShift, 32).value().slots, 480U);
+}
+
+TEST(CompactionPlan, ThePeakOfTheShiftCutsNoPyramid) {
+  for (const char* method : {"snapkv(budget=25%,allocation=pyramid)", "windowkv(budget=25%,allocation=pyramid)",
+                             "windowkv(budget=25%,allocation=printed)"}) {
+    const auto pool = CompactionPlan::make(method, 4000, SlotLayout::kPool, 32).value();
+    const auto shift = CompactionPlan::make(method, 4000, SlotLayout::kShift, 32).value();
+    EXPECT_EQ(pool.layer_pages({}, 24), shift.layer_pages({}, 24)) << method;
+  }
 }
 
 TEST(CompactionPlan, GivesAllLayersTheSameWhereTheEngineCannotOrThereIsNoChoice) {
@@ -92,13 +114,14 @@ TEST(CompactionPlan, GivesAllLayersTheSameWhereTheEngineCannotOrThereIsNoChoice)
   const auto pyramid = plan_of("snapkv(budget=25%,allocation=pyramid)", 1000);
   EXPECT_EQ(pyramid.chain.spec, plan_of("snapkv(budget=25%)", 1000).chain.spec);
   // 63 tokens are one whole page and a rest: no layer could have more than another.
-  EXPECT_FALSE(CompactionPlan::make("keydiff(budget=60,allocation=pyramid)", 95, 32).value().ragged());
-  EXPECT_FALSE(CompactionPlan::make("cake(budget=100%,allocation=cake)", 1000, 32).value().ragged());
-  EXPECT_FALSE(CompactionPlan::make("cake(budget=12%)", 1000, 32).value().ragged());
+  EXPECT_FALSE(
+      CompactionPlan::make("keydiff(budget=60,allocation=pyramid)", 95, SlotLayout::kPool, 32).value().ragged());
+  EXPECT_FALSE(CompactionPlan::make("cake(budget=100%,allocation=cake)", 1000, SlotLayout::kPool, 32).value().ragged());
+  EXPECT_FALSE(CompactionPlan::make("cake(budget=12%)", 1000, SlotLayout::kPool, 32).value().ragged());
 }
 
 TEST(CompactionPlan, GivesLayersThatClaimMoreMorePages) {
-  const auto plan = CompactionPlan::make("cake(budget=320,allocation=cake)", 2000, 32).value();
+  const auto plan = CompactionPlan::make("cake(budget=320,allocation=cake)", 2000, SlotLayout::kPool, 32).value();
   EXPECT_EQ(plan.layer_pages(std::array{1.0, 1.0, 1.0}, 3), (std::vector<std::uint32_t>{10, 10, 10}));
   // (320 - 32) * 3 tokens as 4 : 1 : 1, and the window's page for each.
   EXPECT_EQ(plan.layer_pages(std::array{4.0, 1.0, 1.0}, 3), (std::vector<std::uint32_t>{19, 6, 5}));
@@ -109,9 +132,10 @@ TEST(CompactionPlan, GivesLayersThatClaimMoreMorePages) {
 RC_GTEST_PROP(Compaction, RaggedLayersKeepTheirOwnNumberOfTokensAndThePlansOnAverage, ()) {
   const auto tokens = *rc::gen::inRange<std::uint32_t>(200, 500);
   constexpr std::uint32_t kLayers = 5, kPage = 16;
+  const auto layout = *rc::gen::element(SlotLayout::kPool, SlotLayout::kShift);
   for (const char* method : kRagged) {
-    const auto plan = CompactionPlan::make(method, tokens, kPage).value();
-    RC_ASSERT(plan.ragged());
+    const auto plan = CompactionPlan::make(method, tokens, layout, kPage).value();
+    RC_ASSERT(plan.layout == layout && plan.slots <= tokens);
     std::vector<Prompt> layers;
     std::vector<double> preferences;
     for (std::uint32_t layer = 0; layer < kLayers; ++layer) {
@@ -122,7 +146,8 @@ RC_GTEST_PROP(Compaction, RaggedLayersKeepTheirOwnNumberOfTokensAndThePlansOnAve
       }
     }
     const auto pages = plan.layer_pages(preferences, kLayers);
-    RC_ASSERT(std::accumulate(pages.begin(), pages.end(), 0U) * kPage == plan.slots * kLayers);
+    RC_ASSERT(std::accumulate(pages.begin(), pages.end(), 0U) * kPage == plan.mean_slots * kLayers);
+    RC_ASSERT(slot_pages(layout, pages, plan.slots / kPage).has_value());
     for (std::uint32_t layer = 0; layer < kLayers; ++layer) {
       const auto made = compact_layer(plan, layers[layer].layer(), pages[layer] * kPage, nullptr);
       RC_ASSERT(made.has_value());

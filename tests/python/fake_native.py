@@ -56,7 +56,7 @@ class Store:
         return counts
 
 
-def compaction_plan(spec, prompt_tokens, page_tokens=0):
+def compaction_plan(spec, prompt_tokens, layout="rectangular", page_tokens=0):
     """streaming(slots=M) and snapkv(slots=M,window=W) stand for methods without and with queries; with `,ragged` the
     layers shall differ."""
     match = re.match(r"(streaming|snapkv)\(slots=(\d+)(?:,window=(\d+))?(,ragged)?\)", spec)
@@ -66,16 +66,19 @@ def compaction_plan(spec, prompt_tokens, page_tokens=0):
     window = int(match[3] or 0)
     if window >= slots:
         raise ValueError(f"the budget of {slots} tokens does not hold the {window} that are always kept")
-    ragged = bool(match[4] and page_tokens)
-    if ragged:
-        slots = -(-slots // page_tokens) * page_tokens
-    return spec.replace(" ", "").replace(",ragged", ",ragged" if ragged else ""), slots, window, ragged
+    if not match[4]:
+        layout = "rectangular"
+    if layout != "rectangular":
+        slots = -(-slots // page_tokens) * page_tokens * (2 if layout == "shift" else 1)
+    return spec.replace(" ", "").replace(",ragged", ",ragged" if layout != "rectangular" else ""), slots, window, layout
 
 
-def pool_pages(pages_of_layers):
-    """As kernels/page_pool.h has it."""
-    layers, blocks = len(pages_of_layers), sum(pages_of_layers) // len(pages_of_layers)
-    if blocks * layers != sum(pages_of_layers) or 0 in pages_of_layers:
+def slot_pages(layout, pages_of_layers, blocks):
+    """As kernels/slot_pages.h has it."""
+    layers = len(pages_of_layers)
+    if layout == "shift" and 0 < min(pages_of_layers) and max(pages_of_layers) <= blocks:
+        return [[(layer, block) for block in range(blocks - n, blocks)] for layer, n in enumerate(pages_of_layers)]
+    if layout != "pool" or blocks * layers != sum(pages_of_layers) or 0 in pages_of_layers:
         raise ValueError("these pages do not fit")
     free = ((layer, block) for layer in range(layers) for block in range(pages_of_layers[layer], blocks))
     places = []

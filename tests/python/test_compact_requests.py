@@ -15,6 +15,7 @@ from kvern.compactions import plan_making
 from kvern.config import Options, RequestOptions
 from kvern.groups import Geometry
 from kvern.metadata import CompactOrder, KvernMetadata, StoreOrder
+from kvern.ragged_attention import RaggedAttention
 from kvern.worker_side import WorkerSide
 
 PLACEHOLDER = 7
@@ -93,6 +94,16 @@ def test_layers_get_the_same_slots_where_the_engine_cannot_read_others(engine):
     answer = told(one, one.generate(prompt_of(500), params=compact("snapkv(slots=60,window=40,ragged)")))
     assert (answer["slots"], answer["method"]) == (60, "snapkv(slots=60,window=40)")
     assert answer["handle"].startswith("kvc1.")
+    assert_at_rest(one)
+
+
+def test_the_slots_of_the_largest_layer_are_claimed_where_caches_lie_apart(engine, monkeypatch):
+    apart = {"pool": "the layers' caches are separate allocations", "shift": ""}
+    monkeypatch.setattr(RaggedAttention, "self_test", lambda self, run_step: setattr(self, "problems", apart))
+    one = engine(policy="fail")
+    answer = told(one, one.generate(prompt_of(500), params=compact("snapkv(slots=60,window=40,ragged)")))
+    assert (answer["slots"], answer["method"]) == (128, "snapkv(slots=60,window=40,ragged)")
+    assert answer["handle"].startswith("kvc3.")
     assert_at_rest(one)
 
 

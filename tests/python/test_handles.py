@@ -18,9 +18,11 @@ def test_a_handle_says_what_it_was_made_of():
 
 
 def test_a_handle_says_whether_its_layers_keep_different_numbers_of_slots():
-    ragged = Handle.make(range(1501), 576, 1_800_000_000, ragged=True)
-    assert ragged.text.startswith("kvc2.") and ragged.ragged and Handle.parse(ragged.text) == ragged
-    assert is_handle_salt(ragged.text) and not Handle.parse(TEXT).ragged
+    assert not Handle.parse(TEXT).ragged
+    for prefix, layout in (("kvc2.", "pool"), ("kvc3.", "shift")):
+        ragged = Handle.make(range(1501), 576, 1_800_000_000, layout)
+        assert ragged.text.startswith(prefix) and ragged.ragged and Handle.parse(ragged.text) == ragged
+        assert is_handle_salt(ragged.text) and ragged.layout == layout
 
 
 def test_no_two_handles_are_alike():
@@ -63,7 +65,7 @@ def test_a_handle_that_says_something_else_names_other_blocks(other):
         TEXT + "0",
         TEXT + "\n",
         TEXT.upper(),
-        TEXT.replace("kvc1", "kvc3"),
+        TEXT.replace("kvc1", "kvc4"),
         TEXT.replace(".579.", ".0579."),
         TEXT.replace(".579.", ".0."),
         TEXT.replace(".579.", ".-5."),

@@ -435,10 +435,11 @@ TEST(CompactHandle, ReadsWhatItIsAndNothingElse) {
   EXPECT_EQ(handle->prompt_tokens, 1000U);
   EXPECT_EQ(handle->slots, 120U);
   EXPECT_EQ(handle->expires_at, 1'800'000'000);
-  EXPECT_FALSE(handle->ragged);
-  EXPECT_TRUE(CompactHandle::parse("kvc2.1000.128.1800000000." + digits).value().ragged);
+  EXPECT_EQ(handle->layout, SlotLayout::kRectangular);
+  EXPECT_EQ(CompactHandle::parse("kvc2.1000.128.1800000000." + digits).value().layout, SlotLayout::kPool);
+  EXPECT_EQ(CompactHandle::parse("kvc3.1000.128.1800000000." + digits).value().layout, SlotLayout::kShift);
   for (const std::string& wrong :
-       {std::string(), std::string("kvc1"), "kvc3.1000.120.18." + digits, "kvc1.1000.1001.18." + digits,
+       {std::string(), std::string("kvc1"), "kvc4.1000.120.18." + digits, "kvc1.1000.1001.18." + digits,
         "kvc1.01000.120.18." + digits, "kvc1.1000.0.18." + digits, "kvc1.1000.120.-18." + digits,
         "kvc1.1000.120.18." + digits + "a", "kvc1.1000.120.18." + std::string(64, 'A'),
         "kvc1.5000000000.120.18." + digits, "kvc1.1000.120.18." + digits + ".1", "kvc1..120.18." + digits}) {

@@ -4,23 +4,26 @@
 #include <span>
 #include <vector>
 
+#include "base/slot_layout.h"
 #include "base/status.h"
 
 namespace kvern {
 
 /// A page of an engine's cache: one block of one layer.
-struct PoolPage {
+struct SlotPage {
   std::uint32_t layer = 0;
   std::uint32_t block = 0;  ///< number within the request
 
-  bool operator==(const PoolPage&) const = default;
+  bool operator==(const SlotPage&) const = default;
 };
 
-/// A cache whose layers keep different numbers of pages, in an engine that gives a request the same blocks in every
-/// layer: what thick layers have too much lies in the blocks that thin layers leave free. [layer][page] -> where it
-/// lies: a layer's own blocks first, then free ones, lower layers and blocks first. The engine's blocks are the mean.
-/// kInvalid unless every layer has a page and the pages divide by the layers.
-Result<std::vector<std::vector<PoolPage>>> pool_pages(std::span<const std::uint32_t> pages_of_layers);
+/// Where the pages lie that each layer of a compact cache keeps, in a request of so many blocks: [layer][page].
+/// Rectangular: a layer's own blocks. Pool: its own first blocks, then free ones of others, lower layers and blocks
+/// first. Shift: its own last blocks, so that what follows the cache follows its last page.
+/// kInvalid unless every layer has a page and they fit: all blocks of every layer (rectangular), all of all layers
+/// together (pool), no more than there are (shift).
+Result<std::vector<std::vector<SlotPage>>> slot_pages(SlotLayout layout, std::span<const std::uint32_t> pages_of_layers,
+                                                      std::uint32_t blocks);
 
 /// Whole pages for each layer from the tokens that its method would give it.
 struct PageBudget {

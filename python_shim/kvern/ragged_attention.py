@@ -1,10 +1,15 @@
 """Attention over compact caches whose layers keep different numbers of pages.
 
-vLLM gives a request the same blocks in every layer. A ragged cache claims as many as its layers keep on average; what a
-thick layer has too much lies in pages that thin layers leave free (kernels/page_pool.h). For the steps that run such
-requests each layer gets a table of blocks and lengths of its own, through vLLM's own callback before each layer's
-attention, and sees all layers' pages as one array. All tables are made at once, before the first layer; other steps run
-vLLM's own. A self-test at start-up reads pages that lie so, with NaN in all others.
+vLLM gives a request the same blocks in every layer. For the steps that run such requests each layer gets a table of
+blocks and lengths of its own, through vLLM's own callback before each layer's attention. All tables are made at once,
+before the first layer; other steps run vLLM's own. There are two layouts (kernels/slot_pages.h):
+
+- pool: a request claims as many blocks as its layers keep pages on average; what a thick layer has too much lies in pages
+  that thin layers leave free. Layers must see all layers' pages as one array.
+- shift: it claims as many as the thickest layer may keep, and a layer's pages are its own last ones. For engines whose
+  layers' caches do not lie together.
+
+A self-test at start-up reads pages that lie so, with NaN in all others.
 
 A request whose layers were not all given their tables must not be heard: its first block is reported as failed, which
 ends it before its token is seen.
@@ -18,7 +23,7 @@ import torch
 
 from kvern.groups import Geometry
 from kvern.guard import log_once
-from kvern.metadata import RaggedOrder
+from kvern.metadata import RAGGED_LAYOUTS, RaggedOrder, RaggedSlots
 
 # What the CPU backend's metadata must have; all but those that are replaced are the same for all layers.
 _REPLACED = ("block_table", "seq_lens", "max_seq_len", "scheduler_metadata")
@@ -27,25 +32,26 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class _Tables:
-    """How the layers' tables follow from a batch's own. pages: of each request's layers, or None for those that have
-    ordinary caches. width: columns of the layers' tables, own_width: of the batch's. Good for all batches of the same
-    caches in the same order."""
+    """How the layers' tables follow from a batch's own. slots: of each request, or None for those that have ordinary
+    caches. width: columns of the layers' tables, own_width: of the batch's. bases: what a layer adds to the numbers of
+    its own pages. Good for all batches of the same caches in the same order."""
 
-    def __init__(self, pages: tuple, width: int, own_width: int, bases: torch.Tensor, block_tokens: int, pool_pages):
+    def __init__(self, slots: tuple, width: int, own_width: int, bases: torch.Tensor, block_tokens: int, slot_pages):
         layers = len(bases)
-        self.claimed = [0] * len(pages)  # blocks of each request's cache
+        self.claimed = [0] * len(slots)  # blocks of each request's cache
         self.longest = 0  # most blocks by which a layer's row is longer than the request's own
-        columns = torch.arange(width).repeat(layers, len(pages), 1)
-        offsets = bases[:, None, None].repeat(1, len(pages), width)
-        longer = torch.zeros(layers, len(pages), dtype=torch.int32)
-        for row, counts in enumerate(pages):
-            if counts is None:
+        columns = torch.arange(width).repeat(layers, len(slots), 1)
+        offsets = bases[:, None, None].repeat(1, len(slots), width)
+        longer = torch.zeros(layers, len(slots), dtype=torch.int32)
+        for row, of_request in enumerate(slots):
+            if of_request is None:
                 continue
+            layout, claimed, counts = of_request
             if len(counts) != layers:
                 raise ValueError(f"the cache has {len(counts)} layers, the model {layers}")
-            claimed = self.claimed[row] = sum(counts) // layers
+            self.claimed[row] = claimed
             self.longest = max(self.longest, max(counts) - claimed)
-            for layer, places in enumerate(pool_pages(list(counts))):
+            for layer, places in enumerate(slot_pages(layout, list(counts), claimed)):
                 count = min(len(places), width)
                 columns[layer, row] -= len(places) - claimed
                 columns[layer, row, :count] = torch.tensor([block for _, block in places[:count]])
@@ -63,12 +69,14 @@ class _Tables:
         return own + self._longer
 
 
-class PagePool:
-    """One worker's. problem says why it does not work on this engine; empty when it does."""
+class RaggedAttention:
+    """One worker's. problems: layout -> why this engine cannot read it; empty when it can."""
 
-    def __init__(self, geometry: Geometry, kv_caches: dict, layers: dict, vllm_config, pool_pages):
-        """layers: vLLM's attention layers by name. pool_pages: of the native binding. self_test() is to follow."""
+    def __init__(self, geometry: Geometry, kv_caches: dict, layers: dict, vllm_config, slot_pages):
+        """layers: vLLM's attention layers by name. slot_pages: of the native binding. self_test() is to follow."""
         self._layers: dict[str, object] = {}
+        self._caches: list[torch.Tensor] = []  # the layers' own
+        self._whole: torch.Tensor | None = None  # all of them as one, where they lie so
         self._blocks = 1
         self._orders: list[RaggedOrder] = []
         self._by_layer: dict[str, object] = {}  # what vLLM's layers read in this step
@@ -76,12 +84,17 @@ class PagePool:
         self._trouble = ""
         self._exchanged: set[str] = set()
         self._tables: tuple[tuple, _Tables] | None = None  # of the last batch
-        self._pool_pages = pool_pages
+        self._slot_pages = slot_pages
         self._vllm_config = vllm_config
+        self.problems = dict.fromkeys(RAGGED_LAYOUTS, "")
         try:
-            self.problem = self._set_up(geometry, kv_caches, layers)
+            obstacle = self._set_up(geometry, kv_caches, layers)
+            self.problems = dict.fromkeys(RAGGED_LAYOUTS, obstacle)
+            if not obstacle:
+                self.problems["pool"] = self._see_as_one()
         except Exception as error:
-            self.problem = f"its caches cannot be pooled ({type(error).__name__}: {error})"
+            obstacle = f"its layers' caches are not of a kind that is known ({type(error).__name__}: {error})"
+            self.problems = dict.fromkeys(RAGGED_LAYOUTS, obstacle)
 
     def _set_up(self, geometry: Geometry, kv_caches: dict, layers: dict) -> str:
         group = geometry.groups[0]
@@ -114,25 +127,30 @@ class PagePool:
             return "layers do not hold their caches themselves"
         self._block_tokens = group.block_tokens
         self._heads = group.heads
-        return self._see_as_one([kv_caches[name] for name in group.layer_names])
+        self._caches = [kv_caches[name] for name in group.layer_names]
+        shape = self._caches[0].shape
+        if any(cache.device.type != "cpu" or cache.shape != shape for cache in self._caches):
+            return "the layers' caches differ in form"
+        if shape[2] != self._block_tokens:
+            return "a block has several pages"
+        self._blocks = shape[0]
+        self._bases = torch.zeros(len(self._caches), dtype=torch.int32)
+        return ""
 
-    def _see_as_one(self, caches: list[torch.Tensor]) -> str:
-        first = min(caches, key=lambda cache: cache.storage_offset())
+    def _see_as_one(self) -> str:
+        first = min(self._caches, key=lambda cache: cache.storage_offset())
         stride = first.stride(0)
-        for cache in caches:
-            if cache.device.type != "cpu" or cache.shape != first.shape or cache.stride() != first.stride():
+        for cache in self._caches:
+            if cache.stride() != first.stride():
                 return "the layers' caches differ in form"
             if cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
                 return "the layers' caches are separate allocations"
             if (cache.storage_offset() - first.storage_offset()) % stride:
                 return "the layers' caches do not lie page by page"
-        if first.shape[2] != self._block_tokens:
-            return "a block has several pages"
-        bases = [(cache.storage_offset() - first.storage_offset()) // stride for cache in caches]
+        bases = [(cache.storage_offset() - first.storage_offset()) // stride for cache in self._caches]
         pages = max(bases) + first.shape[0]
         if pages >= 2**31:
             return "there are too many pages to be numbered"
-        self._blocks = first.shape[0]
         self._bases = torch.tensor(bases, dtype=torch.int32)
         self._whole = first.as_strided((pages, *first.shape[1:]), first.stride())
         return ""
@@ -153,8 +171,9 @@ class PagePool:
             return
         try:
             if not self._metadata:
-                if self.problem:
-                    raise ValueError(self.problem)
+                for order in self._orders:
+                    if problem := self.problems[order.slots.layout]:
+                        raise ValueError(problem)
                 from vllm.forward_context import get_forward_context
 
                 self._by_layer = get_forward_context().attn_metadata
@@ -163,19 +182,21 @@ class PagePool:
             # Both together, since a table's numbers lie outside the layer's own cache; and not before, since until now
             # the layer has written this step's rows to its own pages.
             self._exchanged.add(name)
-            vars(layer)["kv_cache"], self._by_layer[name] = self._whole, metadata
+            if self._whole is not None:
+                vars(layer)["kv_cache"] = self._whole
+            self._by_layer[name] = metadata
         except Exception as error:
             self._trouble = f"{type(error).__name__}: {error}"
 
     def restore(self, name: str, kv_cache: torch.Tensor) -> None:
         """After the layer's attention."""
-        if name in self._exchanged:
+        if self._whole is not None and name in self._exchanged:
             vars(self._layers[name])["kv_cache"] = kv_cache
 
     def end_step(self) -> set[int]:
         """Blocks of the requests whose attention did not see what it should have."""
         orders, self._orders = self._orders, []
-        why = self.problem or self._trouble
+        why = self._trouble
         if not why and len(self._exchanged) < len(self._layers):
             why = f"{len(self._exchanged)} of {len(self._layers)} layers called"
         if not orders or not why:
@@ -195,16 +216,16 @@ class PagePool:
         if own.dynamic_causal is not None or own.causal is not True:
             raise ValueError("the attention is not causal")
         first_blocks, lengths = own.block_table[:, 0].tolist(), own.seq_lens.tolist()
-        wanted = {order.first_block: order.pages for order in self._orders}
-        pages = tuple(wanted.get(block) for block in first_blocks)
+        wanted = {order.first_block: order.slots for order in self._orders}
+        slots = tuple(wanted.get(block) for block in first_blocks)
         found = [block for block in first_blocks if block in wanted]
         if len(found) != len(self._orders) or set(found) != wanted.keys():
             raise ValueError(f"{len(self._orders)} such requests are scheduled, {len(found)} are in the batch")
         size = self._block_tokens
-        most = -(-max(lengths) // size) + max(max(counts, default=0) for counts in wanted.values())
-        key = (pages, -(-most // _WIDTH_STEP) * _WIDTH_STEP, own.block_table.shape[1])
+        most = -(-max(lengths) // size) + max(max(each.pages, default=0) for each in wanted.values())
+        key = (slots, -(-most // _WIDTH_STEP) * _WIDTH_STEP, own.block_table.shape[1])
         if self._tables is None or self._tables[0] != key:
-            self._tables = key, _Tables(*key, self._bases, size, self._pool_pages)
+            self._tables = key, _Tables(*key, self._bases, size, self._slot_pages)
         tables = self._tables[1]
         if any(length <= claimed * size for length, claimed in zip(lengths, tables.claimed)):
             raise ValueError("a request has no tokens after its cache")
@@ -262,62 +283,78 @@ class PagePool:
 
     def self_test(self, run_step) -> None:
         """run_step(orders): a context in which vLLM's layers call the connector as in a step with these orders. Sets
-        problem. To be called while nothing is in the caches."""
-        if not self.problem:
+        problems. To be called while nothing is in the caches."""
+        for layout, problem in self.problems.items():
+            if problem:
+                continue
             try:
-                self.problem = self._test(run_step)
+                self.problems[layout] = self._test(layout, run_step)
             except Exception as error:
-                self.problem = f"the self-test failed ({type(error).__name__}: {error})"
-        if self.problem:
-            log_once(logging.INFO, "Kvern: compact caches give all layers the same budget here: %s.", self.problem)
+                self.problems[layout] = f"the self-test failed ({type(error).__name__}: {error})"
+            if layout == "pool" and self.problems[layout]:
+                self._whole, self._bases = None, torch.zeros_like(self._bases)
+        if all(self.problems.values()):
+            log_once(logging.INFO, "Kvern: compact caches give all layers the same budget here: %s.", self.verdict)
         else:
-            log_once(logging.INFO, "Kvern: compact caches may have a budget for each layer (pool, self-test passed).")
+            log_once(logging.INFO, "Kvern: compact caches may have a budget for each layer (%s).", self.verdict)
 
-    def _test(self, run_step) -> str:
-        """Two requests in the first layer, which borrows a page of the last, and in the last: one ragged of two blocks
-        and five tokens more, one ordinary of three tokens. All pages that a layer does not read hold NaN."""
+    @property
+    def verdict(self) -> str:
+        """The layout and that its self-test passed, or why there is none. For people."""
+        pool, shift = (self.problems[layout] for layout in RAGGED_LAYOUTS)
+        if not pool:
+            return "pool, self-test passed"
+        return shift or f"shift, since {pool}; self-test passed"
+
+    def _test(self, layout: str, run_step) -> str:
+        """Two requests in the first layer, which keeps a page more than the last, and in the last: one ragged of two
+        blocks and five tokens more, one ordinary of three tokens. All pages that a layer does not read hold NaN."""
         names = list(self._layers)
         if len(names) < 2 or self._blocks < 5:
             return "a model of one layer has nothing to share" if len(names) < 2 else "the cache is too small to test"
-        size = self._block_tokens
-        pages = tuple(3 if name == names[0] else 1 if name == names[-1] else 2 for name in names)
-        blocks = torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32)
-        lengths, news = (2 * size + 5, 3), (5, 2)
-        bases = self._bases.tolist()
-        touched = [base + block for base in (bases[0], bases[-1]) for block in range(1, 5)]
-        before = self._whole[touched].clone()
+        thick = 3 if layout == "pool" else 2
+        pages = tuple(thick if name == names[0] else 1 if name == names[-1] else 2 for name in names)
+        slots = RaggedSlots(layout, 2, pages)
+        ends = (self._caches[0], self._caches[-1])
+        before = [cache[1:5].clone() for cache in ends]
         try:
-            for layer, kept in ((0, [(0, 1), (0, 2), (-1, 2)]), (-1, [(-1, 1)])):
-                read = [bases[owner] + block for owner, block in kept]
-                self._whole[touched] = math.nan
-                self._whole[[*read, bases[layer] + 3, bases[layer] + 4]] = 0
-                wrong = self._test_layer(run_step, names[layer], pages, blocks, lengths, news, read, bases[layer])
-                if wrong:
+            places = self._slot_pages(layout, list(pages), 2)
+            for layer in (0, len(names) - 1):
+                for cache in ends:
+                    cache[1:5] = math.nan
+                self._caches[layer][3:5] = 0
+                read = [(self._caches[owner], block + 1) for owner, block in places[layer]]
+                if wrong := self._test_layer(run_step, names[layer], slots, read, self._caches[layer]):
                     return wrong
         finally:
-            self._whole[touched] = before
+            for cache, rows in zip(ends, before):
+                cache[1:5] = rows
         return ""
 
-    def _test_layer(self, run_step, name, pages, blocks, lengths, news, read, base) -> str:
+    def _test_layer(self, run_step, name: str, slots: RaggedSlots, read: list, own: torch.Tensor) -> str:
+        """read: (cache, block) of the pages that the layer keeps of a request with the blocks 1, 2 and 3."""
         from vllm.forward_context import set_forward_context
 
         layer, size = self._layers[name], self._block_tokens
+        blocks = torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32)
+        lengths, news = (2 * size + 5, 3), (5, 2)
         dtype = self._vllm_config.model_config.dtype
         random = torch.Generator().manual_seed(1)
 
         def rows(count: int, heads: int) -> torch.Tensor:
             return torch.randn(count, heads, layer.head_size, generator=random).to(dtype)
 
-        def write(key, value, slots) -> None:
-            layer.impl.do_kv_cache_update(layer, key, value, self._whole, torch.tensor(slots))
+        def write(key, value, cache, first: int) -> None:
+            layer.impl.do_kv_cache_update(layer, key, value, cache, torch.arange(first, first + len(key)))
 
         kept = [rows(len(read) * size, self._heads) for _ in range(2)]
-        write(*kept, [page * size + i for page in read for i in range(size)])
+        for page, (cache, block) in enumerate(read):
+            write(*(part[page * size : (page + 1) * size] for part in kept), cache, block * size)
         old = [rows(lengths[1] - news[1], self._heads) for _ in range(2)]
-        write(*old, [(base + 4) * size + i for i in range(lengths[1] - news[1])])
+        write(*old, own, 4 * size)
         query = rows(sum(news), layer.num_heads)
         new = [rows(sum(news), self._heads) for _ in range(2)]
-        slots = torch.tensor([3 * size + i for i in range(news[0])] + [4 * size + lengths[1] - news[1] + i for i in range(news[1])])
+        where = torch.tensor([3 * size + i for i in range(news[0])] + [4 * size + lengths[1] - news[1] + i for i in range(news[1])])
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         starts = torch.tensor([0, news[0], sum(news)], dtype=torch.int32)
         metadata = self._class(
@@ -327,12 +364,12 @@ class PagePool:
             max_seq_len=max(lengths),
             seq_lens=seq_lens,
             block_table=blocks,
-            slot_mapping=slots,
+            slot_mapping=where,
             scheduler_metadata=self._scheduler(starts)(layer, seq_lens),
         )
         by_layer = {each: metadata for each in self._layers}
-        with torch.inference_mode(), run_step([RaggedOrder(1, pages)]):
-            with set_forward_context(by_layer, self._vllm_config, slot_mapping={name: slots}):
+        with torch.inference_mode(), run_step([RaggedOrder(1, slots)]):
+            with set_forward_context(by_layer, self._vllm_config, slot_mapping={name: where}):
                 found = layer(query.reshape(sum(news), -1), *(part.reshape(sum(news), -1) for part in new))
             if self._trouble or self._exchanged != {name}:
                 return f"vLLM's layers do not call the connector as they should ({self._trouble or 'no call'})"
