@@ -154,6 +154,8 @@ std::vector<MetricFamily> Collector::Collect() const {
             number(stats.recovered_chunks));
   out.gauge("kvern_recovery_dropped_containers", "Damaged or incomplete containers that the last start found",
             number(stats.dropped_containers));
+  out.gauge("kvern_dram_huge_page_bytes", "Of the DRAM tier's memory, what is in huge pages",
+            number(parts_.huge_page_bytes()));
   out.gauge("kvern_index_slots_used", "Blocks in the index", number(stats.index_slots_used));
   out.gauge("kvern_index_slots", "Slots of the index, of which 3/4 are used at most", number(parts_.index_slots));
 

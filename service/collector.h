@@ -28,6 +28,7 @@ class Collector final : public prometheus::Collectable {
     const Clock& clock;
     std::int64_t started_ns;
     std::uint64_t index_slots;
+    std::function<std::uint64_t()> huge_page_bytes;  ///< of the slab
     std::function<std::uint64_t()> dropped_replies;
     const DeviceService& devices;
     const Compactions& compactions;

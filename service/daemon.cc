@@ -446,6 +446,7 @@ void Daemon::State::start_servers() {
                        .clock = clock,
                        .started_ns = started_ns,
                        .index_slots = config.index_slots(),
+                       .huge_page_bytes = [this] { return slab.huge_page_bytes(); },
                        .dropped_replies = [this] { return control_server->dropped_replies(); },
                        .devices = devices,
                        .compactions = *compactions});

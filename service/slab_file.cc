@@ -73,8 +73,8 @@ SlabFile::SlabFile(const std::string& path, std::uint64_t bytes, bool keep)
       map_(make_file(map_path(path), ContainerMap::bytes_for(bytes), keep)) {
   // The map and the first piece of the slab now, so that the first stores find room.
   Status first;
-  if (::fallocate(map_.fd(), 0, 0, static_cast<off_t>(map_.bytes().size())) != 0) {
-    first = Status(Code::kInternal, std::strerror(errno));
+  if (const int error = map_.reserve(0, map_.bytes().size()); error != 0) {
+    first = Status(Code::kInternal, std::strerror(error));
   }
   if (first) first = reserve_piece();
   if (!first) {
@@ -99,9 +99,8 @@ void SlabFile::remove_files() const {
 Status SlabFile::reserve_piece() {
   const std::uint64_t done = usable_bytes();
   const std::uint64_t piece = std::min<std::uint64_t>(kPieceBytes, memory_.bytes().size() - done);
-  while (::fallocate(memory_.fd(), 0, static_cast<off_t>(done), static_cast<off_t>(piece)) != 0) {
-    if (errno != EINTR) return Status(Code::kInternal, std::strerror(errno));
-  }
+  if (const int error = memory_.reserve(done, piece); error != 0) return {Code::kInternal, std::strerror(error)};
+  huge_page_bytes_.store(memory_.huge_page_bytes(), std::memory_order_relaxed);
   usable_bytes_.store(done + piece, std::memory_order_release);
   return Status::ok();
 }
@@ -115,6 +114,7 @@ void SlabFile::reserve_rest() {
               {{"bytes", usable_bytes()}, {"file", path_}, {"why", reserved.message()}});
     return;
   }
+  log_info("the DRAM tier is reserved", {{"bytes", usable_bytes()}, {"in_huge_pages", huge_page_bytes()}});
 }
 
 }  // namespace kvern

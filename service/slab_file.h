@@ -31,6 +31,8 @@ class SlabFile {
   Result<UniqueFd> read_only_fd() const { return memory_.read_only_fd(); }
   /// [0, usable_bytes()) can be written. Grows to the whole, unless somebody else fills tmpfs meanwhile.
   std::uint64_t usable_bytes() const { return usable_bytes_.load(std::memory_order_acquire); }
+  /// Of those, what is in huge pages.
+  std::uint64_t huge_page_bytes() const { return huge_page_bytes_.load(std::memory_order_relaxed); }
 
  private:
   Status reserve_piece();
@@ -42,6 +44,7 @@ class SlabFile {
   SharedMemory memory_;
   SharedMemory map_;
   std::atomic<std::uint64_t> usable_bytes_{0};
+  std::atomic<std::uint64_t> huge_page_bytes_{0};
   std::atomic<bool> stopping_{false};
   std::thread reserver_;
 };

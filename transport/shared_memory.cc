@@ -18,6 +18,12 @@
 namespace kvern {
 namespace {
 
+constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
+constexpr std::size_t kPageBytes = 4096;
+/// So many failures in a row and no more is tried: memory is too scattered, and each failure takes some milliseconds.
+constexpr int kMostHugePageFailures = 8;
+constexpr int kMadvCollapse = 25;  ///< MADV_COLLAPSE, which the C library of Debian 12 does not know
+
 std::string error_text(int error) { return std::system_category().message(error); }
 
 Status system_failure(const std::string& what, int error) {
@@ -39,10 +45,10 @@ std::string human_bytes(std::uint64_t bytes) {
   return text.data();
 }
 
-int reserve(int fd, std::size_t bytes) {
+int allocate(int fd, std::size_t offset, std::size_t bytes) {
   int result = 0;
   do {
-    result = ::fallocate(fd, 0, 0, static_cast<off_t>(bytes)) == 0 ? 0 : errno;
+    result = ::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) == 0 ? 0 : errno;
   } while (result == EINTR);
   return result;
 }
@@ -59,10 +65,32 @@ Status no_room_in(const std::string& directory, std::size_t bytes) {
                     "Kubernetes the sizeLimit of an emptyDir of medium Memory mounted there)");
 }
 
+/// Address space for a mapping that begins where a huge page may; nullptr and errno when there is none.
+std::byte* aligned_space(std::size_t bytes) {
+  const std::size_t wide = bytes + kHugePageBytes;
+  void* found = ::mmap(nullptr, wide, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (found == MAP_FAILED) return nullptr;
+  auto* begin = static_cast<std::byte*>(found);
+  const std::size_t past = reinterpret_cast<std::uintptr_t>(begin) % kHugePageBytes;
+  const std::size_t before = past == 0 ? 0 : kHugePageBytes - past;
+  const std::size_t kept = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  if (before > 0) ::munmap(begin, before);
+  if (before + kept < wide) ::munmap(begin + before + kept, wide - before - kept);
+  return begin + before;
+}
+
 /// nullptr and errno when it fails.
 std::byte* map_file(int fd, std::size_t bytes, bool writable) {
-  void* address = ::mmap(nullptr, bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
-  if (address == MAP_FAILED) return nullptr;
+  std::byte* space = aligned_space(bytes);
+  if (space == nullptr) return nullptr;
+  const int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* address = ::mmap(space, bytes, protection, MAP_SHARED | MAP_FIXED, fd, 0);
+  if (address == MAP_FAILED) {
+    const int error = errno;
+    ::munmap(space, bytes);
+    errno = error;
+    return nullptr;
+  }
   // Wishes only: kernels without huge pages in tmpfs say no, and a core file of the daemon need not hold the cache.
   ::madvise(address, bytes, MADV_HUGEPAGE);
   ::madvise(address, bytes, MADV_DONTDUMP);
@@ -93,6 +121,8 @@ SharedMemory::SharedMemory(SharedMemory&& other) noexcept
     : fd_(std::move(other.fd_)),
       data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)),
+      huge_page_bytes_(other.huge_page_bytes_),
+      huge_pages_failed_(other.huge_pages_failed_),
       unlink_path_(std::exchange(other.unlink_path_, {})) {}
 
 SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
@@ -101,6 +131,8 @@ SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
     fd_ = std::move(other.fd_);
     data_ = std::exchange(other.data_, nullptr);
     size_ = std::exchange(other.size_, 0);
+    huge_page_bytes_ = other.huge_page_bytes_;
+    huge_pages_failed_ = other.huge_pages_failed_;
     unlink_path_ = std::exchange(other.unlink_path_, {});
   }
   return *this;
@@ -125,13 +157,9 @@ Result<SharedMemory> SharedMemory::create_named(const std::string& path, std::si
   memory.fd_ = UniqueFd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!memory.fd_) return failure(system_failure("cannot create " + path, errno));
   memory.unlink_path_ = path;
-  if (const int error = reserve(memory.fd_.get(), bytes); error != 0) {
-    if (error != ENOSPC) return failure(system_failure("cannot reserve " + human_bytes(bytes) + " for " + path, error));
-    return failure(no_room_in(std::filesystem::path(path).parent_path().string(), bytes));
-  }
-  memory.data_ = map_file(memory.fd_.get(), bytes, true);
-  if (memory.data_ == nullptr) return failure(system_failure("cannot map " + path, errno));
-  memory.size_ = bytes;
+  const int error = memory.resize_and_reserve(bytes);
+  if (error == ENOSPC) return failure(no_room_in(std::filesystem::path(path).parent_path().string(), bytes));
+  if (error != 0) return failure(system_failure("cannot reserve " + human_bytes(bytes) + " for " + path, error));
   return memory;
 }
 
@@ -140,7 +168,7 @@ Result<SharedMemory> SharedMemory::create_anonymous(const std::string& name, std
   SharedMemory memory;
   memory.fd_ = UniqueFd(::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!memory.fd_) return failure(system_failure("cannot create the memory file " + name, errno));
-  if (const int error = reserve(memory.fd_.get(), bytes); error != 0) {
+  if (const int error = memory.resize_and_reserve(bytes); error != 0) {
     return failure(Code::kRefused, "cannot reserve " + human_bytes(bytes) + " for " + name + " (" + error_text(error) +
                                        "): configure less or raise the memory limit of the container");
   }
@@ -150,9 +178,6 @@ Result<SharedMemory> SharedMemory::create_anonymous(const std::string& name, std
       ::fchmod(memory.fd_.get(), 0600) != 0) {
     return failure(system_failure("cannot seal the memory file " + name, errno));
   }
-  memory.data_ = map_file(memory.fd_.get(), bytes, true);
-  if (memory.data_ == nullptr) return failure(system_failure("cannot map the memory file " + name, errno));
-  memory.size_ = bytes;
   return memory;
 }
 
@@ -177,6 +202,31 @@ Result<SharedMemory> SharedMemory::map(UniqueFd fd, std::size_t bytes, bool writ
   // A session belongs to one process: a forked child that outlives it must not write to what the daemon hands out anew.
   ::madvise(memory.data_, bytes, MADV_DONTFORK);
   return memory;
+}
+
+int SharedMemory::resize_and_reserve(std::size_t bytes) {
+  if (::ftruncate(fd_.get(), static_cast<off_t>(bytes)) != 0) return errno;
+  data_ = map_file(fd_.get(), bytes, true);
+  if (data_ == nullptr) return errno == ENOMEM ? ENOSPC : errno;
+  size_ = bytes;
+  return reserve(0, bytes);
+}
+
+int SharedMemory::reserve(std::size_t offset, std::size_t part_bytes) {
+  const std::size_t end = offset + part_bytes;
+  std::size_t at = (offset + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  for (; at + kHugePageBytes <= end && huge_pages_failed_ < kMostHugePageFailures; at += kHugePageBytes) {
+    // A huge page takes the place of the pages that are there, and there must be one. It costs a fifth of what it
+    // costs to put one in the place of all 512.
+    if (const int error = allocate(fd_.get(), at, kPageBytes); error != 0) return error;
+    if (::madvise(data_ + at, kHugePageBytes, kMadvCollapse) == 0) {
+      huge_page_bytes_ += kHugePageBytes;
+      huge_pages_failed_ = 0;
+    } else {
+      ++huge_pages_failed_;
+    }
+  }
+  return allocate(fd_.get(), offset, part_bytes);
 }
 
 Result<UniqueFd> SharedMemory::read_only_fd() const {

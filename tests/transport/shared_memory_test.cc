@@ -123,6 +123,26 @@ TEST(SharedMemory, WritesThroughOneMappingAreSeenThroughTheOther) {
   EXPECT_EQ(std::memcmp(memory->bytes().data(), other->bytes().data(), kBytes), 0);
 }
 
+TEST(SharedMemory, ReservingKeepsWhatIsThereAndMayBeRepeated) {
+  constexpr std::size_t kLarge = (std::size_t{5} << 20) + 4096;
+  auto memory = SharedMemory::create_anonymous("kvern-test", kLarge);
+  ASSERT_TRUE(memory) << memory.error().to_string();
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory->bytes().data()) % (2 << 20), 0U);
+  EXPECT_LE(memory->huge_page_bytes(), std::size_t{4} << 20);
+  for (std::size_t at = 0; at < kLarge; at += 4096) {
+    ASSERT_EQ(memory->bytes()[at], std::byte{0});
+    memory->bytes()[at] = std::byte{static_cast<unsigned char>(at / 4096 % 251)};
+  }
+  EXPECT_EQ(memory->reserve(0, kLarge), 0);
+  EXPECT_EQ(memory->reserve(4096, kLarge - 4096), 0);
+  auto other = SharedMemory::map(UniqueFd(::dup(memory->fd())), kLarge, true);
+  ASSERT_TRUE(other);
+  EXPECT_EQ(other->reserve(0, kLarge), 0);
+  for (std::size_t at = 0; at < kLarge; at += 4096) {
+    ASSERT_EQ(other->bytes()[at], std::byte{static_cast<unsigned char>(at / 4096 % 251)});
+  }
+}
+
 TEST(UniqueFd, ClosesOnceAndMovesOwnership) {
   int raw[2];
   ASSERT_EQ(::pipe(raw), 0);
