@@ -50,6 +50,10 @@ class DaemonWithDisk : public testing::DaemonTest {
   }
 
   static nlohmann::json nvme(LocalClient& client) { return status(client).at("lower_tiers").at(0); }
+  static std::uint64_t ended_writes(LocalClient& client) {
+    const nlohmann::json tier = nvme(client);
+    return tier.at("saved_chunks").get<std::uint64_t>() + tier.at("unsaved_chunks").get<std::uint64_t>();
+  }
   static bool is_written(LocalClient& client, std::uint64_t chunks) {
     const nlohmann::json tier = nvme(client);
     return tier.at("queued_bytes") == 0 && tier.at("saved_chunks") >= chunks;
@@ -335,7 +339,10 @@ TEST_P(EveryWriteFault, LosesWhatCouldNotBeWrittenAndNothingElse) {
   const std::uint64_t saved = nvme(*client).at("saved_chunks");
   std::uint64_t fresh = 200;
   EXPECT_TRUE(eventually([&] {
+    const std::uint64_t ended = ended_writes(*client);
     EXPECT_TRUE(client->store(++fresh, 1));
+    // One at a time: many would take the places of the first.
+    EXPECT_TRUE(eventually([&] { return ended_writes(*client) > ended; }));
     return nvme(*client).at("saved_chunks") > saved;
   })) << nvme(*client).dump();
   EXPECT_TRUE(eventually([&] { return nvme(*client).at("queued_bytes") == 0; }));
