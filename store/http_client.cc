@@ -20,6 +20,12 @@ constexpr long kSendBuffer = 1L << 20;       // 64 KiB by default, which costs a
 
 long milliseconds(std::int64_t ns) { return static_cast<long>(std::max<std::int64_t>(1, ns / 1'000'000)); }
 
+/// Of the other side, or of what this side trusts: to ask again does not help.
+bool is_distrust(CURLcode code) {
+  return code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_SSL_CACERT_BADFILE || code == CURLE_SSL_CERTPROBLEM ||
+         code == CURLE_SSL_ISSUER_ERROR;
+}
+
 void start_curl() {
   static std::once_flag once;
   std::call_once(once, [] {
@@ -260,7 +266,7 @@ void HttpClient::collect() {
       exchange.done(std::move(exchange.response));
     } else {
       const std::string why = exchange.error[0] != '\0' ? exchange.error : ::curl_easy_strerror(code);
-      exchange.done(failure(Code::kUnavailable, why));
+      exchange.done(failure(is_distrust(code) ? Code::kRefused : Code::kUnavailable, why));
     }
   }
 }

@@ -57,7 +57,7 @@ class HttpClient {
   HttpClient& operator=(const HttpClient&) = delete;
 
   /// Names the exchange. done is called once, not from within: an answer of any status, or kUnavailable when there was
-  /// none, it was cut off, or it came too late.
+  /// none, it was cut off, or it came too late; kRefused where the server's certificate is not to be trusted.
   std::uint64_t execute(HttpRequest request, Done done);
   /// done is not called any more, and nothing is received or sent. Nothing happens to an exchange that has ended.
   void cancel(std::uint64_t exchange);

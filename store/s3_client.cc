@@ -171,6 +171,7 @@ void S3Client::attempt(const std::shared_ptr<S3Call>& call) {
   ++call->attempts;
   auto request = signed_request(*call);
   request.timeout_ns = std::min(call->attempt_timeout_ns, call->deadline_ns - loop_.now_ns());
+  call->cut_short = request.timeout_ns < call->attempt_timeout_ns;
   call->exchange = http_.execute(std::move(request), [this, call](Result<HttpResponse> response) {
     call->exchange.reset();
     answered(call, std::move(response));
@@ -185,9 +186,14 @@ void S3Client::answered(const std::shared_ptr<S3Call>& call, Result<HttpResponse
       return finish(call, std::move(response));
     }
   }
-  if (response) call->said = status_of(*call, *response);
-  // A last attempt that has no time left says less than the answers before it.
-  Status why = call->said ? Status(Code::kUnavailable, "S3: " + response.error().message()) : call->said;
+  // A last attempt that has no time left says less than what was heard before it.
+  if (response) {
+    call->said = status_of(*call, *response);
+  } else if (call->said || !call->cut_short) {
+    call->said = Status(Code::kUnavailable, "S3: " + response.error().message());
+  }
+  Status why = call->said;
+  if (!response && response.error().code() == Code::kRefused) return finish(call, failure(std::move(why)));
   if (response && !may_pass(response->status)) {
     // A key that was just replaced is worth a look; the next call gets it.
     if (response->status == 403) static_cast<void>(read_credentials());

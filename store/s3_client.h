@@ -66,7 +66,8 @@ struct S3Call {
 
   // Of S3Client:
   int attempts = 0;
-  Status said = {};  ///< the last trouble that the server named
+  Status said = {};        ///< the last trouble that tells something
+  bool cut_short = false;  ///< the last attempt, by the deadline
   std::optional<std::uint64_t> exchange = {}, timer = {};
   bool ended = false;
 };
