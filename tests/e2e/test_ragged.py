@@ -105,10 +105,6 @@ def test_preemption_and_resume_where_the_caches_lie_apart(apart):
     check_preemption(apart)
 
 
-def test_requests_of_all_kinds_in_one_batch_where_the_caches_lie_apart(apart):
-    check_batch(apart)
-
-
 def test_requests_of_all_kinds_in_one_batch(bench):
     check_batch(bench)
 
@@ -174,6 +170,11 @@ def test_a_step_whose_layers_were_not_all_served_fails_its_ragged_requests_alone
 
 
 # ---------------------------------------------------------------- the matrix
+
+
+@pytest.mark.full
+def test_requests_of_all_kinds_in_one_batch_where_the_caches_lie_apart(apart):
+    check_batch(apart)
 
 
 @pytest.mark.full
