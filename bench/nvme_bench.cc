@@ -2,15 +2,18 @@
 // index.
 //
 // fio writes and reads one file in requests of 1 MiB as deep as the tier's, and flushes at the end; with its buffers
-// registered with the kernel and without, of which the faster counts. The tier writes
-// chunk objects of a common size and reads them back in the order of a prompt; what it does beyond moving bytes
-// (records, flushes before them, checksums) is in its time.
+// registered with the kernel and without, of which the faster counts. The tier writes chunk objects of a common size
+// and reads them back in the order of a prompt; what it does beyond moving bytes (records, flushes before them,
+// checksums) is in its time.
 
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -32,8 +36,9 @@ namespace kvern::bench {
 namespace {
 
 constexpr std::int64_t kPatienceNs = 600'000'000'000;
-constexpr std::uint64_t kWritesAtOnce = 24;  ///< objects: the tier's queue is never empty
-constexpr std::uint64_t kReadsAtOnce = 4;    ///< as a long prompt has them
+constexpr std::uint64_t kWritesAtOnce = 24;    ///< objects: the tier's queue is never empty
+constexpr std::chrono::seconds kPatience{10};  ///< for huge pages, of which the daemon's slab takes as many
+constexpr std::uint64_t kReadsAtOnce = 4;      ///< as a long prompt has them
 
 struct Options {
   std::string folder = "/var/tmp";
@@ -41,6 +46,42 @@ struct Options {
   std::uint64_t object_bytes = std::uint64_t{8} << 20;
   int rounds = 3;
   std::uint64_t recovery_objects = 200'000;
+  std::string memory = "daemon";
+};
+
+/// What the tier's objects lie in.
+class ObjectMemory {
+ public:
+  ObjectMemory(const std::string& kind, std::size_t bytes) : registered_(kind == "registered") {
+    if (kind != "daemon") {
+      ordinary_.emplace(bytes);
+      return;
+    }
+    UniqueFd file(::memfd_create("nvme-bench", MFD_CLOEXEC));
+    if (::ftruncate(file.get(), static_cast<off_t>(bytes)) != 0 || ::fchmod(file.get(), 0600) != 0) {
+      throw std::runtime_error("no file in memory");
+    }
+    auto shared = SharedMemory::map(std::move(file), bytes, true);
+    if (!shared) throw std::runtime_error(shared.error().to_string());
+    shared_ = std::move(*shared);
+    const double begin = now(kWallTime);
+    if (shared_.reserve(0, bytes, kPatience) != 0) throw std::runtime_error("no room for the objects in memory");
+    const double reserved = now(kWallTime);
+    std::memset(span().data(), 1, bytes);
+    const double gib = static_cast<double>(bytes) / (1U << 30);
+    std::printf("# %zu of %zu MiB in huge pages: %.2f s per GiB to reserve, %.2f to write for the first time\n",
+                shared_.huge_page_bytes() >> 20, bytes >> 20, (reserved - begin) / gib,
+                (now(kWallTime) - reserved) / gib);
+  }
+  std::span<std::byte> span() const { return ordinary_ ? ordinary_->span() : shared_.bytes(); }
+  std::vector<std::span<std::byte>> to_register() const {
+    return registered_ ? std::vector{span()} : std::vector<std::span<std::byte>>();
+  }
+
+ private:
+  const bool registered_;
+  std::optional<AlignedBuffer> ordinary_;
+  SharedMemory shared_;
 };
 
 /// What is missing to a tier's functions: waiting for several at once.
@@ -182,16 +223,15 @@ void latency(NvmeTier& tier, const Options& options, std::uint64_t first, std::s
 void report(const char* key, double value) { std::printf("%s %.6g\n", key, value); }
 
 void beside_fio(const Options& options) {
-  auto memory = SharedMemory::create_anonymous("nvme-bench", kWritesAtOnce * options.object_bytes);  // as a slab has
-  if (!memory) throw std::runtime_error(memory.error().to_string());
-  const std::span<std::byte> slab = memory->bytes();
-  std::printf("# %zu of %zu MiB in huge pages\n", memory->huge_page_bytes() >> 20, slab.size() >> 20);
+  const ObjectMemory memory(options.memory, kWritesAtOnce * options.object_bytes);
+  const std::span<std::byte> slab = memory.span();
   std::mt19937_64 random(1);
   for (std::size_t i = 0; i < slab.size(); i += sizeof(std::uint64_t)) {
     const std::uint64_t word = random();
     std::memcpy(slab.data() + i, &word, sizeof word);
   }
-  const NvmeConfig config = config_of(options, "kvern-bench.log");
+  NvmeConfig config = config_of(options, "kvern-bench.log");
+  config.io.memory = memory.to_register();
   Speeds ours, theirs;
   std::vector<double> alone, among_writes;
   {
@@ -279,6 +319,9 @@ int main(int argc, char** argv) {
   app.add_option("--object-bytes", options.object_bytes, "of a chunk object")->capture_default_str();
   app.add_option("--rounds", options.rounds)->capture_default_str();
   app.add_option("--recovery-objects", options.recovery_objects)->capture_default_str();
+  app.add_option("--memory", options.memory, "the daemon's, ordinary pages, or those registered with io_uring")
+      ->check(CLI::IsMember({"daemon", "ordinary", "registered"}))
+      ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   try {
     kvern::bench::beside_fio(options);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <stdexcept>
@@ -19,8 +20,10 @@
 namespace kvern {
 namespace {
 
-// Some 20 ms of work: a stop waits no longer.
+// Some 20 ms of work, and with scattered memory, of which huge pages must be made, not more than the patience beside:
+// a stop waits no longer.
 constexpr std::uint64_t kPieceBytes = 64U << 20;
+constexpr std::chrono::milliseconds kPatience{500};
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) {
   throw std::runtime_error("cannot make the slab " + path + ": " + what);
@@ -73,7 +76,7 @@ SlabFile::SlabFile(const std::string& path, std::uint64_t bytes, bool keep)
       map_(make_file(map_path(path), ContainerMap::bytes_for(bytes), keep)) {
   // The map and the first piece of the slab now, so that the first stores find room.
   Status first;
-  if (const int error = map_.reserve(0, map_.bytes().size()); error != 0) {
+  if (const int error = map_.reserve(0, map_.bytes().size(), kPatience); error != 0) {
     first = Status(Code::kInternal, std::strerror(error));
   }
   if (first) first = reserve_piece();
@@ -99,7 +102,8 @@ void SlabFile::remove_files() const {
 Status SlabFile::reserve_piece() {
   const std::uint64_t done = usable_bytes();
   const std::uint64_t piece = std::min<std::uint64_t>(kPieceBytes, memory_.bytes().size() - done);
-  if (const int error = memory_.reserve(done, piece); error != 0) return {Code::kInternal, std::strerror(error)};
+  if (const int error = memory_.reserve(done, piece, kPatience); error != 0)
+    return {Code::kInternal, std::strerror(error)};
   huge_page_bytes_.store(memory_.huge_page_bytes(), std::memory_order_relaxed);
   usable_bytes_.store(done + piece, std::memory_order_release);
   return Status::ok();

@@ -49,7 +49,8 @@ std::unique_ptr<Tier> make_nvme(const ServiceConfig::Nvme& config, const Clock& 
                     {"files", config.files},
                     {"bytes", config.bytes * nvme.files.size()},
                     {"io", tier->io_kind()}});
-  // Not registered with the kernel (BlockIoConfig::memory): that would pin the whole slab before the daemon is ready.
+  // Not registered with the kernel (BlockIoConfig::memory): that would pin the whole slab before the daemon is ready,
+  // and in huge pages it gains nothing (docs/decisions/0026).
   if (const auto found = tier->recovery(kRecoveryPatience)) {
     if (!found->log.message.empty()) log_warn("note on a tier", {{"tier", "nvme"}, {"note", found->log.message}});
     if (!found->status) log_error("a tier was not recovered", {{"tier", "nvme"}, {"why", found->status.message()}});

@@ -8,7 +8,6 @@
 
 #include <array>
 #include <cerrno>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
@@ -23,7 +22,7 @@ constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 constexpr std::size_t kPageBytes = 4096;
 /// So many failures in a row and no more is tried: memory is too scattered, and each failure takes some milliseconds.
 constexpr int kMostHugePageFailures = 8;
-/// Of one call: where memory is scattered the kernel moves pages around for each, and somebody waits for a session.
+/// For memory that is reserved as a whole: somebody waits for a session.
 constexpr std::chrono::milliseconds kHugePagePatience{100};
 constexpr int kMadvCollapse = 25;  ///< MADV_COLLAPSE, which the C library of Debian 12 does not know
 
@@ -212,17 +211,17 @@ int SharedMemory::resize_and_reserve(std::size_t bytes) {
   data_ = map_file(fd_.get(), bytes, true);
   if (data_ == nullptr) return errno == ENOMEM ? ENOSPC : errno;
   size_ = bytes;
-  return reserve(0, bytes);
+  return reserve(0, bytes, kHugePagePatience);
 }
 
-int SharedMemory::reserve(std::size_t offset, std::size_t part_bytes) {
+int SharedMemory::reserve(std::size_t offset, std::size_t part_bytes, std::chrono::milliseconds patience) {
   const std::size_t end = offset + part_bytes;
   std::size_t at = (offset + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-  const auto until = std::chrono::steady_clock::now() + kHugePagePatience;
+  const auto until = std::chrono::steady_clock::now() + patience;
   for (; at + kHugePageBytes <= end && huge_pages_failed_ < kMostHugePageFailures; at += kHugePageBytes) {
     if (std::chrono::steady_clock::now() >= until) break;
-    // A huge page takes the place of the pages that are there, and there must be one. It costs a fifth of what it
-    // costs to put one in the place of all 512.
+    // A huge page takes the place of the pages that are there, and there must be one. To
+    // put it in the place of all 512 would cost several times as much.
     if (const int error = allocate(fd_.get(), at, kPageBytes); error != 0) return error;
     if (::madvise(data_ + at, kHugePageBytes, kMadvCollapse) == 0) {
       huge_page_bytes_ += kHugePageBytes;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -46,9 +47,9 @@ class SharedMemory {
   /// Takes hold of the space of a part, which create_…() do for the whole: to write where nothing is reserved is SIGBUS
   /// when tmpfs is full. In huge pages where the kernel makes some (Linux 6.1 and later): the pages are there when they
   /// are first written, and a disk that reads into them gets a few long pieces instead of hundreds. What the part holds
-  /// stays. Some 0.1 ms per MiB, and no huge pages any more when they have taken 100 ms. Returns 0 or an errno, ENOSPC
-  /// above all.
-  int reserve(std::size_t offset, std::size_t part_bytes);
+  /// stays. Some 0.1 ms per MiB, and several times that where memory is scattered and the kernel moves pages around: no
+  /// huge pages any more when they have taken so long. Returns 0 or an errno, ENOSPC above all.
+  int reserve(std::size_t offset, std::size_t part_bytes, std::chrono::milliseconds patience);
   /// Of what this object has reserved.
   std::size_t huge_page_bytes() const { return huge_page_bytes_; }
 

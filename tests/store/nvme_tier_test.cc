@@ -72,6 +72,30 @@ TEST_P(NvmeTierTest, ReadsPartsOfAnObject) {
   EXPECT_TRUE(std::ranges::equal(buffer.span(), std::span(content).subspan(3 * kTierAlignment, 2 * kTierAlignment)));
 }
 
+TEST_P(NvmeTierTest, MovesBytesFromAndToRegisteredMemoryAndWhatLiesBeside) {
+  const AlignedBuffer memory(64 * kTierAlignment);
+  const auto pages = [&](std::size_t first, std::size_t count) {
+    return memory.span().subspan(first * kTierAlignment, count * kTierAlignment);
+  };
+  NvmeConfig registering = config();
+  registering.io.memory = {pages(0, 32), pages(40, 24)};
+  auto tier = open_tier(registering);
+  const NvmeObject object{.prompt = 7, .pages = 9};
+  TierObject from_memory = object.object();
+  object.fill(pages(3, 9));
+  from_memory.pieces = {pages(3, 9)};
+  ASSERT_TRUE(write(*tier, std::move(from_memory)));
+  const TierHit hit = find(*tier, object.query());
+  for (const std::size_t first :
+       {0U, 23U, 28U, 31U, 40U, 55U}) {  // within, at the ends of, and across what is registered
+    Answer<Status> answer;
+    tier->read(hit, 0, pages(first, 9), {}, answer.function());
+    ASSERT_TRUE(answer.get());
+    EXPECT_TRUE(std::ranges::equal(pages(first, 9), object.content())) << first;
+    std::ranges::fill(pages(first, 9), std::byte{0});
+  }
+}
+
 TEST_P(NvmeTierTest, APromptThatLeavesAChunkHalfwayHits) {
   auto tier = open_tier(config());
   const NvmeObject object{.prompt = 7, .blocks = 6};

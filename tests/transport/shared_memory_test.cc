@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <string>
@@ -125,6 +126,7 @@ TEST(SharedMemory, WritesThroughOneMappingAreSeenThroughTheOther) {
 
 TEST(SharedMemory, ReservingKeepsWhatIsThereAndMayBeRepeated) {
   constexpr std::size_t kLarge = (std::size_t{5} << 20) + 4096;
+  constexpr std::chrono::milliseconds kPatience{1000};
   auto memory = SharedMemory::create_anonymous("kvern-test", kLarge);
   ASSERT_TRUE(memory) << memory.error().to_string();
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory->bytes().data()) % (2 << 20), 0U);
@@ -133,11 +135,11 @@ TEST(SharedMemory, ReservingKeepsWhatIsThereAndMayBeRepeated) {
     ASSERT_EQ(memory->bytes()[at], std::byte{0});
     memory->bytes()[at] = std::byte{static_cast<unsigned char>(at / 4096 % 251)};
   }
-  EXPECT_EQ(memory->reserve(0, kLarge), 0);
-  EXPECT_EQ(memory->reserve(4096, kLarge - 4096), 0);
+  EXPECT_EQ(memory->reserve(0, kLarge, kPatience), 0);
+  EXPECT_EQ(memory->reserve(4096, kLarge - 4096, kPatience), 0);
   auto other = SharedMemory::map(UniqueFd(::dup(memory->fd())), kLarge, true);
   ASSERT_TRUE(other);
-  EXPECT_EQ(other->reserve(0, kLarge), 0);
+  EXPECT_EQ(other->reserve(0, kLarge, kPatience), 0);
   for (std::size_t at = 0; at < kLarge; at += 4096) {
     ASSERT_EQ(other->bytes()[at], std::byte{static_cast<unsigned char>(at / 4096 % 251)});
   }
