@@ -67,6 +67,7 @@ constexpr std::size_t kMovers = 2;
 constexpr std::size_t kMaxMoving = 1U << 16;
 // How often time-outs are looked at. Four times a second costs nothing and finds an expiry soon enough.
 constexpr milliseconds kTick{250};
+constexpr milliseconds kStarved{1000};  // what is logged when this thread wakes so much too late
 // Freeing what waits to be freed: chunks without all their shards, drops that a lease delayed.
 constexpr milliseconds kSweepInterval{1000};
 constexpr milliseconds kAbandonCheck{50};
@@ -294,7 +295,8 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
       namespaces([this](const std::map<std::string, std::string>& facts) { return namespace_terms(config, facts); }),
       sessions({.max_sessions = config.sessions.max_sessions,
                 .staging_bytes_max = config.sessions.staging_bytes_max,
-                .timeout_ns = static_cast<std::int64_t>(config.sessions.timeout_ms) * 1'000'000},
+                .timeout_ns = static_cast<std::int64_t>(config.sessions.timeout_ms) * 1'000'000,
+                .tick_ns = std::chrono::nanoseconds(kTick).count()},
                epoch, hazards, clock),
       encoders("kvern-encode", config.encode_threads(), config.pipeline.max_queued),
       pipeline(*store, *tiers, encoders, metrics, clock, [this] { return slab.usable_bytes(); }),
@@ -484,7 +486,13 @@ void Daemon::State::watch() {
   std::int64_t next_sweep_ns = 0;
   std::unique_lock lock(watch_mutex);
   while (!watch_ends) {
+    const std::int64_t asleep_ns = clock.now_ns();
     watch_wake.wait_for(lock, kTick, [this] { return watch_ends || woken; });
+    const auto asleep = std::chrono::nanoseconds(clock.now_ns() - asleep_ns);
+    if (asleep > kTick + kStarved) {
+      log_warn("the host did not run this process for a while: it was stopped, or others had the processors",
+               {{"seconds", std::chrono::duration<double>(asleep - kTick).count()}});
+    }
     woken = false;
     lock.unlock();
     sessions.tick();

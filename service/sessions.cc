@@ -33,7 +33,7 @@ void tell_state(const Session& session, SessionState state) {
 }  // namespace
 
 Sessions::Sessions(const SessionLimits& limits, std::uint64_t epoch, HazardRegistry& hazards, const Clock& clock)
-    : limits_(limits), epoch_(epoch), hazards_(hazards), clock_(clock) {}
+    : limits_(limits), epoch_(epoch), hazards_(hazards), clock_(clock), last_tick_ns_(clock.now_ns()) {}
 
 Sessions::~Sessions() { end_all(); }
 
@@ -221,7 +221,10 @@ void Sessions::tick() {
     if (hooks_.disconnect) hooks_.disconnect(connection);
   }
   const std::int64_t now = clock_.now_ns();
+  // What a session said while this process was not run may still wait to be read.
+  const bool was_not_run = now - last_tick_ns_.exchange(now) > 4 * limits_.tick_ns;
   for (const auto& session : list()) {
+    if (was_not_run) session->touch(now);
     const auto* local = session->local();
     if (local != nullptr && local->pidfd && is_gone(local->pidfd.get())) {
       ends.emplace_back(session->id(), SessionEnd::kDisconnected);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -37,6 +38,7 @@ struct SessionLimits {
   std::uint64_t max_sessions = 256;
   std::uint64_t staging_bytes_max = 1ULL << 30;
   std::int64_t timeout_ns = 10'000'000'000;
+  std::int64_t tick_ns = 250'000'000;  ///< how often tick() is called at least
   SegmentLayout segment = {};
 };
 
@@ -76,7 +78,8 @@ class Sessions {
   /// Ends it now. Not from the thread that serves the rings: that one calls end_soon().
   void end(std::uint64_t id, SessionEnd why);
   void end_soon(std::uint64_t id, SessionEnd why);
-  /// Ends what should end: called every now and then, and after a wake.
+  /// Ends what should end: called every now and then, and after a wake. When it was not called for several ticks, the
+  /// process was stopped or starved, and no session is blamed for its silence.
   void tick();
   /// No new sessions; those that are there learn that the daemon stops.
   void begin_stop();
@@ -89,6 +92,7 @@ class Sessions {
   const std::uint64_t epoch_;
   HazardRegistry& hazards_;
   const Clock& clock_;
+  std::atomic<std::int64_t> last_tick_ns_;
   SessionHooks hooks_;
 
   /// Held while a session is admitted or ended, so that no ring is served of a session that is gone. Taken before

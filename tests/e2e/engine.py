@@ -119,7 +119,9 @@ class Process:
 
     def spawn(self, command: list[str], **options) -> None:
         with open(self.log, "wb") as log:
-            self.child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **options)
+            # A group, but no session of its own: where Linux shares the processors out by session (autogroup), its
+            # version 6.18 lets other sessions wait for up to a minute while the ranks of an engine spin.
+            self.child = subprocess.Popen(command, stdout=log, stderr=log, process_group=0, **options)
 
     @property
     def alive(self) -> bool:

@@ -134,6 +134,7 @@ class ServiceFixture {
         sessions({.max_sessions = max_sessions,
                   .staging_bytes_max = kStagingBytes,
                   .timeout_ns = kTimeoutNs,
+                  .tick_ns = 100'000'000,
                   .segment = small_segment()},
                  7, hazards, clock),
         hot({.sessions = sessions,
