@@ -177,6 +177,19 @@ CompactionInfo ask_compaction(const Session* session, const std::string& handle,
   }
 }
 
+Result<std::vector<std::uint32_t>> ask_layer_slots(const Session& session, const NamespaceId& namespace_id,
+                                                   std::uint16_t group, const BlockHash& block, milliseconds timeout) {
+  wire::ControlRequest request;
+  wire::ControlReply reply;
+  auto* query = request.mutable_layer_slots();
+  query->set_namespace_id(namespace_id.bytes.data(), namespace_id.bytes.size());
+  query->set_group(group);
+  query->set_block_hash(block.bytes().data(), block.size());
+  if (Status answered = call(session, request, &reply, timeout); !answered) return failure(answered);
+  const auto& slots = reply.layer_slots().slots();
+  return std::vector<std::uint32_t>(slots.begin(), slots.end());
+}
+
 Result<bool> delete_compaction(const Session& session, const std::string& handle, milliseconds timeout) {
   wire::ControlRequest request;
   wire::ControlReply reply;

@@ -87,6 +87,13 @@ struct CompactionInfo {
   std::vector<std::uint32_t> layer_slots;  ///< of a ragged cache that is ready: tokens of each layer
 };
 
+/// Slots of each layer of a compact cache, from its stored chunks, whoever made it; empty: all layers keep as many as
+/// the handle says. block: of its first slots. kNotFound when they are not in DRAM: to be asked while a match holds
+/// them.
+Result<std::vector<std::uint32_t>> ask_layer_slots(const Session& session, const NamespaceId& namespace_id,
+                                                   std::uint16_t group, const BlockHash& block,
+                                                   std::chrono::milliseconds timeout);
+
 /// Waits for at most `wait` while it is pending. kUnknown, with the reason, when there is no such handle, it has
 /// expired, belongs to somebody else or no daemon answers. session may be null.
 CompactionInfo ask_compaction(const Session* session, const std::string& handle, std::chrono::milliseconds wait,

@@ -22,7 +22,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "fields are copied as they lie in memory");
 
 constexpr std::string_view kMagic = "KVERNBOX";
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kLayerSlotsVersion = 2;  ///< the first one that can hold layer_slots, and has them
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kFixedBytes = 112;
 constexpr std::size_t kSectionEntryBytes = 48;
@@ -40,6 +40,7 @@ constexpr std::size_t align_up(std::size_t value, std::size_t alignment) {
 std::size_t header_size(const ContainerInfo& info, std::string_view spec, std::size_t sections) {
   std::size_t bytes = kFixedBytes + spec.size();
   for (const BlockHash& hash : info.block_hashes) bytes += 1 + hash.size();
+  bytes += info.layer_slots.size() * sizeof(std::uint32_t);
   return align_up(align_up(bytes, 8) + sections * kSectionEntryBytes + kChecksumBytes, kAlignment);
 }
 
@@ -64,6 +65,14 @@ Status check_info(const ContainerInfo& info) {
   }
   if (!(info.block_hashes.back() == info.key.last_block)) {
     return {Code::kInvalid, "the last block hash is not the one that names the chunk"};
+  }
+  if (!info.layer_slots.empty() && info.layer_slots.size() != info.group_layers) {
+    return {Code::kInvalid, std::to_string(info.layer_slots.size()) + " layers keep slots, of the group's " +
+                                std::to_string(info.group_layers)};
+  }
+  const auto no_pages = [&](std::uint32_t slots) { return slots == 0 || slots % info.block_tokens != 0; };
+  if (std::ranges::any_of(info.layer_slots, no_pages)) {
+    return {Code::kInvalid, "a layer's slots are no whole blocks"};
   }
   return Status::ok();
 }
@@ -127,8 +136,9 @@ class FieldReader {
   bool good_ = true;
 };
 
-/// From the namespace to the last block hash. Says what is wrong with it, null: nothing.
-const char* read_description(FieldReader& fields, ContainerInfo& info, std::uint32_t& section_count) {
+/// From the namespace to what stands before the section table. Says what is wrong with it, null: nothing.
+const char* read_description(FieldReader& fields, std::uint32_t version, ContainerInfo& info,
+                             std::uint32_t& section_count) {
   ShardShape& shape = info.shape;
   const auto namespace_bytes = fields.get_bytes(info.key.namespace_id.bytes.size());
   info.key.group = fields.get<std::uint16_t>();
@@ -158,6 +168,12 @@ const char* read_description(FieldReader& fields, ContainerInfo& info, std::uint
   }
   if (info.block_hashes.empty()) return "it has no blocks";
   info.key.last_block = info.block_hashes.back();
+  if (version < kLayerSlotsVersion) return nullptr;
+  if (info.group_layers == 0 || info.group_layers > fields.left() / sizeof(std::uint32_t)) {
+    return "its layers' slots do not fit";
+  }
+  info.layer_slots.resize(info.group_layers);
+  for (std::uint32_t& slots : info.layer_slots) slots = fields.get<std::uint32_t>();
   return nullptr;
 }
 
@@ -337,7 +353,7 @@ void write_header(const ContainerInfo& info, std::string_view spec, const std::v
   const ShardShape& shape = info.shape;
   FieldWriter fields(out);
   fields.put_bytes(kMagic.data(), kMagic.size());
-  fields.put(kVersion);
+  fields.put(info.layer_slots.empty() ? std::uint32_t{1} : kLayerSlotsVersion);
   fields.put(static_cast<std::uint32_t>(out.size()));
   fields.put(static_cast<std::uint64_t>(container_bytes));
   fields.put_bytes(info.key.namespace_id.bytes.data(), info.key.namespace_id.bytes.size());
@@ -359,6 +375,7 @@ void write_header(const ContainerInfo& info, std::string_view spec, const std::v
     fields.put(static_cast<std::uint8_t>(hash.size()));
     fields.put_bytes(hash.bytes().data(), hash.size());
   }
+  for (const std::uint32_t slots : info.layer_slots) fields.put(slots);
   fields.pad_to(align_up(fields.position(), 8));
   for (const SectionInfo& section : sections) {
     fields.put(section.offset);
@@ -463,10 +480,10 @@ std::optional<ContainerInfo> peek_container_info(std::span<const std::byte> star
   fields.get<std::uint32_t>();
   fields.get<std::uint64_t>();
   if (!fields.good() || std::memcmp(magic.data(), kMagic.data(), kMagic.size()) != 0) return std::nullopt;
-  if (version == 0 || version > kVersion) return std::nullopt;
+  if (version == 0 || version > kContainerVersion) return std::nullopt;
   ContainerInfo info;
   std::uint32_t section_count = 0;
-  if (read_description(fields, info, section_count) != nullptr) return std::nullopt;
+  if (read_description(fields, version, info, section_count) != nullptr) return std::nullopt;
   return info;
 }
 
@@ -496,10 +513,10 @@ Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes)
   FieldReader fields(std::span<const std::byte>(header).first(header_bytes - kChecksumBytes));
   fields.get_bytes(kMagic.size());
   const auto version = fields.get<std::uint32_t>();
-  if (version > kVersion) {
+  if (version > kContainerVersion) {
     return failure(Code::kRefused, "the container has format version " + std::to_string(version) +
                                        ", written by a newer Kvern; this one reads versions up to " +
-                                       std::to_string(kVersion));
+                                       std::to_string(kContainerVersion));
   }
   if (version == 0) return corrupt("there is no format version 0");
   fields.get<std::uint32_t>();
@@ -509,7 +526,7 @@ Result<ContainerReader> ContainerReader::parse(std::span<const std::byte> bytes)
   ShardShape& shape = info.shape;
   const auto container_bytes = fields.get<std::uint64_t>();
   std::uint32_t section_count = 0;
-  if (const char* why = read_description(fields, info, section_count)) return corrupt(why);
+  if (const char* why = read_description(fields, version, info, section_count)) return corrupt(why);
   if (Status status = shape.validate(); !status) return corrupt(status.message());
   if (Status status = check_info(info); !status) return corrupt(status.message());
 

@@ -20,8 +20,9 @@ class Executor;
 /// The container format (docs/format.md): header, codec chain, block hashes, section table, sections aligned to 64
 /// bytes; little-endian, versioned, every section under XXH3-64, the header (with all tables) under one more.
 
-/// Newest container version, the one that is written. Every older one can be read.
-inline constexpr std::uint32_t kContainerVersion = 1;
+/// Newest container version. Every older one can be read, and the oldest that can say what is to be said is written: 1,
+/// or 2 for chunks with layer_slots.
+inline constexpr std::uint32_t kContainerVersion = 2;
 
 /// What a container says of itself. Everything here is covered by the header checksum.
 struct ContainerInfo {
@@ -35,6 +36,9 @@ struct ContainerInfo {
   std::vector<BlockHash> block_hashes;  ///< one per block, the last is key.last_block
   std::string codec_spec;               ///< canonical
   std::uint32_t lossy_generations = 0;  ///< how many lossy encodings lie behind these bytes
+  /// Of a compact cache whose layers keep different numbers of slots: how many each layer of the group keeps, a
+  /// multiple of block_tokens. Empty: the chunk is not of such a cache.
+  std::vector<std::uint32_t> layer_slots = {};
 };
 
 struct SectionInfo {

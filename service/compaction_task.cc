@@ -252,7 +252,7 @@ Result<std::optional<double>> cut_layer(const CompactionOrder& order, const Prom
 
 /// Encoded bytes of all chunks.
 Result<std::uint64_t> store_slots(const CompactionTask::Parts& parts, const CompactionOrder& order,
-                                  const SlotChunks& slots) {
+                                  const std::vector<std::uint32_t>& layer_slots, const SlotChunks& slots) {
   const auto hashes = order.handle.slot_hashes(order.info.block_tokens, order.hash_bytes);
   const std::size_t chunk_blocks = order.chunk_tokens / order.info.block_tokens;
   std::uint64_t bytes = 0;
@@ -268,6 +268,7 @@ Result<std::uint64_t> store_slots(const CompactionTask::Parts& parts, const Comp
     info.position = chunk * order.chunk_tokens;
     info.key.last_block = blocks.back();
     info.block_hashes.assign(blocks.begin(), blocks.end());
+    info.layer_slots = layer_slots;
     reservation.claim = parts.in_flight.claim(info.key, info.shape);
     if (!reservation.claim) return failure(Code::kBusy, "somebody else stores a chunk of it");
     const Status stored = parts.pipeline.store(reservation, [&](std::span<std::byte> out) {
@@ -348,7 +349,7 @@ Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, cons
     outcome.error_mean = outcome.error_mean.value_or(0) + **error / shape.layers;
     outcome.error_max = std::max(outcome.error_max.value_or(0), **error);
   }
-  const auto stored = store_slots(parts_, order, slots);
+  const auto stored = store_slots(parts_, order, outcome.layer_slots, slots);
   if (!stored) return failure(stored.error());
   outcome.stored_bytes = *stored;
   return outcome;

@@ -7,6 +7,7 @@
 
 #include "kernels/container.h"
 #include "service/log.h"
+#include "store/lease.h"
 #include "transport/wire.h"
 
 namespace kvern {
@@ -58,6 +59,12 @@ Result<std::optional<NamespaceId>> optional_namespace(const std::string& bytes) 
   if (bytes.size() != id.bytes.size()) return failure(Code::kInvalid, "a namespace id has 16 bytes");
   std::memcpy(id.bytes.data(), bytes.data(), id.bytes.size());
   return std::optional<NamespaceId>(id);
+}
+
+Result<BlockHash> block_of(const std::string& hash) {
+  const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
+  if (!block) return failure(Code::kInvalid, "a block hash has 1 to 64 bytes");
+  return *block;
 }
 
 void tell_refused(const wire::Hello& hello, const Status& why) {
@@ -148,6 +155,8 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
         });
       }
       return find_compactions(**session, request, std::move(reply));
+    case wire::ControlRequest::kLayerSlots:
+      return finish(layer_slots(**session, request.layer_slots(), answer.mutable_layer_slots()));
     case wire::ControlRequest::kExplain:
     case wire::ControlRequest::kFlush:
     case wire::ControlRequest::kStatus: {
@@ -348,6 +357,26 @@ Status ControlService::compact(const Session& session, const wire::ControlReques
   return taken;
 }
 
+Status ControlService::layer_slots(const Session& session, const wire::LayerSlotsQuery& request,
+                                   wire::LayerSlots* answer) const {
+  const auto id = optional_namespace(request.namespace_id());
+  if (!id) return id.error();
+  const auto space = *id ? session.find_namespace(**id) : nullptr;
+  if (!space) return Status(Code::kInvalid, "this session has not registered the namespace of the compact cache");
+  const auto block = block_of(request.block_hash());
+  if (!block) return block.error();
+  const auto group = static_cast<std::uint16_t>(request.group());
+  if (group != request.group()) return Status(Code::kInvalid, "there is no such group");
+  auto pinned = parts_.store.pin(space->id, group, *block);
+  if (!pinned) return Status(Code::kNotFound, "its first slots are not in DRAM");
+  const Lease held(parts_.store, std::move(*pinned), space->id, group, *block);
+  const auto container = ContainerReader::parse(parts_.store.bytes(held.chunk().shards.front()));
+  if (!container) return container.error();
+  const auto& slots = container->info().layer_slots;
+  answer->mutable_slots()->Assign(slots.begin(), slots.end());
+  return Status::ok();
+}
+
 void ControlService::find_compactions(const Session& session, const wire::ControlRequest& request,
                                       ControlReplyFunction reply) {
   const auto answer = [sequence = request.sequence(),
@@ -438,9 +467,8 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
   if (request.has_flush()) return flush(request.flush(), reply->mutable_flushed());
   const auto id = optional_namespace(request.explain().namespace_id());
   if (!id) return id.error();
-  const std::string& hash = request.explain().block_hash();
-  const auto block = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
-  if (!block) return Status(Code::kInvalid, "a block hash has 1 to 64 bytes");
+  const auto block = block_of(request.explain().block_hash());
+  if (!block) return block.error();
   for (auto& line : parts_.inspector.explain(*block, *id)) reply->mutable_explanation()->add_lines(std::move(line));
   return Status::ok();
 }
@@ -454,9 +482,10 @@ Status ControlService::flush(const wire::FlushQuery& request, wire::Flushed* ans
   FlushScope scope;
   if (*id) scope.namespaces = **id;
   if (!request.tenant().empty()) scope.namespaces = namespaces_of_tenant(request.tenant());
-  if (const std::string& hash = request.block_hash(); !hash.empty()) {
-    scope.prefix = BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(hash.data()), hash.size()});
-    if (!scope.prefix) return Status(Code::kInvalid, "a block hash has 1 to 64 bytes");
+  if (!request.block_hash().empty()) {
+    const auto block = block_of(request.block_hash());
+    if (!block) return block.error();
+    scope.prefix = *block;
   }
   std::promise<std::pair<FlushedChunks, Status>> ended;
   parts_.tiers.flush(scope, [&ended](const FlushedChunks& dram, const Status& lower) {

@@ -78,6 +78,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   Status poll_events(const Session& session, const wire::PollEvents& request, wire::Events* answer) const;
   Status snapshot(const Session& session, const wire::SnapshotQuery& request, wire::Snapshot* answer) const;
   Status compact(const Session& session, const wire::ControlRequest& request);
+  Status layer_slots(const Session& session, const wire::LayerSlotsQuery& request, wire::LayerSlots* answer) const;
   void find_compactions(const Session& session, const wire::ControlRequest& request, ControlReplyFunction reply);
   /// Status, explain and flush: for local peers and for tools with a key.
   Status administrate(const wire::ControlRequest& request, wire::ControlReply* reply);

@@ -4,8 +4,6 @@
 #include <charconv>
 #include <cstring>
 
-#include "kernels/container.h"
-
 namespace kvern {
 namespace {
 
@@ -33,7 +31,7 @@ Status check_remote_prefix(std::string_view prefix) {
 
 std::string remote_names_of(std::string_view prefix, const NamespaceSet& namespaces) {
   std::string name(prefix);
-  name += "/v" + std::to_string(kRemoteLayoutVersion) + "." + std::to_string(kContainerVersion) + "/";
+  name += "/v" + std::to_string(kRemoteLayoutVersion) + "." + std::to_string(kRemoteContainerVersion) + "/";
   name += namespaces.hex_prefix();
   if (namespaces.one()) name += "/";
   return name;

@@ -15,6 +15,9 @@ namespace kvern {
 
 /// Changes with how a tier lays an object out under its name (redis_object.h).
 inline constexpr int kRemoteLayoutVersion = 1;
+/// Of ordinary chunks' containers. Those of version 2 lie under the same names: they belong to compact caches, which
+/// older daemons do not look for.
+inline constexpr int kRemoteContainerVersion = 1;
 
 /// Letters, digits and "._-/", at most 128 of them, neither empty nor with a "/" at an end: safe in Redis patterns, S3
 /// keys and URLs alike. kInvalid says what is wrong.

@@ -51,8 +51,11 @@ class Client:
     # (pending | ready | failed | unknown); reason (why it failed; unknown: there is none, it has expired or is another
     # tenant's, or no daemon answers); prompt_tokens; slots; method; namespace (id, 16 bytes); group; stored_bytes;
     # raw_bytes; error_mean, error_max (None: not measured); expires_at (unix seconds); owner; seconds;
-    # layer_slots (of each layer of a ragged cache, otherwise empty).
+    # layer_slots (of each layer of a ragged cache that is ready, otherwise empty).
     def compaction(self, handle: str, wait_ms: int = 0) -> dict: ...
+    # Slots of each layer of a compact cache, from its stored chunks, whoever made it; empty: as many as the handle says.
+    # block_hash: of its first slots, which a match must hold. RuntimeError with the reason, also when no daemon answers.
+    def layer_slots(self, namespace_handle: int, group: int, block_hash: bytes) -> list[int]: ...
     # False when there is none. Its chunks leave all tiers. RuntimeError when no daemon answers, also of the next one.
     def delete_compaction(self, handle: str) -> bool: ...
     def compactions(self) -> list[dict]: ...  # of this tenant

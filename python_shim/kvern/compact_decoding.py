@@ -1,6 +1,7 @@
 """Requests that decode from compact caches: their placeholders are never computed. Such a request gets all slots of its
 cache or fails."""
 
+import collections
 import concurrent.futures
 import logging
 import time
@@ -15,6 +16,8 @@ from kvern.handles import HandleError
 from kvern.metadata import KvernMetadata, RaggedOrder, RaggedSlots
 from kvern.request_state import RequestState
 from kvern.stats import Recorder, label_of
+
+_MOST_LEARNT = 4096  # handles whose layers' slots are known without asking
 
 
 class CompactDecoding:
@@ -32,13 +35,14 @@ class CompactDecoding:
         patience_seconds: float,
         obstacle: Callable[[], str],
         ready: Callable[[], bool],
+        namespace: Callable[..., tuple],
         find: Callable[..., tuple[bool, int, str]],
         release: Callable[[RequestState], None],
         clock=time.monotonic,
         wall_clock=time.time,
     ):
         """client: of the native binding. rewrites: prompts may give way to slots. obstacle: why this engine loads no
-        compact caches, or nothing. ready, find, release: of the scheduler side."""
+        compact caches, or nothing. ready, namespace, find, release: of the scheduler side."""
         self._client = client
         self._geometry = geometry
         self._abilities = abilities
@@ -48,11 +52,13 @@ class CompactDecoding:
         self._patience_seconds = patience_seconds
         self._obstacle = obstacle
         self._ready = ready
+        self._namespace_of = namespace
         self._find = find
         self._release = release
         self._clock = clock
         self._wall_clock = wall_clock
         self._ragged: dict[str, RequestState] = {}  # requests that decode from ragged caches
+        self._learnt: collections.OrderedDict[str, RaggedSlots] = collections.OrderedDict()  # by handle, the latest
         self._asking = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-ask")
 
     def rewrite(self, request, options: RequestOptions, new: bool) -> None:
@@ -96,7 +102,7 @@ class CompactDecoding:
             reason = "its load failed"
         reason = reason or self._obstacle()
         if not reason and handle.ragged and state.ragged_slots is None:
-            known, reason = self._learn_slots(state, now)
+            known, reason = self._learn_slots(state, request, local_tokens, now)
             if not known:
                 return None, False
         if not reason and local_tokens >= handle.slots:
@@ -105,12 +111,9 @@ class CompactDecoding:
         if not reason:
             if state.answer is not None and (state.answer[0], state.answer[2]) == (local_tokens, self._client.session_count):
                 return state.answer[4]
-            limit = state.joined[0] * self._geometry.block_tokens
-            known, found, missing = self._find(state, request, local_tokens, limit, now)
+            known, reason = self._look_up(state, request, local_tokens, now)
             if not known:
                 return None, False
-            if found < limit:
-                reason = f"it is not stored, or not any more: {missing or 'not found'}"
             if handle.expires_at <= self._wall_clock():
                 reason = "the handle has expired"
         if reason:
@@ -131,23 +134,39 @@ class CompactDecoding:
                 "placeholders for the rest. Name KvernConnector first in MultiConnector, or alone.",
             )
 
-    def _learn_slots(self, state: RequestState, now: float) -> tuple[bool, str]:
-        """(known, why there are none). Not known: ask again."""
+    def _look_up(self, state: RequestState, request, local_tokens: int, now: float) -> tuple[bool, str]:
+        """(known, why not all of its slots are there). Not known: ask again."""
+        limit = state.joined[0] * self._geometry.block_tokens
+        known, found, missing = self._find(state, request, local_tokens, limit, now)
+        lacks = known and found < limit
+        return known, f"it is not stored, or not any more: {missing or 'not found'}" if lacks else ""
+
+    def _learn_slots(self, state: RequestState, request, local_tokens: int, now: float) -> tuple[bool, str]:
+        """(known, why there are none). Not known: ask again. The stored slots say it, which the daemon must have in DRAM:
+        so they are looked up first, also those that vLLM has itself."""
         state.first_asked = state.first_asked or now
-        layout = state.handle.layout
-        known, problem = self._abilities.layout(layout, state.first_asked)
+        handle = state.handle
+        known, problem = self._abilities.layout(handle.layout, state.first_asked)
         if not known or problem:
-            return known, f"this engine does not read caches of the layout {layout}: {problem}"
+            return known, f"this engine does not read caches of the layout {handle.layout}: {problem}"
+        state.ragged_slots = self._learnt.get(handle.text)
+        if state.ragged_slots is not None:
+            return True, ""
         if state.asked is None:
-            if not self._ready():
-                return now - state.first_asked >= self._patience_seconds, "no daemon"
-            state.asked = self._asking.submit(self._client.compaction, state.handle.text, 0)
+            known, reason = self._look_up(state, request, local_tokens if local_tokens < handle.slots else 0, now)
+            if not known or reason:
+                return known, reason
+            namespace = self._namespace_of(request.lora_request)[1].handle
+            state.asked = self._asking.submit(self._client.layer_slots, namespace, 0, state.joined[1][: self._hash_bytes])
         if not state.asked.done():
             return False, ""
         try:
-            state.ragged_slots = compactions.ragged_slots(state.handle, state.asked.result(), self._geometry)
-        except HandleError as error:
+            state.ragged_slots = compactions.ragged_slots(handle, state.asked.result(), self._geometry)
+        except (HandleError, RuntimeError) as error:
             return True, str(error)
+        self._learnt[handle.text] = state.ragged_slots
+        if len(self._learnt) > _MOST_LEARNT:
+            self._learnt.popitem(last=False)
         return True, ""
 
     def plan_step(self, metadata: KvernMetadata, scheduler_output) -> int:

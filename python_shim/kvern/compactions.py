@@ -123,19 +123,16 @@ def _check_decoding(request, options: RequestOptions, handle: Handle, now: float
         raise HandleError("a request that does not read caches cannot decode from one")
 
 
-def ragged_slots(handle: Handle, state: dict, geometry: Geometry) -> RaggedSlots:
-    """Pages of each layer of a ragged cache, from what the daemon says of it. Throws HandleError."""
-    if state["state"] != "ready":
-        raise HandleError(f"it is {state['state']}: {state['reason']}")
+def ragged_slots(handle: Handle, slots: list[int], geometry: Geometry) -> RaggedSlots:
+    """Pages of each layer of a ragged cache. slots: of each layer, as its chunks say. Throws HandleError."""
     group = geometry.groups[0]
-    slots = state["layer_slots"]
     whole = all(count > 0 and count % group.block_tokens == 0 for count in (*slots, handle.slots))
     if handle.layout == "pool":
         fits = sum(slots) == len(slots) * handle.slots
     else:
         fits = max(slots, default=0) <= handle.slots
     if len(slots) != group.group_layers or not whole or not fits:
-        raise HandleError("the daemon does not know how many slots its layers keep")
+        raise HandleError("its chunks do not say how many slots its layers keep")
     pages = tuple(count // group.block_tokens for count in slots)
     return RaggedSlots(handle.layout, handle.slots // group.block_tokens, pages)
 

@@ -38,7 +38,7 @@ class RequestState:
         self.refusal = options.compact_refusal  # why it gets none
         self.decodes = False  # from a compact cache: its placeholders must never be computed, nothing of it is stored
         self.handle: Handle | None = None
-        self.asked: concurrent.futures.Future | None = None  # what the daemon knows of a ragged cache
+        self.asked: concurrent.futures.Future | None = None  # what the chunks of a ragged cache say of its layers
         self.ragged_slots: RaggedSlots | None = None  # of such a cache, once they are known
         self.doomed = ""  # why it must fail
 

@@ -124,6 +124,7 @@ class SchedulerSide:
             patience_seconds=self._setup_seconds,
             obstacle=self._decoding_obstacle,
             ready=self._ready,
+            namespace=self._namespace_of,
             find=self._find,
             release=self._release,
             clock=clock,

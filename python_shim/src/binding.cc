@@ -291,6 +291,21 @@ void bind_client(nb::module_& module) {
           },
           nb::arg("handle"), nb::arg("wait_ms") = 0)
       .def(
+          "layer_slots",
+          [](PyClient& self, int namespace_handle, std::uint16_t group, const nb::bytes& block_hash) {
+            const auto block =
+                BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(block_hash.c_str()), block_hash.size()});
+            if (!block) throw nb::value_error("a block hash has 1 to 64 bytes");
+            const nb::gil_scoped_release unlocked;
+            const auto session = self->session();
+            const auto id = session ? session->namespace_id(namespace_handle) : std::nullopt;
+            if (!id) throw std::runtime_error("no daemon: " + self->problem());
+            auto slots = ask_layer_slots(*session, *id, group, *block, call_timeout(*self));
+            if (!slots) throw std::runtime_error(slots.error().message());
+            return *slots;
+          },
+          nb::arg("namespace_handle"), nb::arg("group"), nb::arg("block_hash"))
+      .def(
           "delete_compaction",
           [](PyClient& self, const std::string& handle) {
             const auto session = self->session();

@@ -3,6 +3,7 @@ blocks of the mean, or of the largest layer where the layers' caches are allocat
 on the same pruned cache, with lengths per layer."""
 
 import math
+import shutil
 
 import pytest
 
@@ -26,9 +27,12 @@ class Ragged(Bench):
 
     def __init__(self, stage, model, kvern: dict | None = None, **options):
         super().__init__(stage, model, kvern={"policy": "fail", **(kvern or {})}, **options)
+        self._layer_slots: dict[str, list[int]] = {}
 
     def layer_slots(self, cache) -> list[int]:
-        return self.daemon.wait(cache, seconds=120)["layer_slots"]
+        if cache.handle not in self._layer_slots:
+            self._layer_slots[cache.handle] = self.daemon.wait(cache, seconds=120)["layer_slots"]
+        return self._layer_slots[cache.handle]
 
     def slots(self, cache) -> int | list[int]:
         return self.layer_slots(cache) or cache.slots
@@ -55,7 +59,8 @@ class Ragged(Bench):
 
 @pytest.fixture(scope="module")
 def daemon(stage):
-    return stage.start_daemon({"store.dram_bytes": "1GiB", "compact.state_dir": str(stage.folder / "compact")})
+    nvme = {"nvme.files": str(stage.folder / "nvme"), "nvme.bytes": "1GiB"}
+    return stage.start_daemon({"store.dram_bytes": "1GiB", "compact.state_dir": str(stage.folder / "compact"), **nvme})
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,24 @@ def test_a_step_whose_layers_were_not_all_served_fails_its_ragged_requests_alone
     assert (ragged.finish_reason, ragged.tokens) == ("error", [])
     assert len(beside.tokens) == 4
     assert len(bench.decode(cache, [1, 2]).tokens) == GENERATED
+
+
+def test_a_daemon_that_has_never_heard_of_it_serves_it_from_a_lower_tier(stage, bench):
+    prompt, suffix = prose("made elsewhere", length=611), prose("q", "elsewhere", length=9)
+    cache, rows = bench.make(prompt, METHODS["cake"])
+    assert len(set(bench.layer_slots(cache))) > 1
+    stage.daemon.wait_metric("kvern_tier_queued_bytes", lambda value: value == 0)
+    stage.daemon.destroy()  # with all that it had in DRAM
+    shutil.rmtree(stage.folder / "compact")
+    stage.daemon.start()
+    stage.daemon.wait_metric("kvern_sessions", lambda value: value >= 3)
+    bench.engine.wait_connected()
+    assert bench.daemon.state(cache)["state"] == "unknown"
+    output = bench.decode(cache, suffix)
+    assert output.cached_tokens == cache.slots
+    assert bench.difference(output, cache, rows, suffix) < TOLERANCE["float32"]
+    again = bench.decode(cache, suffix)
+    assert again.tokens == output.tokens, "vLLM has the slots itself, and the layers' are remembered"
 
 
 # ---------------------------------------------------------------- the matrix

@@ -70,6 +70,54 @@ TEST(Container, ItsStartTellsWhatItIs) {
   }
 }
 
+/// As of a compact cache of which one layer keeps more than the others.
+ContainerInfo ragged_info() {
+  ContainerInfo info = sample_info(sample_shape(DType::kBFloat16, 96, 64, 64), 32);
+  info.layer_slots.assign(info.group_layers, 96);
+  info.layer_slots[1] = 160;
+  return info;
+}
+
+TEST(Container, SlotsOfLayersMakeItVersion2) {
+  const ContainerInfo info = ragged_info();
+  const auto version_of = [](std::span<const std::byte> container) { return std::to_integer<int>(container[8]); };
+  for (const char* spec : {"raw", "int8"}) {
+    AlignedBytes bytes(encode_sample(*codec_of(spec), info, sample_canonical(info.shape, 1)));
+    EXPECT_EQ(version_of(bytes.span()), 2);
+    const auto reader = parse(bytes);
+    ASSERT_TRUE(reader) << reader.error().to_string();
+    EXPECT_EQ(reader->info().layer_slots, info.layer_slots);
+    EXPECT_EQ(reader->info().block_hashes, info.block_hashes);
+    EXPECT_TRUE(reader->verify());
+    const auto peeked = peek_container_info(bytes.span());
+    ASSERT_TRUE(peeked.has_value());
+    EXPECT_EQ(peeked->layer_slots, info.layer_slots);
+    for (std::size_t cut = 0; cut < 512; ++cut) {
+      const auto part = peek_container_info(bytes.span().first(cut));
+      EXPECT_TRUE(!part || part->layer_slots == info.layer_slots);
+    }
+  }
+  const ContainerInfo plain = sample_info(info.shape, 32);
+  EXPECT_EQ(version_of(encode_sample(*codec_of("raw"), plain, sample_canonical(info.shape, 1))), 1);
+}
+
+TEST(Container, SlotsOfLayersThatCannotBeAreRefused) {
+  const ContainerInfo good = ragged_info();
+  std::vector<std::vector<std::uint32_t>> wrong(4, good.layer_slots);
+  wrong[0].pop_back();
+  wrong[1].push_back(96);
+  wrong[2][0] = 0;
+  wrong[3][0] = 95;
+  Bytes out(1U << 20);
+  for (const auto& slots : wrong) {
+    ContainerInfo info = good;
+    info.layer_slots = slots;
+    const auto made = encode_container(*codec_of("raw"), info, sample_canonical(info.shape, 1), {}, out);
+    ASSERT_FALSE(made);
+    EXPECT_EQ(made.error().code(), Code::kInvalid);
+  }
+}
+
 TEST(Container, SectionsAreOnePlaneEachAndAligned) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 5, 80, 48);
   AlignedBytes bytes(encode_sample(*codec_of("raw"), sample_info(shape, 1), sample_canonical(shape, 2)));
@@ -225,9 +273,15 @@ TEST(EncodeContainer, RefusesArgumentsThatContradictEachOther) {
 TEST(ContainerReader, RefusesANewerVersionInASentence) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 16, 64, 64);
   AlignedBytes bytes(encode_sample(*codec_of("raw"), sample_info(shape, 16), sample_canonical(shape, 10)));
-  const std::uint32_t version = 2;
-  std::memcpy(bytes.span().data() + 8, &version, sizeof version);
+  const auto set_version = [&](std::uint32_t version) {
+    std::memcpy(bytes.span().data() + 8, &version, sizeof version);
+  };
+  set_version(kContainerVersion + 1);
   EXPECT_EQ(parse(bytes).error().code(), Code::kCorrupt) << "a flipped bit is not a newer version";
+  set_version(2);
+  seal(bytes.span());
+  EXPECT_EQ(parse(bytes).error().code(), Code::kCorrupt) << "it has no slots of layers";
+  set_version(kContainerVersion + 1);
   seal(bytes.span());
   const auto result = parse(bytes);
   ASSERT_FALSE(result);

@@ -37,13 +37,24 @@ struct Sample {
   const char* spec;
   std::uint64_t decoded;      ///< checksum of what the first version decoded
   bool written_alike = true;  ///< false where another version of a library may write other bytes
+  int version = 1;
 };
+
+ContainerInfo golden_info(const Sample& sample) {
+  ContainerInfo info = sample_info(golden_shape(), 4);
+  for (std::uint32_t layer = 0; sample.version == 2 && layer < info.group_layers; ++layer) {
+    info.layer_slots.push_back(4 * (layer + 1));
+  }
+  return info;
+}
 
 std::ostream& operator<<(std::ostream& out, const Sample& sample) { return out << sample.spec; }
 
 class GoldenContainer : public ::testing::TestWithParam<Sample> {
  protected:
-  Bytes stored() const { return golden(std::string("container_v1_") + GetParam().name + ".bin"); }
+  Bytes stored() const {
+    return golden("container_v" + std::to_string(GetParam().version) + "_" + GetParam().name + ".bin");
+  }
 };
 
 TEST_P(GoldenContainer, StaysReadable) {
@@ -52,8 +63,9 @@ TEST_P(GoldenContainer, StaysReadable) {
   const auto reader = ContainerReader::parse(bytes.span());
   ASSERT_TRUE(reader) << reader.error().to_string();
   EXPECT_EQ(reader->info().shape, golden_shape());
-  EXPECT_EQ(reader->info().key, sample_info(golden_shape(), 4).key);
-  EXPECT_EQ(reader->info().block_hashes, sample_info(golden_shape(), 4).block_hashes);
+  EXPECT_EQ(reader->info().key, golden_info(GetParam()).key);
+  EXPECT_EQ(reader->info().block_hashes, golden_info(GetParam()).block_hashes);
+  EXPECT_EQ(reader->info().layer_slots, golden_info(GetParam()).layer_slots);
   CollectingSink sink(golden_shape());
   ASSERT_TRUE(decode_all(*reader, sink));
   EXPECT_TRUE(sink.every_byte_written_once());
@@ -66,7 +78,7 @@ TEST_P(GoldenContainer, StaysReadable) {
 TEST_P(GoldenContainer, IsWhatIsWrittenToday) {
   if (!GetParam().written_alike) GTEST_SKIP() << "depends on the version of a library";
   const Bytes written =
-      encode_sample(*make_codec(GetParam().spec).value(), sample_info(golden_shape(), 4), golden_canonical());
+      encode_sample(*make_codec(GetParam().spec).value(), golden_info(GetParam()), golden_canonical());
   EXPECT_EQ(written, stored());
 }
 
@@ -75,6 +87,8 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(Sample{"raw", "raw", 0x8bad4f886e34f95aU}, Sample{"int8", "int8", 0xbf06c142fa2c008fU},
                       Sample{"zstd", "raw | zstd", 0x8bad4f886e34f95aU, false},
                       Sample{"unrotate", "unrotate(theta=10000,dim=32) | int8", 0x9e5c4926ec3c6ea5U}));
+INSTANTIATE_TEST_SUITE_P(Version2, GoldenContainer,
+                         ::testing::Values(Sample{"int8", "int8", 0xbf06c142fa2c008fU, true, 2}));
 
 }  // namespace
 }  // namespace kvern

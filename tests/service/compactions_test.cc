@@ -7,6 +7,7 @@
 #include <fstream>
 #include <random>
 
+#include "store/lease.h"
 #include "tests/service/service_fixture.h"
 
 namespace kvern {
@@ -144,6 +145,26 @@ TEST_F(CompactionsTest, AReadyCacheHasItsSlotsInAllTiersAndNothingOfThePrompt) {
   EXPECT_EQ(chunks(), 2 * 1U);
   EXPECT_EQ(table->figures().ready, 1U);
   EXPECT_EQ(table->figures().stored_bytes, report.stored_bytes());
+}
+
+TEST_F(CompactionsTest, ChunksOfARaggedOneSayWhatItsLayersKeep) {
+  const std::string spec = "keydiff(budget=50%,sinks=1,recent=3,allocation=pyramid)";
+  const auto plan = CompactionPlan::make(spec, kTokens, SlotLayout::kPool, kBlockTokens).value();
+  std::string text = handle(spec).text;
+  text.replace(0, text.find(std::to_string(now + 100)), "kvc2.41." + std::to_string(plan.slots) + ".");
+  const auto of = CompactHandle::parse(text).value();
+  store_prompt(of);
+  ASSERT_TRUE(begin(request(of, spec)));
+  executor.run_all();
+  const auto report = find(of);
+  ASSERT_EQ(report.state(), wire::COMPACTION_READY) << report.reason();
+  ASSERT_EQ(report.layer_slots_size(), 2);
+  EXPECT_GT(report.layer_slots(0), report.layer_slots(1));
+  for (const BlockHash& block : of.slot_hashes(kBlockTokens, kHashBytes)) {
+    const Lease held(service.store, service.store.pin(space->id, 0, block).value(), space->id, 0, block);
+    const auto chunk = ContainerReader::parse(service.store.bytes(held.chunk().shards.front()));
+    EXPECT_THAT(chunk->info().layer_slots, ::testing::ElementsAreArray(report.layer_slots()));
+  }
 }
 
 TEST_F(CompactionsTest, OnesWhoWaitAreToldWhenItIsReadyOrTheirTimeIsOver) {

@@ -13,6 +13,7 @@ namespace {
 
 using testing::block_hash;
 using ::testing::HasSubstr;
+using testing::kBlockTokens;
 using testing::kHashBytes;
 using testing::ServiceFixture;
 
@@ -144,7 +145,8 @@ TEST_F(ControlServiceTest, OtherVersionsAreRefusedInASentenceThatNamesBoth) {
   EXPECT_THAT(ask(local, request).status().message(), HasSubstr("protocol 99, this daemon 1"));
   request = hello(wire::ROLE_WORKER);
   request.mutable_hello()->mutable_versions()->set_container(99);
-  EXPECT_THAT(ask(local, request).status().message(), HasSubstr("version 99, this daemon reads up to 1"));
+  EXPECT_THAT(ask(local, request).status().message(),
+              HasSubstr("version 99, this daemon reads up to " + std::to_string(kContainerVersion)));
   request = hello(wire::ROLE_WORKER);
   request.mutable_hello()->mutable_versions()->set_ucx("1.22.0");
   EXPECT_THAT(ask(remote, request).status().message(), HasSubstr("UCX 1.22.0, this daemon 1.13.1"));
@@ -398,6 +400,46 @@ TEST_F(ControlServiceTest, CompactCachesBelongToTheTenantThatAskedForThem) {
   removal.set_session_token(mine);
   EXPECT_TRUE(to_status(ask(local, removal).status()));
   EXPECT_EQ(asks(local, mine, "").compactions().items_size(), 0);
+}
+
+TEST_F(ControlServiceTest, SlotsOfLayersAreReadFromAStoredChunkByThoseWhoHaveItsNamespace) {
+  const auto mine = open(local, wire::ROLE_SCHEDULER);
+  const auto theirs = open(remote, wire::ROLE_SCHEDULER);
+  const auto id = register_model(local, mine);
+  Reservation reservation;
+  reservation.codec = make_codec("raw").value();
+  ContainerInfo& info = reservation.info;
+  info.shape = testing::model_shape(kBlockTokens);
+  info.block_tokens = kBlockTokens;
+  info.group_layers = info.model_heads = 2;
+  info.layer_slots = {kBlockTokens, 3 * kBlockTokens};
+  const auto block = [](std::uint64_t number) {
+    const std::string bytes = block_hash(1, number);
+    return *BlockHash::from_bytes({reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()});
+  };
+  info.block_hashes = {block(0)};
+  info.key = {id, 0, info.block_hashes.back()};
+  info.codec_spec = "raw";
+  const std::vector<std::byte> rows(info.shape.raw_bytes());
+  ASSERT_TRUE(service.pipeline.store(reservation, [&](std::span<std::byte> out) {
+    return encode_container(*reservation.codec, info, rows, {}, out);
+  }));
+
+  const auto asks = [&](const ControlPeer& peer, const std::string& token, const BlockHash& of, std::uint32_t group) {
+    auto request = with_token(token);
+    auto* query = request.mutable_layer_slots();
+    query->set_namespace_id(id.bytes.data(), id.bytes.size());
+    query->set_group(group);
+    query->set_block_hash(of.bytes().data(), of.size());
+    return ask(peer, request);
+  };
+  const auto found = asks(local, mine, info.key.last_block, 0);
+  EXPECT_THAT(found.layer_slots().slots(), ::testing::ElementsAreArray(info.layer_slots));
+  EXPECT_EQ(to_status(asks(local, mine, block(1), 0).status()).code(), Code::kNotFound);
+  EXPECT_EQ(to_status(asks(local, mine, BlockHash(), 0).status()).code(), Code::kInvalid);
+  EXPECT_EQ(to_status(asks(local, mine, info.key.last_block, 1U << 16).status()).code(), Code::kInvalid);
+  EXPECT_THAT(asks(remote, theirs, info.key.last_block, 0).status().message(), HasSubstr("has not registered"));
+  EXPECT_EQ(service.store.stats().pinned_chunks, 0U);
 }
 
 TEST_F(ControlServiceTest, MessagesOfCompactCachesThatAreEmptyOrWrongAreRefused) {
