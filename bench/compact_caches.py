@@ -121,15 +121,16 @@ class RefusedByEngine(Exception):
     """The engine makes no such compact cache, for the reason that the text gives."""
 
 
-def make(engine: Engine, compactions: Compactions, prompt: list[int], spec: str):
-    """The prefill's output once its compact cache is ready, and how long that took from its first token on."""
+def make(engine: Engine, compactions: Compactions, prompt: list[int], spec: str, early: bool = False):
+    """The prefill's output once its compact cache is ready, and how long that took from its first token on. early: as the
+    proxy waits for it, not until its error is measured."""
     wished = {"prompt": prompt, "kv_transfer_params": wish(spec)}
     (output,), seconds = run(engine, [wished], 1)
     answer = output.kv_transfer_params["kvern"]["compact"]
     if answer["state"] == "refused":
         raise RefusedByEngine(answer["reason"])
     start = time.monotonic()
-    compactions.wait(answer["handle"], READY_SECONDS)
+    compactions.wait(answer["handle"], READY_SECONDS, early=early)
     return output, seconds + time.monotonic() - start
 
 
@@ -158,9 +159,10 @@ def handover(case: Case, engine: Engine, compactions: Compactions) -> dict:
     measured = []
     for i in range(REPEATS):
         prompt = prose("handover", i, length=HANDOVER_TOKENS)
-        output, made = make(engine, compactions, prompt, "snapkv(budget=12%)")
-        state = compactions.state(output.kv_transfer_params["kvern"]["compact"]["handle"])
+        output, made = make(engine, compactions, prompt, "snapkv(budget=12%)", early=True)
+        handle = output.kv_transfer_params["kvern"]["compact"]["handle"]
         (first,), _ = run(engine, [compact_request(output, output.tokens)], 1)
+        state = compactions.wait(handle, READY_SECONDS)
         measured.append((output.ttft, made, first.ttft, state["seconds"]))
     prefill, made, decode, compacting = (statistics.median(column) for column in zip(*measured))
     return {

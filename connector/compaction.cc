@@ -156,7 +156,7 @@ Status send_compaction(const Session& session, const NamespaceId& namespace_id, 
   return Status::ok();
 }
 
-CompactionInfo ask_compaction(const Session* session, const std::string& handle, milliseconds wait,
+CompactionInfo ask_compaction(const Session* session, const std::string& handle, milliseconds wait, bool early,
                               milliseconds call_timeout) {
   if (session == nullptr) return unknown(handle, "no daemon answers");
   if (handle.empty()) return unknown(handle, "this is no handle");
@@ -169,6 +169,7 @@ CompactionInfo ask_compaction(const Session* session, const std::string& handle,
     wire::ControlReply reply;
     request.mutable_compaction()->set_handle(handle);
     request.mutable_compaction()->set_wait_ms(static_cast<std::uint64_t>(slice.count()));
+    request.mutable_compaction()->set_early(early);
     const Status answered = call(*session, request, &reply, call_timeout);
     if (!answered) return unknown(handle, answered.message());
     if (reply.compactions().items_size() != 1) return unknown(handle, "the daemon's answer names no compact cache");

@@ -78,7 +78,8 @@ struct CompactionInfo {
   std::uint16_t group = 0;
   std::uint64_t stored_bytes = 0;
   std::uint64_t raw_bytes = 0;  ///< of the prompt's keys and values as the engine holds them
-  /// ||O' - O|| / ||O|| of the attention outputs of the captured queries, over the layers; absent without queries.
+  /// ||O' - O|| / ||O|| of the attention outputs of the captured queries, over the layers; absent without queries,
+  /// and until it is measured.
   std::optional<double> error_mean;
   std::optional<double> error_max;
   std::int64_t expires_at = 0;             ///< unix seconds
@@ -94,10 +95,11 @@ Result<std::vector<std::uint32_t>> ask_layer_slots(const Session& session, const
                                                    std::uint16_t group, const BlockHash& block,
                                                    std::chrono::milliseconds timeout);
 
-/// Waits for at most `wait` while it is pending. kUnknown, with the reason, when there is no such handle, it has
-/// expired, belongs to somebody else or no daemon answers. session may be null.
+/// Waits for at most `wait` while it is pending and, unless `early`, until its error is measured. kUnknown, with the
+/// reason, when there is no such handle, it has expired, belongs to somebody else or no daemon answers. session may be
+/// null.
 CompactionInfo ask_compaction(const Session* session, const std::string& handle, std::chrono::milliseconds wait,
-                              std::chrono::milliseconds call_timeout);
+                              bool early, std::chrono::milliseconds call_timeout);
 /// True when it was there; its chunks leave all tiers.
 Result<bool> delete_compaction(const Session& session, const std::string& handle, std::chrono::milliseconds timeout);
 /// Those of the client's tenant.

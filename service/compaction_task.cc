@@ -224,20 +224,14 @@ Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, con
   return order.plan.layer_pages(preferences, shape.layers);
 }
 
-/// Cuts one layer into its pages; the error of its attention where there are queries.
-Result<std::optional<double>> cut_layer(const CompactionOrder& order, const PromptLayer& prompt,
-                                        std::span<const SlotPage> pages, SlotChunks& chunks, Executor* helpers) {
+/// Cuts one layer into its pages; returns what it keeps.
+Result<evict::Selection> cut_layer(const CompactionOrder& order, const PromptLayer& prompt,
+                                   std::span<const SlotPage> pages, SlotChunks& chunks, Executor* helpers) {
   const ShardShape& shape = order.info.shape;
   const auto room = static_cast<std::uint32_t>(pages.size()) * order.info.block_tokens;
   const std::uint32_t slots = order.plan.ragged() ? room : order.plan.slots;
   auto cut = compact_layer(order.plan, prompt, slots, helpers);
   if (!cut) return failure(cut.error());
-  std::optional<double> error;
-  if (order.plan.query_rows > 0) {
-    const auto measured = attention_error(prompt, cut->kept, helpers);
-    if (!measured) return failure(measured.error());
-    error = *measured;
-  }
   const std::int64_t shift = order.plan.shift(0);
   if (order.rotation && shift != 0) {
     const auto keys = HeadRows::contiguous(cut->keys.data(), shape.dtype, shape.heads, slots, shape.key_dim);
@@ -247,7 +241,7 @@ Result<std::optional<double>> cut_layer(const CompactionOrder& order, const Prom
   }
   chunks.put(pages, slots, Part::kKey, cut->keys);
   chunks.put(pages, slots, Part::kValue, cut->values);
-  return error;
+  return std::move(cut->kept);
 }
 
 /// Encoded bytes of all chunks.
@@ -319,18 +313,26 @@ std::uint64_t CompactionOrder::memory_bytes() const {
   return layer + slots + scores + row_bytes * plan.query_rows * (info.shape.layers + 1);
 }
 
-Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, const std::atomic<bool>& cancelled) const {
+struct CompactionTask::Cut {
+  std::vector<SourceChunk> prompt;
+  std::vector<evict::Selection> kept;  ///< by layer
+};
+
+Result<CompactionTask::Outcome> CompactionTask::run(const CompactionOrder& order,
+                                                    const std::atomic<bool>& cancelled) const {
   const auto hashes = order.handle.source_hashes(order.info.block_tokens, order.hash_bytes);
   std::shared_ptr<Prefetch> held;
   if (const Status up = bring_up(parts_.tiers, order, hashes, cancelled, held); !up) return failure(up);
-  const auto prompt = hold_prompt(parts_.store, order, hashes);
+  auto prompt = hold_prompt(parts_.store, order, hashes);
   if (!prompt) return failure(prompt.error());
 
-  CompactionOutcome outcome;
+  Outcome outcome;
+  const auto cut = std::make_shared<Cut>();
+  cut->prompt = std::move(*prompt);
   const ShardShape& shape = order.info.shape;
   LayerRows rows(shape, order.plan.prompt_tokens);
   LayerQueries queries(order);
-  const auto counts = layer_pages(order, *prompt, rows, queries, cancelled, parts_.helpers);
+  const auto counts = layer_pages(order, cut->prompt, rows, queries, cancelled, parts_.helpers);
   if (!counts) return failure(counts.error());
   const std::uint32_t blocks = (order.plan.slots - 1) / order.info.block_tokens + 1;
   const auto pages = slot_pages(order.plan.layout, *counts, blocks);
@@ -341,18 +343,33 @@ Result<CompactionOutcome> CompactionTask::run(const CompactionOrder& order, cons
   SlotChunks slots(order);
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
-    if (const Status read = read_layer(*prompt, layer, shape.heads, rows); !read) return failure(read);
-    const auto error =
-        cut_layer(order, prompt_layer(order, layer, rows, queries), (*pages)[layer], slots, parts_.helpers);
-    if (!error) return failure(error.error());
-    if (!*error) continue;
-    outcome.error_mean = outcome.error_mean.value_or(0) + **error / shape.layers;
-    outcome.error_max = std::max(outcome.error_max.value_or(0), **error);
+    if (const Status read = read_layer(cut->prompt, layer, shape.heads, rows); !read) return failure(read);
+    auto kept = cut_layer(order, prompt_layer(order, layer, rows, queries), (*pages)[layer], slots, parts_.helpers);
+    if (!kept) return failure(kept.error());
+    cut->kept.push_back(std::move(*kept));
   }
   const auto stored = store_slots(parts_, order, outcome.layer_slots, slots);
   if (!stored) return failure(stored.error());
   outcome.stored_bytes = *stored;
+  if (order.plan.query_rows > 0) outcome.cut = cut;
   return outcome;
+}
+
+Result<CompactionError> CompactionTask::measure(const CompactionOrder& order, const Cut& cut,
+                                                const std::atomic<bool>& cancelled) const {
+  const ShardShape& shape = order.info.shape;
+  LayerRows rows(shape, order.plan.prompt_tokens);
+  LayerQueries queries(order);
+  CompactionError error;
+  for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
+    if (cancelled.load()) return failure(cancelled_status());
+    if (const Status read = read_layer(cut.prompt, layer, shape.heads, rows); !read) return failure(read);
+    const auto of_layer = attention_error(prompt_layer(order, layer, rows, queries), cut.kept[layer], parts_.helpers);
+    if (!of_layer) return failure(of_layer.error());
+    error.mean += *of_layer / shape.layers;
+    error.max = std::max(error.max, *of_layer);
+  }
+  return error;
 }
 
 }  // namespace kvern

@@ -55,16 +55,22 @@ struct CompactionOrder {
 std::vector<ChunkKey> chunk_keys(const std::vector<BlockHash>& hashes, const NamespaceId& namespace_id,
                                  std::uint16_t group, std::uint32_t chunk_blocks);
 
-struct CompactionOutcome {
-  std::uint64_t stored_bytes = 0;
-  std::optional<double> error_mean;  ///< over the layers; without queries there is none
-  std::optional<double> error_max;
-  std::vector<std::uint32_t> layer_slots;  ///< of a ragged cache: tokens that each layer keeps
+/// Errors of the layers' attention, see attention_error().
+struct CompactionError {
+  double mean = 0;
+  double max = 0;
 };
 
 /// Makes compact caches out of stored chunks. Thread-safe.
 class CompactionTask {
  public:
+  /// The prompt, held, and what is kept of it: all that measure() needs.
+  struct Cut;
+  struct Outcome {
+    std::uint64_t stored_bytes = 0;
+    std::vector<std::uint32_t> layer_slots;  ///< of a ragged cache: tokens that each layer keeps
+    std::shared_ptr<const Cut> cut;          ///< null without queries, which the error is measured by
+  };
   struct Parts {
     ChunkStore& store;
     TieredStore& tiers;
@@ -78,7 +84,12 @@ class CompactionTask {
   /// ordinary chunks; on this thread and the helpers', and stops soon after cancelled is set (kExpired). kNotFound when
   /// a chunk of the prompt is gone, kCorrupt when one is damaged. What it had stored when it failed is left to the
   /// caller.
-  Result<CompactionOutcome> run(const CompactionOrder& order, const std::atomic<bool>& cancelled) const;
+  Result<Outcome> run(const CompactionOrder& order, const std::atomic<bool>& cancelled) const;
+
+  /// How far the attention of the captured queries over what is kept is off that over the whole prompt. It takes longer
+  /// than run(), and nobody who decodes has to wait for it. Failures as of run().
+  Result<CompactionError> measure(const CompactionOrder& order, const Cut& cut,
+                                  const std::atomic<bool>& cancelled) const;
 
  private:
   const Parts parts_;

@@ -399,50 +399,62 @@ void Compactions::start_if_whole_locked(const std::shared_ptr<Entry>& entry) {
 
 // ---------------------------------------------------------------- being made
 
+namespace {
+
+/// What a task throws is its failure.
+template <typename T, typename Work>
+Result<T> caught(Work work) {
+  try {
+    return work();
+  } catch (const std::exception& error) {
+    return failure(Code::kInternal, error.what());
+  }
+}
+
+}  // namespace
+
 void Compactions::run(const std::shared_ptr<Entry>& entry) {
   lower_priority();
   const std::int64_t started_ns = parts_.clock.now_ns();
+  const auto seconds = [&] { return static_cast<double>(parts_.clock.now_ns() - started_ns) * 1e-9; };
   const SpanPtr span = child_of(entry->span, "kvern.compaction");
-  Result<CompactionOutcome> outcome;
-  try {
-    outcome = task_.run(*entry->order, entry->cancelled);
-  } catch (const std::exception& error) {
-    outcome = failure(Code::kInternal, error.what());
-  }
+  const std::shared_ptr<const CompactionOrder> order = entry->order;
+  const auto outcome = caught<CompactionTask::Outcome>([&] { return task_.run(*order, entry->cancelled); });
   if (span) {
     span->set("kvern.tokens", entry->handle.prompt_tokens);
     span->set("kvern.slots", entry->handle.slots);
-    span->set("kvern.raw_bytes", entry->order->prompt_bytes());
+    span->set("kvern.raw_bytes", order->prompt_bytes());
     if (outcome) span->set("kvern.encoded_bytes", outcome->stored_bytes);
     span->end(status_of(outcome));
   }
-  finish(entry, outcome, static_cast<double>(parts_.clock.now_ns() - started_ns) * 1e-9);
+  if (!finish(entry, outcome, seconds())) return;
+  const auto error = caught<CompactionError>([&] { return task_.measure(*order, *outcome->cut, entry->cancelled); });
+  measured(entry, error, seconds());
 }
 
-void Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<CompactionOutcome>& outcome,
+bool Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<CompactionTask::Outcome>& outcome,
                          double seconds) {
   Answers answers;
+  const bool measuring = outcome && outcome->cut;
   {
     std::lock_guard files(files_mutex_);
     wire::CompactManifest manifest;
     bool dropped = false;
     {
       std::lock_guard lock(mutex_);
-      query_bytes_ -= entry->query_bytes;
-      if (stopping_) return;  // the next start cleans up
       dropped = !entries_.contains(entry->handle.text);
+      if (dropped || stopping_ || !measuring) query_bytes_ -= entry->query_bytes;
+      if (stopping_) return false;  // the next start cleans up
       manifest = entry->manifest;
     }
     erase_chunks(entry->source_keys());
     if (dropped || !outcome) erase_chunks(entry->slot_keys());
-    if (dropped) return;
+    if (dropped) return false;
     wire::CompactionReport& report = *manifest.mutable_report();
     report.set_seconds(seconds);
     if (outcome) {
       report.set_state(wire::COMPACTION_READY);
       report.set_stored_bytes(outcome->stored_bytes);
-      if (outcome->error_mean) report.set_error_mean(*outcome->error_mean);
-      if (outcome->error_max) report.set_error_max(*outcome->error_max);
       report.mutable_layer_slots()->Assign(outcome->layer_slots.begin(), outcome->layer_slots.end());
     } else {
       report.set_state(wire::COMPACTION_FAILED);
@@ -454,12 +466,14 @@ void Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<Compa
     std::lock_guard lock(mutex_);
     entry->manifest = std::move(manifest);
     entry->order.reset();
-    answers = take_waiters_locked(entry->handle.text, report_of(*entry));
+    entry->measuring = measuring;
+    answers = take_waiters_locked(entry->handle.text, report_of(*entry), measuring);
   }
   const wire::CompactionReport& report = entry->manifest.report();
   if (outcome) {
-    parts_.metrics.compacted(entry->handle.prompt_tokens, report.raw_bytes(), report.stored_bytes(),
-                             outcome->error_mean, seconds);
+    if (!measuring) {
+      parts_.metrics.compacted(entry->handle.prompt_tokens, report.raw_bytes(), report.stored_bytes(), {}, seconds);
+    }
     log_info("a compact cache is ready", {{"tenant", report.tenant()},
                                           {"client", report.client_name()},
                                           {"tokens", entry->handle.prompt_tokens},
@@ -475,6 +489,44 @@ void Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<Compa
                                               {"method", report.method()},
                                               {"why", report.reason()}});
   }
+  for (auto& [found, answer] : answers) found(std::vector{std::move(answer)});
+  return measuring;
+}
+
+void Compactions::measured(const std::shared_ptr<Entry>& entry, const Result<CompactionError>& error, double seconds) {
+  Answers answers;
+  wire::CompactManifest manifest;
+  bool gone = false;  // deleted meanwhile
+  {
+    std::lock_guard files(files_mutex_);
+    {
+      std::lock_guard lock(mutex_);
+      query_bytes_ -= entry->query_bytes;
+      entry->measuring = false;
+      if (stopping_) return;
+      manifest = entry->manifest;
+      gone = !entries_.contains(entry->handle.text);
+    }
+    wire::CompactionReport& report = *manifest.mutable_report();
+    report.set_seconds(seconds);
+    if (error) report.set_error_mean(error->mean);
+    if (error) report.set_error_max(error->max);
+    if (!gone) {
+      if (const Status written = manifests_.write(entry->handle.digits, manifest); !written) {
+        log_warn(kNotKept, {{"why", written.message()}});
+      }
+      std::lock_guard lock(mutex_);
+      entry->manifest = manifest;
+      answers = take_waiters_locked(entry->handle.text, report_of(*entry));
+    }
+  }
+  const wire::CompactionReport& report = manifest.report();
+  if (!error && !gone) {
+    log_warn("the error of a compact cache is not known",
+             {{"tenant", report.tenant()}, {"client", report.client_name()}, {"why", error.error().message()}});
+  }
+  parts_.metrics.compacted(entry->handle.prompt_tokens, report.raw_bytes(), report.stored_bytes(),
+                           error ? std::optional(error->mean) : std::nullopt, seconds);
   for (auto& [found, answer] : answers) found(std::vector{std::move(answer)});
 }
 
@@ -507,9 +559,10 @@ void Compactions::find(const CompactionAsker& asker, const wire::CompactionQuery
     std::lock_guard lock(mutex_);
     if (!query.handle().empty()) {
       const auto entry = find_locked(asker, query.handle());
-      if (entry && entry->pending() && query.wait_ms() > 0 && waiters_.size() < kMaxWaiters && !stopping_) {
+      const bool to_come = entry && (entry->pending() || (entry->measuring && !query.early()));
+      if (to_come && query.wait_ms() > 0 && waiters_.size() < kMaxWaiters && !stopping_) {
         const auto wait_ns = static_cast<std::int64_t>(std::min(query.wait_ms(), kMaxWaitMs)) * 1'000'000;
-        waiters_.push_back({query.handle(), parts_.clock.now_ns() + wait_ns, std::move(found)});
+        waiters_.push_back({query.handle(), parts_.clock.now_ns() + wait_ns, query.early(), std::move(found)});
         return;
       }
       if (entry) reports.push_back(report_of(*entry));
@@ -524,10 +577,11 @@ void Compactions::find(const CompactionAsker& asker, const wire::CompactionQuery
   found(std::move(reports));
 }
 
-Compactions::Answers Compactions::take_waiters_locked(const std::string& handle, const wire::CompactionReport& report) {
+Compactions::Answers Compactions::take_waiters_locked(const std::string& handle, const wire::CompactionReport& report,
+                                                      bool early_only) {
   Answers answers;
   std::erase_if(waiters_, [&](Waiter& waiter) {
-    if (waiter.handle != handle) return false;
+    if (waiter.handle != handle || (early_only && !waiter.early)) return false;
     answers.emplace_back(std::move(waiter.found), report);
     return true;
   });

@@ -66,8 +66,8 @@ class Compactions {
   Status begin(const CompactionAsker& asker, const std::shared_ptr<const Namespace>& space,
                const wire::Compact& request);
   Status add_queries(const CompactionAsker& asker, const wire::CompactQueries& request);
-  /// Calls found once, now or, for one that is pending, when it is no longer or the time is over. kNotFound: there is
-  /// no such handle for this asker.
+  /// Calls found once: now or, for one that is pending, when it is no longer or the time is over. Who does not ask
+  /// early also waits until its error is measured. kNotFound: there is no such handle for this asker.
   void find(const CompactionAsker& asker, const wire::CompactionQuery& query, Found found);
   /// Its chunks leave all tiers. kNotFound as above.
   Status erase(const CompactionAsker& asker, const std::string& handle);
@@ -102,6 +102,7 @@ class Compactions {
     std::uint64_t query_bytes = 0;
     SpanPtr span;              ///< of the first request that is recorded
     bool handed_over = false;  ///< to the executor, which cleans up after it
+    bool measuring = false;    ///< it is ready, its error is still to come
     std::atomic<bool> cancelled{false};
 
     wire::CompactionReport& report() { return *manifest.mutable_report(); }
@@ -113,6 +114,7 @@ class Compactions {
   struct Waiter {
     std::string handle;
     std::int64_t until_ns = 0;
+    bool early = false;
     Found found;
   };
   using Answers = std::vector<std::pair<Found, wire::CompactionReport>>;
@@ -129,12 +131,14 @@ class Compactions {
                    RankPart part);
   void start_if_whole_locked(const std::shared_ptr<Entry>& entry);
   void run(const std::shared_ptr<Entry>& entry);
-  void finish(const std::shared_ptr<Entry>& entry, const Result<CompactionOutcome>& outcome, double seconds);
+  /// False when it is not known any more, or nothing is to be measured.
+  bool finish(const std::shared_ptr<Entry>& entry, const Result<CompactionTask::Outcome>& outcome, double seconds);
+  void measured(const std::shared_ptr<Entry>& entry, const Result<CompactionError>& error, double seconds);
   /// Takes the entry out; returns the chunks that it leaves behind.
   std::vector<ChunkKey> remove_locked(const std::shared_ptr<Entry>& entry);
   void end(const std::string& handle, const std::string& why);
   void give_up(const std::string& handle);
-  Answers take_waiters_locked(const std::string& handle, const wire::CompactionReport& report);
+  Answers take_waiters_locked(const std::string& handle, const wire::CompactionReport& report, bool early_only = false);
   void erase_chunks(const std::vector<ChunkKey>& keys);
   wire::CompactionReport report_of(const Entry& entry) const;
   std::shared_ptr<Entry> find_locked(const CompactionAsker& asker, const std::string& handle) const;

@@ -47,12 +47,13 @@ class Client:
     # For `kvernctl status` and `doctor`: what was learnt since the client was made.
     def describe(self, attribute: str, value: str) -> None: ...
     def report(self, hit_tokens: int, requested_tokens: int) -> None: ...
-    # What the daemon knows of a compact cache; waits for at most wait_ms while it is pending. Keys: handle; state
+    # What the daemon knows of a compact cache; waits for at most wait_ms while it is pending and, unless early, until its
+    # error is measured, which takes longer than to make it. Keys: handle; state
     # (pending | ready | failed | unknown); reason (why it failed; unknown: there is none, it has expired or is another
     # tenant's, or no daemon answers); prompt_tokens; slots; method; namespace (id, 16 bytes); group; stored_bytes;
-    # raw_bytes; error_mean, error_max (None: not measured); expires_at (unix seconds); owner; seconds;
+    # raw_bytes; error_mean, error_max (None: not measured, or not yet); expires_at (unix seconds); owner; seconds;
     # layer_slots (of each layer of a ragged cache that is ready, otherwise empty).
-    def compaction(self, handle: str, wait_ms: int = 0) -> dict: ...
+    def compaction(self, handle: str, wait_ms: int = 0, early: bool = False) -> dict: ...
     # Slots of each layer of a compact cache, from its stored chunks, whoever made it; empty: as many as the handle says.
     # block_hash: of its first slots, which a match must hold. RuntimeError with the reason, also when no daemon answers.
     def layer_slots(self, namespace_handle: int, group: int, block_hash: bytes) -> list[int]: ...

@@ -109,13 +109,13 @@ class Daemon:
         Client.compaction in _kvern.pyi."""
         return self._client.compaction(_text(cache), 0)
 
-    def wait(self, cache: CompactCache | str, seconds: float = 60) -> dict:
-        """Until it is ready. Throws CompactError when it has failed, is not ready in time, or the daemon never hears of it:
+    def wait(self, cache: CompactCache | str, seconds: float = 60, early: bool = False) -> dict:
+        """Until it is ready and, unless early, its error measured: who decodes from it need not wait for that. Throws CompactError when it has failed, is not ready in time, or the daemon never hears of it:
         an engine hands a prompt over some moments after its answer."""
         deadline = time.monotonic() + seconds
         while True:
             left = deadline - time.monotonic()
-            state = self._client.compaction(_text(cache), max(0, min(int(left * 1000), 60_000)))
+            state = self._client.compaction(_text(cache), max(0, min(int(left * 1000), 60_000)), early)
             if state["state"] == "ready":
                 return state
             if state["state"] == "failed":

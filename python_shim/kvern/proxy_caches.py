@@ -90,11 +90,11 @@ class Caches:
         return cls(client)
 
     async def wait(self, handle: str, seconds: float) -> None:
-        """Until the compact cache is ready. Throws NotCompact."""
+        """Until the compact cache can be decoded from. Throws NotCompact."""
         start = time.monotonic()
         while True:
             waited = time.monotonic() - start
-            state = await self._call("compaction", handle, max(0, min(_WAIT_MS, int((seconds - waited) * 1000))))
+            state = await self._call("compaction", handle, max(0, min(_WAIT_MS, int((seconds - waited) * 1000))), True)
             if state["state"] == "ready":
                 return
             if state["state"] == "failed":

@@ -279,17 +279,18 @@ void bind_client(nb::module_& module) {
           nb::arg("hit_tokens"), nb::arg("requested_tokens"), ReleaseGil())
       .def(
           "compaction",
-          [](PyClient& self, const std::string& handle, std::uint32_t wait_ms) {
+          [](PyClient& self, const std::string& handle, std::uint32_t wait_ms, bool early) {
             CompactionInfo info;
             {
               const nb::gil_scoped_release unlocked;
               const auto session = self->session();
-              info = ask_compaction(session.get(), handle, std::chrono::milliseconds(wait_ms), call_timeout(*self));
+              info =
+                  ask_compaction(session.get(), handle, std::chrono::milliseconds(wait_ms), early, call_timeout(*self));
               if (!session) info.reason = "no daemon: " + self->problem();
             }
             return to_dict(info);
           },
-          nb::arg("handle"), nb::arg("wait_ms") = 0)
+          nb::arg("handle"), nb::arg("wait_ms") = 0, nb::arg("early") = false)
       .def(
           "layer_slots",
           [](PyClient& self, int namespace_handle, std::uint16_t group, const nb::bytes& block_hash) {

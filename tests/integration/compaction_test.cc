@@ -145,7 +145,7 @@ class Engine {
   }
 
   CompactionInfo info(const CompactHandle& handle, milliseconds wait = kTimeout) {
-    return ask_compaction(rank_.client().session().get(), handle.text, wait, kTimeout);
+    return ask_compaction(rank_.client().session().get(), handle.text, wait, false, kTimeout);
   }
   JobResult load(const CompactHandle& handle) {
     const auto hashes = handle.slot_hashes(kBlockTokens, kHashBytes);

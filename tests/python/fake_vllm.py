@@ -49,7 +49,8 @@ class Caches:
         self.prompts[handle] = prompt
         return handle
 
-    def compaction(self, handle: str, wait_ms: int) -> dict:
+    def compaction(self, handle: str, wait_ms: int, early: bool) -> dict:
+        assert early, "an answer does not wait for what is measured"
         if self.unknown > 0:
             self.unknown -= 1
             return {"state": "unknown", "reason": "there is none"}

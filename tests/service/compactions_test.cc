@@ -312,6 +312,64 @@ TEST_F(CompactionsTest, QueriesComeInOrderAndOnlyFromTheRankThatAnnouncedThem) {
   EXPECT_TRUE(find(of).has_error_max());
 }
 
+struct MeasuredCompactionsTest : CompactionsTest {
+  /// A handle whose cache is about to be made, with two who wait for it: what they are told goes to `told`.
+  CompactHandle make() {
+    const std::string spec = "snapkv(budget=12,window=4)";
+    const auto of = handle(spec);
+    store_prompt(of);
+    EXPECT_TRUE(begin(request(of, spec)));
+    for (const bool early : {false, true}) {
+      wire::CompactionQuery query;
+      query.set_handle(of.text);
+      query.set_wait_ms(1000);
+      query.set_early(early);
+      table->find(asker, query, [this, early](const Result<std::vector<wire::CompactionReport>>& reports) {
+        told.emplace_back(early, reports->at(0));
+        if (early && when_ready) when_ready();
+      });
+    }
+    wire::CompactQueries queries;
+    queries.set_handle(of.text);
+    queries.set_data(std::string(2 * 4 * 4 * 8 * 2, '\x11'));
+    EXPECT_TRUE(table->add_queries(asker, queries));
+    return of;
+  }
+
+  std::function<void()> when_ready;
+  std::vector<std::pair<bool, wire::CompactionReport>> told;
+};
+
+TEST_F(MeasuredCompactionsTest, WhoAsksEarlyIsToldBeforeTheErrorIsMeasured) {
+  const auto of = make();
+  when_ready = [&] {
+    EXPECT_EQ(find(of).state(), wire::COMPACTION_READY);
+    EXPECT_FALSE(find(of).has_error_mean());
+    EXPECT_EQ(chunks(), 2 * 1U) << "nothing of the prompt is found any more";
+  };
+  executor.run_all();
+  ASSERT_EQ(told.size(), 2U);
+  EXPECT_TRUE(told[0].first);
+  EXPECT_EQ(told[0].second.state(), wire::COMPACTION_READY) << told[0].second.reason();
+  EXPECT_FALSE(told[0].second.has_error_mean());
+  EXPECT_EQ(told[1].second.state(), wire::COMPACTION_READY);
+  EXPECT_TRUE(told[1].second.has_error_mean());
+  EXPECT_EQ(service.store.stats().pinned_chunks, 0U);
+  start();
+  EXPECT_EQ(find(of).error_mean(), told[1].second.error_mean()) << "a restart knows it";
+}
+
+TEST_F(MeasuredCompactionsTest, DeletedWhileItsErrorIsMeasuredNothingIsLeft) {
+  const auto of = make();
+  when_ready = [&] { EXPECT_TRUE(table->erase(asker, of.text)); };
+  executor.run_all();
+  ASSERT_EQ(told.size(), 2U);
+  EXPECT_EQ(told[1].second.reason(), "it was deleted");
+  EXPECT_EQ(find(of).reason(), "unknown");
+  EXPECT_EQ(chunks(), 0U);
+  EXPECT_EQ(service.store.stats().pinned_chunks, 0U);
+}
+
 TEST_F(CompactionsTest, TenantsSeeTheirOwn) {
   const auto of = handle();
   store_prompt(of);
