@@ -6,6 +6,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/parallel.h"
 #include "kernels/slot_pages.h"
 #include "store/lease.h"
 
@@ -30,32 +31,37 @@ struct SourceChunk {
 };
 
 /// One layer of the prompt, [head][token][dim] for keys and values.
-class LayerRows final : public RowSink {
+class LayerRows {
  public:
   LayerRows(const ShardShape& group, std::uint32_t tokens)
       : tokens_(tokens), row_bytes_{group.row_bytes(Part::kKey), group.row_bytes(Part::kValue)} {
     for (std::size_t part = 0; part < 2; ++part) rows_[part].resize(row_bytes_[part] * tokens * group.heads);
   }
 
-  /// What write() gets from now on are tokens of the chunk that begins there, of a shard that begins at that head.
-  void begin(std::uint32_t first_token, std::uint32_t first_head) {
-    first_token_ = first_token;
-    first_head_ = first_head;
-  }
-  void write(std::uint32_t, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
-             const std::byte* rows) override {
-    const auto of = static_cast<std::size_t>(part);
-    const std::size_t at = (std::size_t{first_head_} + head) * tokens_ + first_token_ + token;
-    std::memcpy(rows_[of].data() + at * row_bytes_[of], rows, count * row_bytes_[of]);
-  }
+  /// Takes the rows of a shard that begins at that head, of a chunk that begins at that token. Those of different
+  /// shards may be filled side by side.
+  class Sink final : public RowSink {
+   public:
+    Sink(LayerRows& layer, std::uint32_t first_token, std::uint32_t first_head)
+        : layer_(layer), first_token_(first_token), first_head_(first_head) {}
+    void write(std::uint32_t, Part part, std::uint32_t head, std::uint32_t token, std::uint32_t count,
+               const std::byte* rows) override {
+      const auto of = static_cast<std::size_t>(part);
+      const std::size_t at = (std::size_t{first_head_} + head) * layer_.tokens_ + first_token_ + token;
+      std::memcpy(layer_.rows_[of].data() + at * layer_.row_bytes_[of], rows, count * layer_.row_bytes_[of]);
+    }
+
+   private:
+    LayerRows& layer_;
+    const std::uint32_t first_token_;
+    const std::uint32_t first_head_;
+  };
   const std::byte* of(Part part) const { return rows_[static_cast<std::size_t>(part)].data(); }
 
  private:
   const std::uint32_t tokens_;
   const std::size_t row_bytes_[2];
   std::vector<std::byte> rows_[2];
-  std::uint32_t first_token_ = 0;
-  std::uint32_t first_head_ = 0;
 };
 
 /// The chunks of the cache in their canonical layout, zeros where no slot is.
@@ -183,14 +189,19 @@ Result<std::vector<SourceChunk>> hold_prompt(ChunkStore& store, const Compaction
   return prompt;
 }
 
-Status read_layer(const std::vector<SourceChunk>& prompt, std::uint32_t layer, std::uint32_t heads, LayerRows& rows) {
-  for (const SourceChunk& chunk : prompt) {
+/// Verifies and decodes; the chunks side by side.
+Status read_layer(const std::vector<SourceChunk>& prompt, std::uint32_t layer, std::uint32_t heads, LayerRows& rows,
+                  Executor* helpers) {
+  std::vector<Status> read(prompt.size());
+  parallel_for(helpers, prompt.size(), [&](std::size_t i) {
+    const SourceChunk& chunk = prompt[i];
     for (const ContainerReader& shard : chunk.shards) {
-      rows.begin(chunk.first_token, shard.info().shape.head_begin);
-      if (Status read = shard.decode(layer, layer + 1, 0, heads, {0, chunk.tokens}, rows); !read) return read;
+      LayerRows::Sink sink(rows, chunk.first_token, shard.info().shape.head_begin);
+      if (read[i]) read[i] = shard.decode(layer, layer + 1, 0, heads, {0, chunk.tokens}, sink);
     }
-  }
-  return Status::ok();
+  });
+  const auto failed = std::ranges::find_if(read, [](const Status& status) { return !status; });
+  return failed == read.end() ? Status::ok() : *failed;
 }
 
 PromptLayer prompt_layer(const CompactionOrder& order, std::uint32_t layer, const LayerRows& rows,
@@ -216,7 +227,7 @@ Result<std::vector<std::uint32_t>> layer_pages(const CompactionOrder& order, con
   std::vector<double> preferences;
   for (std::uint32_t layer = 0; order.plan.reads_preferences() && layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
-    if (const Status read = read_layer(prompt, layer, shape.heads, rows); !read) return failure(read);
+    if (const Status read = read_layer(prompt, layer, shape.heads, rows, helpers); !read) return failure(read);
     const auto preference = layer_preference(order.plan, prompt_layer(order, layer, rows, queries), helpers);
     if (!preference) return failure(preference.error());
     preferences.push_back(*preference);
@@ -343,7 +354,8 @@ Result<CompactionTask::Outcome> CompactionTask::run(const CompactionOrder& order
   SlotChunks slots(order);
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
-    if (const Status read = read_layer(cut->prompt, layer, shape.heads, rows); !read) return failure(read);
+    if (const Status read = read_layer(cut->prompt, layer, shape.heads, rows, parts_.helpers); !read)
+      return failure(read);
     auto kept = cut_layer(order, prompt_layer(order, layer, rows, queries), (*pages)[layer], slots, parts_.helpers);
     if (!kept) return failure(kept.error());
     cut->kept.push_back(std::move(*kept));
@@ -363,7 +375,8 @@ Result<CompactionError> CompactionTask::measure(const CompactionOrder& order, co
   CompactionError error;
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
-    if (const Status read = read_layer(cut.prompt, layer, shape.heads, rows); !read) return failure(read);
+    if (const Status read = read_layer(cut.prompt, layer, shape.heads, rows, parts_.helpers); !read)
+      return failure(read);
     const auto of_layer = attention_error(prompt_layer(order, layer, rows, queries), cut.kept[layer], parts_.helpers);
     if (!of_layer) return failure(of_layer.error());
     error.mean += *of_layer / shape.layers;
