@@ -59,6 +59,7 @@ CompactionInfo info_of(const wire::CompactionReport& report) {
   if (report.has_error_max()) info.error_max = report.error_max();
   info.owner = report.tenant() + "/" + report.client_name();
   info.seconds = report.seconds();
+  info.error_to_come = report.error_to_come();
   info.layer_slots.assign(report.layer_slots().begin(), report.layer_slots().end());
   return info;
 }
@@ -174,7 +175,8 @@ CompactionInfo ask_compaction(const Session* session, const std::string& handle,
     if (!answered) return unknown(handle, answered.message());
     if (reply.compactions().items_size() != 1) return unknown(handle, "the daemon's answer names no compact cache");
     CompactionInfo info = info_of(reply.compactions().items(0));
-    if (info.state != CompactionState::kPending || SteadyClock::now() >= until) return info;
+    const bool to_come = info.state == CompactionState::kPending || (info.error_to_come && !early);
+    if (!to_come || SteadyClock::now() >= until) return info;
   }
 }
 

@@ -82,6 +82,7 @@ struct CompactionInfo {
   /// and until it is measured.
   std::optional<double> error_mean;
   std::optional<double> error_max;
+  bool error_to_come = false;              ///< it is ready, and its error is being measured
   std::int64_t expires_at = 0;             ///< unix seconds
   std::string owner;                       ///< tenant and client
   double seconds = 0;                      ///< that the daemon worked on it

@@ -368,16 +368,15 @@ Result<CompactionTask::Outcome> CompactionTask::run(const CompactionOrder& order
 }
 
 Result<CompactionError> CompactionTask::measure(const CompactionOrder& order, const Cut& cut,
-                                                const std::atomic<bool>& cancelled) const {
+                                                const std::atomic<bool>& cancelled, Executor* helpers) const {
   const ShardShape& shape = order.info.shape;
   LayerRows rows(shape, order.plan.prompt_tokens);
   LayerQueries queries(order);
   CompactionError error;
   for (std::uint32_t layer = 0; layer < shape.layers; ++layer) {
     if (cancelled.load()) return failure(cancelled_status());
-    if (const Status read = read_layer(cut.prompt, layer, shape.heads, rows, parts_.helpers); !read)
-      return failure(read);
-    const auto of_layer = attention_error(prompt_layer(order, layer, rows, queries), cut.kept[layer], parts_.helpers);
+    if (const Status read = read_layer(cut.prompt, layer, shape.heads, rows, helpers); !read) return failure(read);
+    const auto of_layer = attention_error(prompt_layer(order, layer, rows, queries), cut.kept[layer], helpers);
     if (!of_layer) return failure(of_layer.error());
     error.mean += *of_layer / shape.layers;
     error.max = std::max(error.max, *of_layer);

@@ -86,10 +86,11 @@ class CompactionTask {
   /// caller.
   Result<Outcome> run(const CompactionOrder& order, const std::atomic<bool>& cancelled) const;
 
-  /// How far the attention of the captured queries over what is kept is off that over the whole prompt. It takes longer
-  /// than run(), and nobody who decodes has to wait for it. Failures as of run().
-  Result<CompactionError> measure(const CompactionOrder& order, const Cut& cut,
-                                  const std::atomic<bool>& cancelled) const;
+  /// How far the attention of the captured queries over what is kept is off that over the whole prompt; on this thread
+  /// and the helpers given (null: none). It takes longer than run(), and nobody who decodes has to wait for it.
+  /// Failures as of run().
+  Result<CompactionError> measure(const CompactionOrder& order, const Cut& cut, const std::atomic<bool>& cancelled,
+                                  Executor* helpers) const;
 
  private:
   const Parts parts_;

@@ -1,5 +1,6 @@
 #include "service/compactions.h"
 
+#include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -26,6 +27,14 @@ constexpr int kNice = 10;
 /// Of this thread, once; without the right to it the thread keeps its priority.
 void lower_priority() {
   static thread_local const int done = ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), kNice);
+  static_cast<void>(done);
+}
+
+/// The same without any claim: it gives way at once to whoever wants the processor. An engine's threads wait for each
+/// other many times a step, so that one that has to share its processor holds all of them up.
+void make_idle() {
+  constexpr sched_param kNone{};
+  static thread_local const int done = ::sched_setscheduler(0, SCHED_IDLE, &kNone);
   static_cast<void>(done);
 }
 
@@ -416,7 +425,9 @@ Result<T> caught(Work work) {
 void Compactions::run(const std::shared_ptr<Entry>& entry) {
   lower_priority();
   const std::int64_t started_ns = parts_.clock.now_ns();
-  const auto seconds = [&] { return static_cast<double>(parts_.clock.now_ns() - started_ns) * 1e-9; };
+  const auto seconds_since = [this](std::int64_t since_ns) {
+    return static_cast<double>(parts_.clock.now_ns() - since_ns) * 1e-9;
+  };
   const SpanPtr span = child_of(entry->span, "kvern.compaction");
   const std::shared_ptr<const CompactionOrder> order = entry->order;
   const auto outcome = caught<CompactionTask::Outcome>([&] { return task_.run(*order, entry->cancelled); });
@@ -427,9 +438,25 @@ void Compactions::run(const std::shared_ptr<Entry>& entry) {
     if (outcome) span->set("kvern.encoded_bytes", outcome->stored_bytes);
     span->end(status_of(outcome));
   }
-  if (!finish(entry, outcome, seconds())) return;
-  const auto error = caught<CompactionError>([&] { return task_.measure(*order, *outcome->cut, entry->cancelled); });
-  measured(entry, error, seconds());
+  const double seconds = seconds_since(started_ns);
+  if (!finish(entry, outcome, seconds)) return;
+  const auto measure = [this, entry, order, seconds, seconds_since](const CompactionTask::Cut& cut, Executor* helpers) {
+    const std::int64_t since_ns = parts_.clock.now_ns();
+    auto error = caught<CompactionError>([&] { return task_.measure(*order, cut, entry->cancelled, helpers); });
+    return std::pair(std::move(error), seconds + seconds_since(since_ns));
+  };
+  // A thread without a claim to a processor takes no locks, which others would wait for: what it has found is noted,
+  // and the prompt given back, by one that has.
+  const bool handed =
+      parts_.measurers != nullptr && parts_.measurers->submit([this, entry, measure, cut = outcome->cut]() mutable {
+        make_idle();
+        const auto found = measure(*cut, nullptr);
+        auto note = [this, entry, found, cut = std::move(cut)] { measured(entry, found.first, found.second); };
+        if (!parts_.executor.submit(std::move(note))) measured(entry, found.first, found.second);
+      });
+  if (handed) return;
+  const auto found = measure(*outcome->cut, helpers_.get());
+  measured(entry, found.first, found.second);
 }
 
 bool Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<CompactionTask::Outcome>& outcome,
@@ -543,6 +570,7 @@ std::shared_ptr<Compactions::Entry> Compactions::find_locked(const CompactionAsk
 /// As it is at this moment: chunks that were evicted, and lie in no lower tier, are gone.
 wire::CompactionReport Compactions::report_of(const Entry& entry) const {
   wire::CompactionReport report = entry.manifest.report();
+  report.set_error_to_come(entry.measuring);
   if (report.state() != wire::COMPACTION_READY || parts_.tiers.has_tiers()) return report;
   for (const ChunkKey& key : entry.slot_keys()) {
     if (parts_.store.describe(key.namespace_id, key.group, key.last_block)) continue;

@@ -55,6 +55,9 @@ class Compactions {
     std::function<std::int64_t()> unix_seconds;  ///< for expiry
     Executor& executor;
     Executor* helpers = nullptr;  ///< other threads than the executor's, for parts of one cache; null: none
+    /// Threads that get what processors nobody else wants (SCHED_IDLE), for errors that are measured after a cache is
+    /// ready. Null or full: the executor's threads do it. Its queue bounds how many prompts are held for it.
+    Executor* measurers = nullptr;
   };
   using Found = std::function<void(Result<std::vector<wire::CompactionReport>> reports)>;
 

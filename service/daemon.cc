@@ -243,6 +243,7 @@ struct Daemon::State {
   StorePipeline pipeline;
   DeviceService devices;
   const std::unique_ptr<ThreadPool> compact_helpers;  ///< null: none
+  ThreadPool measurers;
   ThreadPool compactors;
   std::unique_ptr<Compactions> compactions;
   HotService hot;
@@ -312,6 +313,7 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
       compact_helpers(config.compact.helper_threads == 0
                           ? nullptr
                           : std::make_unique<ThreadPool>("kvern-cut", config.compact.helper_threads, kMaxCuts)),
+      measurers("kvern-measure", 1, 1),
       compactors("kvern-compact", config.compact.threads, config.compact.max_pending),
       compactions(std::make_unique<Compactions>(Compactions::Parts{.store = *store,
                                                                    .tiers = *tiers,
@@ -321,7 +323,8 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                                                                    .clock = clock,
                                                                    .unix_seconds = unix_seconds,
                                                                    .executor = compactors,
-                                                                   .helpers = compact_helpers.get()},
+                                                                   .helpers = compact_helpers.get(),
+                                                                   .measurers = &measurers},
                                                 compaction_limits(config), config.compact_state_dir())),
       hot({.sessions = sessions,
            .store = *store,
@@ -524,6 +527,8 @@ void Daemon::State::shut_down() {
   administration.drain();
   pipeline.cancel();
   compactors.drain();
+  measurers.drain();
+  compactors.drain();  // what was measured
   devices.drain();
   encoders.drain();  // before leases end: nothing is overwritten that a client still reads
   sessions.end_all();
