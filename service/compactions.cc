@@ -446,14 +446,15 @@ void Compactions::run(const std::shared_ptr<Entry>& entry) {
     return std::pair(std::move(error), seconds + seconds_since(since_ns));
   };
   // A thread without a claim to a processor takes no locks, which others would wait for: what it has found is noted,
-  // and the prompt given back, by one that has.
-  const bool handed =
-      parts_.measurers != nullptr && parts_.measurers->submit([this, entry, measure, cut = outcome->cut]() mutable {
-        make_idle();
-        const auto found = measure(*cut, nullptr);
-        auto note = [this, entry, found, cut = std::move(cut)] { measured(entry, found.first, found.second); };
-        if (!parts_.executor.submit(std::move(note))) measured(entry, found.first, found.second);
-      });
+  // and the prompt given back, by one that has, and before the caches that wait to be made.
+  Executor& notes = parts_.helpers != nullptr ? *parts_.helpers : parts_.executor;
+  const bool handed = parts_.measurers != nullptr && parts_.measurers->submit([this, entry, measure, &notes,
+                                                                               cut = outcome->cut]() mutable {
+    make_idle();
+    const auto found = measure(*cut, nullptr);
+    auto note = [this, entry, found, cut = std::move(cut)] { measured(entry, found.first, found.second); };
+    if (!notes.submit(std::move(note))) measured(entry, found.first, found.second);
+  });
   if (handed) return;
   const auto found = measure(*outcome->cut, helpers_.get());
   measured(entry, found.first, found.second);

@@ -528,7 +528,7 @@ void Daemon::State::shut_down() {
   pipeline.cancel();
   compactors.drain();
   measurers.drain();
-  compactors.drain();  // what was measured
+  (compact_helpers ? *compact_helpers : compactors).drain();  // which note what was measured
   devices.drain();
   encoders.drain();  // before leases end: nothing is overwritten that a client still reads
   sessions.end_all();

@@ -42,7 +42,8 @@ struct CompactionsTest : ::testing::Test {
                                                              .clock = service.clock,
                                                              .unix_seconds = [this] { return now; },
                                                              .executor = executor,
-                                                             .helpers = &helpers},
+                                                             .helpers = &helpers,
+                                                             .measurers = measurers},
                                           limits, folder);
   }
 
@@ -113,6 +114,7 @@ struct CompactionsTest : ::testing::Test {
   ServiceFixture service;
   ManualExecutor executor;
   ThreadPool helpers{"helpers", 2, 64};
+  Executor* measurers = nullptr;
   CompactionLimits limits{.max_pending = 3, .job_bytes = 1U << 20, .max_handles = 5, .max_ttl_seconds = 1000};
   std::int64_t now = kNow;
   const std::filesystem::path folder =
@@ -357,6 +359,24 @@ TEST_F(MeasuredCompactionsTest, WhoAsksEarlyIsToldBeforeTheErrorIsMeasured) {
   EXPECT_EQ(service.store.stats().pinned_chunks, 0U);
   start();
   EXPECT_EQ(find(of).error_mean(), told[1].second.error_mean()) << "a restart knows it";
+}
+
+TEST_F(MeasuredCompactionsTest, ErrorsAreMeasuredOnThreadsOfTheirOwnWhereThereAre) {
+  const auto expected = make();
+  executor.run_all();
+  ManualExecutor apart;
+  measurers = &apart;
+  start();
+  told.clear();
+  make();
+  executor.run_all();
+  ASSERT_EQ(told.size(), 1U) << "only who asks early";
+  EXPECT_GT(service.store.stats().pinned_chunks, 0U) << "what it is measured by";
+  std::thread([&] { apart.run_all(); }).join();  // it gives its claim to a processor up
+  helpers.drain();
+  ASSERT_EQ(told.size(), 2U);
+  EXPECT_EQ(told[1].second.error_mean(), find(expected).error_mean());
+  EXPECT_EQ(service.store.stats().pinned_chunks, 0U);
 }
 
 TEST_F(MeasuredCompactionsTest, DeletedWhileItsErrorIsMeasuredNothingIsLeft) {
