@@ -56,7 +56,7 @@ def wait_for_port(port: int, process: subprocess.Popen, seconds: float = 30) -> 
 def server(*command: str, port: int, directory: str):
     """A rival's server in a process group of its own, so that wrappers take their children along when they end."""
     with open(pathlib.Path(directory) / f"{pathlib.Path(command[0]).name}.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, process_group=0)
     try:
         wait_for_port(port, process)
         yield process

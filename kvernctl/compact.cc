@@ -60,6 +60,7 @@ void show(std::ostream& out, const wire::CompactionReport& report, const Compact
       << "expires    in " << duration(handle.expires_at - std::time(nullptr)) << "\n";
   if (report.state() != wire::COMPACTION_READY) return;
   out << "made in    " << std::lround(report.seconds() * 1e3) << " ms\n";
+  if (report.error_to_come()) out << "error      is being measured\n";
   if (!report.has_error_mean()) return;
   char text[64];
   std::snprintf(text, sizeof text, "%.4f mean, %.4f max over the layers", report.error_mean(), report.error_max());
@@ -108,7 +109,8 @@ int run_compact_show(const DaemonAddress& address, const std::string& handle, st
     if (!reports) return fail(out, reports.error());
     if (reports->size() != 1) return fail(out, Status(Code::kInternal, "the daemon's answer names no compact cache"));
     const wire::CompactionReport& report = reports->front();
-    if (report.state() == wire::COMPACTION_PENDING && SteadyClock::now() < until) continue;
+    const bool to_come = report.state() == wire::COMPACTION_PENDING || report.error_to_come();
+    if (to_come && SteadyClock::now() < until) continue;
     show(out, report, *parsed);
     return report.state() == wire::COMPACTION_FAILED ? 1 : 0;
   }

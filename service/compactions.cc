@@ -132,8 +132,6 @@ Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, c
   return order;
 }
 
-constexpr const char* kNotKept = "a restart will not know what became of a compact cache";
-
 }  // namespace
 
 std::vector<ChunkKey> Compactions::Entry::keys_of(const std::vector<BlockHash>& hashes) const {
@@ -174,11 +172,15 @@ void Compactions::take_over(wire::CompactManifest manifest) {
   if (entry->pending()) {
     entry->report().set_state(wire::COMPACTION_FAILED);
     entry->report().set_reason("the daemon restarted before it was made");
-    if (const Status written = manifests_.write(entry->handle.digits, entry->manifest); !written) {
-      log_warn(kNotKept, {{"why", written.message()}});
-    }
+    keep(entry->handle.digits, entry->manifest);
   }
   entries_.emplace(entry->handle.text, std::move(entry));
+}
+
+void Compactions::keep(const std::string& digits, const wire::CompactManifest& manifest) {
+  if (const Status written = manifests_.write(digits, manifest); !written) {
+    log_warn("a restart will not know what became of a compact cache", {{"why", written.message()}});
+  }
 }
 
 void Compactions::erase_chunks(const std::vector<ChunkKey>& keys) {
@@ -302,9 +304,7 @@ void Compactions::turn_away(const CompactionAsker& asker, const Namespace& space
     if (entries_.size() >= limits_.max_handles) return;
     entries_.emplace(handle.text, entry);
   }
-  if (const Status written = manifests_.write(handle.digits, entry->manifest); !written) {
-    log_warn(kNotKept, {{"why", written.message()}});
-  }
+  keep(handle.digits, entry->manifest);
 }
 
 std::shared_ptr<Compactions::Entry> Compactions::make_entry(const CompactionAsker& asker, const Namespace& space,
@@ -488,9 +488,7 @@ bool Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<Compa
       report.set_state(wire::COMPACTION_FAILED);
       report.set_reason(outcome.error().message().substr(0, kMaxReasonBytes));
     }
-    if (const Status written = manifests_.write(entry->handle.digits, manifest); !written) {
-      log_warn(kNotKept, {{"why", written.message()}});
-    }
+    keep(entry->handle.digits, manifest);
     std::lock_guard lock(mutex_);
     entry->manifest = std::move(manifest);
     entry->order.reset();
@@ -540,9 +538,7 @@ void Compactions::measured(const std::shared_ptr<Entry>& entry, const Result<Com
     if (error) report.set_error_mean(error->mean);
     if (error) report.set_error_max(error->max);
     if (!gone) {
-      if (const Status written = manifests_.write(entry->handle.digits, manifest); !written) {
-        log_warn(kNotKept, {{"why", written.message()}});
-      }
+      keep(entry->handle.digits, manifest);
       std::lock_guard lock(mutex_);
       entry->manifest = manifest;
       answers = take_waiters_locked(entry->handle.text, report_of(*entry));
@@ -692,9 +688,7 @@ void Compactions::give_up(const std::string& handle) {
     query_bytes_ -= entry.query_bytes;
     entry.parts.clear();
     entry.order.reset();
-    if (const Status written = manifests_.write(entry.handle.digits, entry.manifest); !written) {
-      log_warn(kNotKept, {{"why", written.message()}});
-    }
+    keep(entry.handle.digits, entry.manifest);
     answers = take_waiters_locked(handle, entry.manifest.report());
   }
   parts_.metrics.compaction_ended(CompactionEnd::kFailed);

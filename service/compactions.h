@@ -123,6 +123,8 @@ class Compactions {
   using Answers = std::vector<std::pair<Found, wire::CompactionReport>>;
 
   void take_over(wire::CompactManifest manifest);
+  /// Writes the manifest; when that fails, the log says what it costs.
+  void keep(const std::string& digits, const wire::CompactManifest& manifest);
   Status admit_locked(const CompactionOrder& order, std::uint64_t query_bytes, bool is_new) const;
   Status consider(const CompactionAsker& asker, const Namespace& space, const wire::Compact& request,
                   CompactHandle handle);

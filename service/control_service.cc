@@ -359,17 +359,14 @@ Status ControlService::compact(const Session& session, const wire::ControlReques
 
 Status ControlService::layer_slots(const Session& session, const wire::LayerSlotsQuery& request,
                                    wire::LayerSlots* answer) const {
-  const auto id = optional_namespace(request.namespace_id());
-  if (!id) return id.error();
-  const auto space = *id ? session.find_namespace(**id) : nullptr;
-  if (!space) return Status(Code::kInvalid, "this session has not registered the namespace of the compact cache");
+  const auto space = named_namespace(session, request.namespace_id(), request.group());
+  if (!space) return space.error();
   const auto block = block_of(request.block_hash());
   if (!block) return block.error();
   const auto group = static_cast<std::uint16_t>(request.group());
-  if (group != request.group()) return Status(Code::kInvalid, "there is no such group");
-  auto pinned = parts_.store.pin(space->id, group, *block);
+  auto pinned = parts_.store.pin((*space)->id, group, *block, PinFor::kClaimed);
   if (!pinned) return Status(Code::kNotFound, "its first slots are not in DRAM");
-  const Lease held(parts_.store, std::move(*pinned), space->id, group, *block);
+  const Lease held(parts_.store, std::move(*pinned), (*space)->id, group, *block);
   const auto container = ContainerReader::parse(parts_.store.bytes(held.chunk().shards.front()));
   if (!container) return container.error();
   const auto& slots = container->info().layer_slots;

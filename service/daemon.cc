@@ -243,7 +243,7 @@ struct Daemon::State {
   StorePipeline pipeline;
   DeviceService devices;
   const std::unique_ptr<ThreadPool> compact_helpers;  ///< null: none
-  ThreadPool measurers;
+  ThreadPool measurers;  // errors of compact caches: one is measured, one more prompt is held for it
   ThreadPool compactors;
   std::unique_ptr<Compactions> compactions;
   HotService hot;

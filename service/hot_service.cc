@@ -33,13 +33,6 @@ std::span<const std::uint8_t> as_bytes(std::string_view text) {
   return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
 }
 
-Result<NamespaceId> parse_namespace_id(const std::string& bytes) {
-  NamespaceId id;
-  if (bytes.size() != id.bytes.size()) return failure(Code::kInvalid, "a namespace id has 16 bytes");
-  std::memcpy(id.bytes.data(), bytes.data(), id.bytes.size());
-  return id;
-}
-
 /// Hashes that lie behind one another, hash_bytes each.
 Result<std::vector<BlockHash>> split_hashes(std::string_view joined, std::uint32_t hash_bytes, std::size_t most) {
   if (hash_bytes == 0 || hash_bytes > BlockHash::kMaxBytes) {
@@ -56,16 +49,6 @@ Result<std::vector<BlockHash>> split_hashes(std::string_view joined, std::uint32
   for (std::size_t at = 0; at < joined.size(); at += hash_bytes)
     hashes.emplace_back(as_bytes(joined.substr(at, hash_bytes)));
   return hashes;
-}
-
-Result<std::shared_ptr<const Namespace>> named_namespace(const Session& session, const std::string& id_bytes,
-                                                         std::uint32_t group) {
-  const auto id = parse_namespace_id(id_bytes);
-  if (!id) return failure(id.error());
-  auto space = session.find_namespace(*id);
-  if (!space) return failure(Code::kInvalid, "this session has not registered the namespace " + id->to_hex());
-  if (group > UINT16_MAX) return failure(Code::kInvalid, "there is no group " + std::to_string(group));
-  return space;
 }
 
 Status check_item_count(int items) {

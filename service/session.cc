@@ -1,5 +1,7 @@
 #include "service/session.h"
 
+#include <cstring>
+#include <string>
 #include <utility>
 
 #include "service/device.h"
@@ -22,6 +24,17 @@ std::shared_ptr<T> look_up(const std::unordered_map<std::uint64_t, std::shared_p
 }
 
 }  // namespace
+
+Result<std::shared_ptr<const Namespace>> named_namespace(const Session& session, const std::string& id_bytes,
+                                                         std::uint32_t group) {
+  NamespaceId id;
+  if (id_bytes.size() != id.bytes.size()) return failure(Code::kInvalid, "a namespace id has 16 bytes");
+  std::memcpy(id.bytes.data(), id_bytes.data(), id.bytes.size());
+  auto space = session.find_namespace(id);
+  if (!space) return failure(Code::kInvalid, "this session has not registered the namespace " + id.to_hex());
+  if (group > UINT16_MAX) return failure(Code::kInvalid, "there is no group " + std::to_string(group));
+  return space;
+}
 
 void describe(Span& span, const Session& session) {
   span.set("kvern.session", session.id());

@@ -50,6 +50,10 @@ struct SessionIdentity {
 };
 
 class Session;
+/// The namespace of that id, which the session must have registered. kInvalid otherwise, and for an id that is none or
+/// a group that cannot be.
+Result<std::shared_ptr<const Namespace>> named_namespace(const Session& session, const std::string& id_bytes,
+                                                         std::uint32_t group);
 /// Tells a span whose work it is.
 void describe(Span& span, const Session& session);
 
