@@ -25,6 +25,7 @@
 #include "kernels/cuda/key_scores.h"
 #include "kernels/cuda/merge.h"
 #include "kernels/cuda/observation.h"
+#include "kernels/cuda/page_moves.h"
 #include "kernels/cuda/quantise.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/selection.h"
@@ -129,6 +130,7 @@ class Bench {
   void measure_scores(std::uint32_t tokens);
   void measure_selection();
   void measure_layers();
+  void measure_pages(std::uint32_t heads);
   nlohmann::json results = nlohmann::json::array();
 
  private:
@@ -369,6 +371,120 @@ void Bench::measure_layers() {
   measure("centroidkv compress 128k", 2 * kBytes + written, compress);
 }
 
+/// A chunk's pages, all over a cache of 32 layers in vLLM's layout [block][token][head][K | V], against copies of one
+/// page each: on the device, and to and from pinned memory. heads: on this rank.
+void Bench::measure_pages(std::uint32_t heads) {
+  constexpr std::uint32_t kLayers = 32;
+  constexpr std::uint32_t kBlockTokens = 16;
+  constexpr std::uint32_t kBlocks = kChunkTokens / kBlockTokens;
+  constexpr std::size_t kLayerBytes = kPoolBytes / kLayers;
+  constexpr std::uint32_t kScatter = 331;  // a prime, no factor of the number of blocks
+  const std::size_t page_bytes = std::size_t{2} * kBlockTokens * heads * kDim * kElementBytes;
+  const std::size_t chunk_bytes = kLayers * kBlocks * page_bytes;
+  const auto blocks = static_cast<std::uint32_t>(kLayerBytes / page_bytes);
+  PagedCache cache;
+  cache.block_tokens = kBlockTokens;
+  cache.group_layers = kLayers;
+  cache.heads = cache.model_heads = heads;
+  cache.key_dim = cache.value_dim = kDim;
+  const Memory<std::byte> pages(kPoolBytes);
+  for (std::uint32_t layer = 0; layer < kLayers; ++layer) {
+    cache.layers.push_back({.base = pages.data() + layer * kLayerBytes,
+                            .pages = blocks,
+                            .page_stride_bytes = page_bytes,
+                            .head_stride_bytes = 2 * kDim * kElementBytes,
+                            .token_stride_bytes = heads * 2 * kDim * kElementBytes,
+                            .value_offset_bytes = kDim * kElementBytes});
+  }
+  // Block ids of every chunk that the cache holds, one after the other.
+  std::vector<std::uint32_t> ids;
+  const std::uint32_t chunks = (blocks - 1) / kBlocks;
+  for (std::uint32_t i = 0; i < chunks * kBlocks; ++i) ids.push_back(1 + i * kScatter % (blocks - 1));
+  const Memory<std::uint32_t> device_ids(ids.size());
+  const Memory<PagedLayer> layers(kLayers);
+  const Memory<std::uint32_t> bad(1);
+  const Memory<std::byte> planes(chunk_bytes);
+  check(cudaMemcpy(device_ids.data(), ids.data(), ids.size() * sizeof ids[0], cudaMemcpyHostToDevice));
+  check(cudaMemcpy(layers.data(), cache.layers.data(), kLayers * sizeof(PagedLayer), cudaMemcpyHostToDevice));
+  void* pinned = nullptr;
+  check(cudaMallocHost(&pinned, chunk_bytes));
+  auto* host = static_cast<std::byte*>(pinned);
+
+  const ShardShape shape = cache.shape(kBlocks);
+  const std::size_t plane = std::size_t{kChunkTokens} * kDim * kElementBytes;
+  const std::uint32_t row = kDim * kElementBytes;
+  const auto move = [&](std::size_t round) {
+    return PageMove{.cache = cache,
+                    .shape = shape,
+                    .tokens = kChunkTokens,
+                    .keys = {planes.data(), plane, row},
+                    .values = {planes.data() + chunk_bytes / 2, plane, row},
+                    .layers = layers.data(),
+                    .block_ids = device_ids.data() + round % chunks * kBlocks,
+                    .bad = bad.data()};
+  };
+  // Page by page between the cache and memory without gaps.
+  std::vector<void*> in_cache;
+  std::vector<void*> apart;
+  const auto list = [&](std::size_t round, std::byte* memory) {
+    in_cache.clear();
+    apart.clear();
+    for (const PagedLayer& layer : cache.layers) {
+      for (std::uint32_t i = 0; i < kBlocks; ++i) {
+        in_cache.push_back(layer.base + ids[round % chunks * kBlocks + i] * page_bytes);
+        apart.push_back(memory + apart.size() * page_bytes);
+      }
+    }
+  };
+  const std::vector<std::size_t> sizes(std::size_t{kLayers} * kBlocks, page_bytes);
+  const auto one_by_one = [&](const std::vector<void*>& to, const std::vector<void*>& from) {
+    for (std::size_t i = 0; i < to.size(); ++i) {
+      check(cudaMemcpyAsync(to[i], from[i], page_bytes, cudaMemcpyDefault, stream_));
+    }
+  };
+  const auto batched = [&](const std::vector<void*>& to, const std::vector<void*>& from) {
+    cudaMemcpyAttributes attributes{};
+    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+    std::size_t first = 0;
+    check(cudaMemcpyBatchAsync(to.data(), const_cast<const void* const*>(from.data()), sizes.data(), sizes.size(),
+                               &attributes, &first, 1, stream_));
+  };
+  const std::string of = ", pages of " + std::to_string(page_bytes >> 10) + " KiB";
+  const double on_device = 2.0 * static_cast<double>(chunk_bytes);
+  const auto across = static_cast<double>(chunk_bytes);
+  measure("gather" + of, on_device, [&](std::size_t round) { check(cuda_gather_pages(move(round), stream_)); });
+  measure("scatter" + of, on_device, [&](std::size_t round) { check(cuda_scatter_pages(move(round), stream_)); });
+  measure("batched copies out" + of, on_device, [&](std::size_t round) {
+    list(round, planes.data());
+    batched(apart, in_cache);
+  });
+  measure("batched copies in" + of, on_device, [&](std::size_t round) {
+    list(round, planes.data());
+    batched(in_cache, apart);
+  });
+  measure("copies one by one" + of, on_device, [&](std::size_t round) {
+    list(round, planes.data());
+    one_by_one(apart, in_cache);
+  });
+  measure("gather, to host" + of, across, [&](std::size_t round) {
+    check(cuda_gather_pages(move(round), stream_));
+    check(cudaMemcpyAsync(host, planes.data(), chunk_bytes, cudaMemcpyDefault, stream_));
+  });
+  measure("batched copies to host" + of, across, [&](std::size_t round) {
+    list(round, host);
+    batched(apart, in_cache);
+  });
+  measure("from host, scatter" + of, across, [&](std::size_t round) {
+    check(cudaMemcpyAsync(planes.data(), host, chunk_bytes, cudaMemcpyDefault, stream_));
+    check(cuda_scatter_pages(move(round), stream_));
+  });
+  measure("batched copies from host" + of, across, [&](std::size_t round) {
+    list(round, host);
+    batched(in_cache, apart);
+  });
+  check(cudaFreeHost(pinned));
+}
+
 int main(int argc, char** argv) {
   std::string json;
   int rounds = 15;
@@ -383,6 +499,7 @@ int main(int argc, char** argv) {
     std::printf("%s\n%-34s %9s %9s %9s %9s\n", properties.name, "", "ms", "MiB", "GB/s", "of copy");
     bench.measure_copy();
     bench.measure_codecs();
+    for (const std::uint32_t heads : {8U, 2U}) bench.measure_pages(heads);
     bench.measure_layers();
     bench.measure_selection();
     for (const std::uint32_t tokens : {32768U, kLongTokens}) bench.measure_scores(tokens);

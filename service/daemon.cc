@@ -308,7 +308,8 @@ Daemon::State::State(const ServiceConfig& config_in, OpenDevice open_device)
                .clock = clock,
                .slab = slab.bytes(),
                .usable_bytes = [this] { return slab.usable_bytes(); },
-               .open = std::move(open_device),
+               .open = open_device ? std::move(open_device)
+                                   : cuda_devices(static_cast<std::uint32_t>(config.pipeline.device_multiprocessors)),
                .threads = config.pipeline.device_threads}),
       compact_helpers(config.compact.helper_threads == 0
                           ? nullptr

@@ -14,8 +14,8 @@ class Daemon {
  public:
   /// Throws std::runtime_error with a sentence when something that it needs cannot be had: another daemon serves that
   /// socket, tmpfs is too small, an address is taken.
-  /// open_device: how devices are reached on which sessions register pages.
-  explicit Daemon(const ServiceConfig& config, OpenDevice open_device = open_cuda_device);
+  /// open_device: how devices are reached on which sessions register pages; none: cuda_devices().
+  explicit Daemon(const ServiceConfig& config, OpenDevice open_device = {});
   /// Without drain() before: ends at once. Removes the files that it made.
   ~Daemon();
 

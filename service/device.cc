@@ -14,11 +14,17 @@ constexpr std::chrono::milliseconds kPinCheck{20};
 
 }  // namespace
 
-Result<DeviceAccess> open_cuda_device(std::string_view uuid) {
-  auto memory = cuda_device(uuid);
-  if (!memory) return failure(memory.error());
-  const int number = (*memory)->number();
-  return DeviceAccess{.memory = std::move(*memory), .make_coder = [number] { return make_cuda_page_coder(number); }};
+OpenDevice cuda_devices(std::uint32_t multiprocessors) {
+  return [multiprocessors](std::string_view uuid) -> Result<DeviceAccess> {
+    auto memory = cuda_device(uuid);
+    if (!memory) return failure(memory.error());
+    // One for all coders of the device, so that they share the limit.
+    auto partition = CudaPartition::make((*memory)->number(), multiprocessors);
+    if (!partition) return failure(partition.error());
+    log_info("chunks are coded on a device", {{"device", uuid}, {"multiprocessors", (*partition)->multiprocessors()}});
+    return DeviceAccess{.memory = std::move(*memory),
+                        .make_coder = [partition = std::move(*partition)] { return make_cuda_page_coder(partition); }};
+  };
 }
 
 Device::Device(DeviceAccess access, std::size_t threads, std::span<std::byte> slab,

@@ -25,8 +25,8 @@ struct DeviceAccess {
   std::function<Result<std::unique_ptr<PageCoder>>()> make_coder;
 };
 using OpenDevice = std::function<Result<DeviceAccess>(std::string_view uuid)>;
-/// CUDA devices; everything is refused where there are none.
-Result<DeviceAccess> open_cuda_device(std::string_view uuid);
+/// CUDA devices, of each so many multiprocessors (0: all) for the coders; everything is refused where there are none.
+OpenDevice cuda_devices(std::uint32_t multiprocessors);
 
 /// A device at work: its threads, coders and the pinned slab. Thread-safe.
 class Device {

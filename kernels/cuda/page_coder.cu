@@ -9,17 +9,13 @@
 #include <utility>
 
 #include "kernels/codec_step.h"
-#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/int8.h"
+#include "kernels/cuda/page_moves.h"
 #include "kernels/cuda/quantise.h"
 
 namespace kvern {
 namespace {
 
-constexpr unsigned kThreads = 256;
-/// Of a launch: blocks in y and z, and what 32 bits count with a block to spare.
-constexpr std::uint32_t kMaxGrid = 65535;
-constexpr std::uint64_t kMaxUnits = UINT32_MAX - kThreads;
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t align_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -34,61 +30,6 @@ Status outcome(cudaError_t error, const char* what) {
 template <typename Step>
 void then(Status& status, Step step) {
   if (status) static_cast<void>(status = step());
-}
-
-/// Planes of one part that lie plane_stride bytes apart in the order layer, head.
-struct Planes {
-  std::byte* first;
-  std::size_t plane_stride;
-  std::uint32_t row_bytes;
-};
-
-/// Rows of pages beside rows of planes. Layers [layer, …) of the cache are layers [0, …) of the launch.
-struct Move {
-  const std::uint32_t* bad;  ///< not 0: the rows are worthless, and pages stay as they are
-  const PagedLayer* layers;
-  const std::uint32_t* block_ids;
-  std::uint32_t block_tokens;
-  std::uint32_t page_tokens;
-  std::uint32_t pages_per_block;
-  std::uint32_t tokens;
-  std::uint32_t cache_layer;  ///< of the launch's first layer
-  std::uint32_t cache_head;
-  std::uint32_t plane_layer;
-  std::uint32_t plane_head;
-  std::uint32_t plane_heads;
-  Planes keys;
-  Planes values;
-};
-
-enum class Way { kGather, kScatter, kZero };
-
-/// One thread per Unit of a row; y: heads, z: layers times parts.
-template <Way kWay, typename Unit>
-__global__ void move_rows(Move move) {
-  const bool value = blockIdx.z % 2 == 1;
-  const Planes& planes = value ? move.values : move.keys;
-  const std::uint32_t units = planes.row_bytes / sizeof(Unit);
-  const std::uint32_t at = blockIdx.x * blockDim.x + threadIdx.x;
-  if (units == 0 || at >= move.tokens * units) return;
-  if (kWay == Way::kScatter && *move.bad != 0) return;
-  const std::uint32_t token = at / units;
-  const std::uint32_t layer = blockIdx.z / 2;
-  const std::uint32_t head = blockIdx.y;
-  const std::uint32_t block = move.block_ids[token / move.block_tokens];
-  if (kWay != Way::kGather && block == 0) return;
-  const PagedLayer& pages = move.layers[move.cache_layer + layer];
-  const std::uint32_t in_block = token % move.block_tokens;
-  const std::uint64_t page = std::uint64_t{block} * move.pages_per_block + in_block / move.page_tokens;
-  std::byte* row =
-      pages.base + page * pages.page_stride_bytes + std::uint64_t{move.cache_head + head} * pages.head_stride_bytes +
-      std::uint64_t{in_block % move.page_tokens} * pages.token_stride_bytes + (value ? pages.value_offset_bytes : 0);
-  const std::size_t plane = std::size_t{move.plane_layer + layer} * move.plane_heads + move.plane_head + head;
-  auto* in_page = reinterpret_cast<Unit*>(row) + at % units;
-  auto* in_plane = reinterpret_cast<Unit*>(planes.first + plane * planes.plane_stride) + at;
-  if constexpr (kWay == Way::kGather) *in_plane = *in_page;
-  if constexpr (kWay == Way::kScatter) *in_page = *in_plane;
-  if constexpr (kWay == Way::kZero) *in_page = Unit{};
 }
 
 /// How rows are written down, from a canonical spec; nullopt for chains of several steps and unknown ones.
@@ -213,7 +154,8 @@ struct Layout {
 
 class CudaPageCoder final : public PageCoder {
  public:
-  explicit CudaPageCoder(int device) : device_(device) {}
+  explicit CudaPageCoder(std::shared_ptr<const CudaPartition> partition)
+      : partition_(std::move(partition)), device_(partition_->device()) {}
   ~CudaPageCoder() override {
     cudaSetDevice(device_);
     if (stream_ != nullptr) cudaStreamSynchronize(stream_);
@@ -223,14 +165,9 @@ class CudaPageCoder final : public PageCoder {
 
   Status open() {
     if (Status status = outcome(cudaSetDevice(device_), "CUDA device"); !status) return status;
-    int lowest = 0;
-    int highest = 0;
-    if (Status status = outcome(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "CUDA stream"); !status)
-      return status;
-    if (Status status = outcome(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, lowest), "CUDA stream");
-        !status) {
-      return status;
-    }
+    const auto stream = partition_->make_stream();
+    if (!stream) return stream.error();
+    stream_ = *stream;
     // Waiting threads sleep: a chunk takes long against the wake-up, and cores belong to the engine.
     return outcome(cudaEventCreateWithFlags(&done_, cudaEventBlockingSync | cudaEventDisableTiming), "CUDA event");
   }
@@ -321,7 +258,8 @@ class CudaPageCoder final : public PageCoder {
     }
     // The kernel itself looks at the flag that decoding may have set, so that nobody waits in between.
     const Status verified = meanwhile();
-    if (verified) then(status, [&] { return launch<Way::kScatter>(cache, shape, count, key_rows, value_rows); });
+    if (verified)
+      then(status, [&] { return cuda_scatter_pages(move(cache, shape, count, key_rows, value_rows), stream_); });
     if (Status done = finish(status); !done) return done;
     if (!verified) return verified;
     if (found_bad()) return {Code::kCorrupt, "a scale or code is not one that " + spec->name + " writes"};
@@ -348,7 +286,8 @@ class CudaPageCoder final : public PageCoder {
     if (Status status = begin(cache, block_ids, planes.bytes()); !status) return status;
     Status status = copy_in(canonical.data(), planes, planes_.data());
     then(status, [&] {
-      return launch<Way::kScatter>(cache, shape, shape.tokens, key_planes(planes, shape), value_planes(planes, shape));
+      return cuda_scatter_pages(
+          move(cache, shape, shape.tokens, key_planes(planes, shape), value_planes(planes, shape)), stream_);
     });
     return finish(status);
   }
@@ -357,7 +296,8 @@ class CudaPageCoder final : public PageCoder {
     if (block_ids.empty()) return Status::ok();
     if (Status status = begin(cache, block_ids, 0); !status) return status;
     const ShardShape shape = cache.shape(static_cast<std::uint32_t>(block_ids.size()));
-    return finish(launch<Way::kZero>(cache, shape, shape.tokens, key_planes({}, shape), value_planes({}, shape)));
+    return finish(
+        cuda_zero_pages(move(cache, shape, shape.tokens, key_planes({}, shape), value_planes({}, shape)), stream_));
   }
 
   Moved moved() const override { return moved_; }
@@ -417,56 +357,17 @@ class CudaPageCoder final : public PageCoder {
     return status;
   }
 
-  template <Way kWay>
-  Status launch(const PagedCache& cache, const ShardShape& shape, std::uint32_t tokens, const Planes& keys,
-                const Planes& values) {
-    // Where the shard's layers and heads and those of the cache overlap.
-    const std::uint32_t layer = std::max(shape.layer_begin, cache.layer_begin);
-    const std::uint32_t last_layer =
-        std::min(shape.layer_begin + shape.layers, cache.layer_begin + static_cast<std::uint32_t>(cache.layers.size()));
-    const std::uint32_t head = std::max(shape.head_begin, cache.head_begin);
-    const std::uint32_t last_head = std::min(shape.head_begin + shape.heads, cache.head_begin + cache.heads);
-    if (layer >= last_layer || head >= last_head) return Status::ok();
-    const std::uint64_t most_units =
-        std::uint64_t{tokens} * std::max(keys.row_bytes, values.row_bytes) / sizeof(std::uint16_t);
-    if (most_units > kMaxUnits || last_head - head > kMaxGrid || 2 * (last_layer - layer) > kMaxGrid) {
-      return {Code::kRefused, "the chunk has more rows than one launch moves"};
-    }
-    const Move move{.bad = bad_flag(),
-                    .layers = layer_table(),
-                    .block_ids = ids(cache),
-                    .block_tokens = cache.block_tokens,
-                    .page_tokens = cache.page_tokens(),
-                    .pages_per_block = cache.pages_per_block,
-                    .tokens = tokens,
-                    .cache_layer = layer - cache.layer_begin,
-                    .cache_head = head - cache.head_begin,
-                    .plane_layer = layer - shape.layer_begin,
-                    .plane_head = head - shape.head_begin,
-                    .plane_heads = shape.heads,
-                    .keys = keys,
-                    .values = values};
-    // The widest unit that all addresses are multiples of.
-    std::uint64_t bits = keys.row_bytes | values.row_bytes | keys.plane_stride | values.plane_stride |
-                         reinterpret_cast<std::uintptr_t>(keys.first) | reinterpret_cast<std::uintptr_t>(values.first);
-    for (const PagedLayer& each : cache.layers) {
-      bits |= reinterpret_cast<std::uintptr_t>(each.base) | each.page_stride_bytes | each.head_stride_bytes |
-              each.token_stride_bytes | each.value_offset_bytes;
-    }
-    const auto with_unit = [&]<typename Unit>(Unit) {
-      const std::uint64_t units = std::uint64_t{tokens} * std::max(keys.row_bytes, values.row_bytes) / sizeof(Unit);
-      const dim3 grid(static_cast<unsigned>((units + kThreads - 1) / kThreads), last_head - head,
-                      2 * (last_layer - layer));
-      move_rows<kWay, Unit><<<grid, kThreads, 0, stream_>>>(move);
-    };
-    if (bits % 16 == 0) {
-      with_unit(uint4{});
-    } else if (bits % 4 == 0) {
-      with_unit(std::uint32_t{});
-    } else {
-      with_unit(std::uint16_t{});
-    }
-    return outcome(cudaGetLastError(), "moving pages");
+  /// What lies in pages and in planes.
+  PageMove move(const PagedCache& cache, const ShardShape& shape, std::uint32_t tokens, const Planes& keys,
+                const Planes& values) const {
+    return {.cache = cache,
+            .shape = shape,
+            .tokens = tokens,
+            .keys = keys,
+            .values = values,
+            .layers = layer_table(),
+            .block_ids = ids(cache),
+            .bad = bad_flag()};
   }
 
   Status gather_planes(const PagedCache& cache, std::span<const std::uint32_t> block_ids, const Layout& planes) {
@@ -475,7 +376,8 @@ class CudaPageCoder final : public PageCoder {
       if (Status status = outcome(cudaMemsetAsync(planes_.data(), 0, planes.bytes(), stream_), "gather"); !status)
         return status;
     }
-    return launch<Way::kGather>(cache, shape, shape.tokens, key_planes(planes, shape), value_planes(planes, shape));
+    return cuda_gather_pages(move(cache, shape, shape.tokens, key_planes(planes, shape), value_planes(planes, shape)),
+                             stream_);
   }
   /// Between [part][layer][head] on the device and [layer][part][head] on the host.
   Status copy_out(const std::byte* device, const Layout& of, std::byte* host) {
@@ -513,6 +415,7 @@ class CudaPageCoder final : public PageCoder {
     return status;
   }
 
+  const std::shared_ptr<const CudaPartition> partition_;
   const int device_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t done_ = nullptr;
@@ -526,10 +429,16 @@ class CudaPageCoder final : public PageCoder {
 
 }  // namespace
 
-Result<std::unique_ptr<PageCoder>> make_cuda_page_coder(int device) {
-  auto coder = std::make_unique<CudaPageCoder>(device);
+Result<std::unique_ptr<PageCoder>> make_cuda_page_coder(std::shared_ptr<const CudaPartition> partition) {
+  auto coder = std::make_unique<CudaPageCoder>(std::move(partition));
   if (Status status = coder->open(); !status) return failure(status);
   return coder;
+}
+
+Result<std::unique_ptr<PageCoder>> make_cuda_page_coder(int device) {
+  auto partition = CudaPartition::make(device, 0);
+  if (!partition) return failure(partition.error());
+  return make_cuda_page_coder(std::move(*partition));
 }
 
 }  // namespace kvern

@@ -248,6 +248,44 @@ TEST_P(CudaPageCoderTest, CrossesTheBusWithEncodedBytes) {
   EXPECT_LT(after.to_device - before.to_device, 4096U);
 }
 
+using CudaPartitionTest = CudaTest;
+
+TEST_F(CudaPartitionTest, HasTheMultiprocessorsThatWereAskedFor) {
+  const auto all = CudaPartition::make(0, 0);
+  ASSERT_TRUE(all) << all.error().message();
+  const auto more = CudaPartition::make(0, 1U << 20);
+  ASSERT_TRUE(more) << more.error().message();
+  EXPECT_EQ((*more)->multiprocessors(), (*all)->multiprocessors());
+  const auto some = CudaPartition::make(0, 5);
+  ASSERT_TRUE(some) << some.error().message();
+  EXPECT_GE((*some)->multiprocessors(), 5U);
+  EXPECT_LT((*some)->multiprocessors(), (*all)->multiprocessors());
+}
+
+TEST_F(CudaPartitionTest, CodersOfAPartitionMakeTheSameBytes) {
+  const auto partition = CudaPartition::make(0, 8);
+  ASSERT_TRUE(partition) << partition.error().message();
+  // Two at a time, as a daemon has them.
+  auto first = make_cuda_page_coder(*partition);
+  auto second = make_cuda_page_coder(*partition);
+  ASSERT_TRUE(first) << first.error().message();
+  ASSERT_TRUE(second) << second.error().message();
+  const std::vector<std::uint32_t> ids{3, 1, 11, 7, 2};
+  const auto codec = make_codec("int4").value();
+  const Pages pages(kLayouts[0], DType::kBFloat16, 128, 128, 3, 2, 43);
+  HostPageCoder host;
+  const auto expected = container_of(host, pages.on_host(), ids, *codec);
+  EXPECT_EQ(container_of(**first, pages.on_device(), ids, *codec), expected);
+  EXPECT_EQ(container_of(**second, pages.on_device(), ids, *codec), expected);
+}
+
+TEST(CudaPartitionArguments, WithoutADeviceThePartitionIsRefusedInASentence) {
+  if (cuda_available()) GTEST_SKIP() << "there is a CUDA device";
+  const auto partition = CudaPartition::make(0, 8);
+  ASSERT_FALSE(partition);
+  EXPECT_NE(partition.error().message().find("CUDA"), std::string::npos) << partition.error().message();
+}
+
 INSTANTIATE_TEST_SUITE_P(Layouts, CudaPageCoderTest, ::testing::ValuesIn(kLayouts),
                          [](const auto& each) { return std::string(each.param.name); });
 
