@@ -18,7 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 QUERY_HEADS, HEADS, DIM, LAYERS, TOKENS = 32, 8, 128, 32, 131072
-RETAINED = 20
+# MiniCache: one token in so many keeps its own rows in both layers of a pair; and the paper's groups, 4.25 bits in all.
+RETAINED, MINICACHE_GROUP = 20, 128
+# Of int4 by itself, as its form is by default.
+GROUP = 64
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -30,6 +33,7 @@ class Rows(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("bits", ctypes.c_uint32),
         ("tokens", ctypes.c_uint32),
+        ("group", ctypes.c_uint32),
     ]
 
 
@@ -51,6 +55,7 @@ class Library:
         self.c.kvern_attend_plan.restype = ctypes.c_void_p
         self.c.kvern_attend_device_bytes.restype = ctypes.c_uint64
         self.c.kvern_section_bytes.restype = ctypes.c_uint64
+        self.c.kvern_keep_bytes.restype = ctypes.c_uint64
 
     def check(self, status):
         if status != 0:
@@ -100,10 +105,10 @@ class Plan:
             self.library.c.kvern_attend_free(self.plan)
 
 
-def encode(library, bits, rows, keys):
+def encode(library, bits, group, rows, keys):
     """Sections [batch * heads, bytes] of rows [batch, heads, tokens, dim]."""
     batch, heads, tokens, dim = rows.shape
-    args = (DTYPES[rows.dtype], bits, int(keys), tokens, dim)
+    args = (DTYPES[rows.dtype], bits, int(keys), tokens, dim, group)
     sections = torch.empty(
         batch * heads, library.c.kvern_section_bytes(*args), dtype=torch.uint8, device="cuda"
     )
@@ -121,7 +126,7 @@ def encode(library, bits, rows, keys):
     return sections
 
 
-def section_segments(bits, tokens, keys, values, bias=None, key_lengths=None, value_lengths=None):
+def section_segments(bits, group, tokens, keys, values, key_lengths=None, value_lengths=None):
     """One segment per sequence and head of sections [batch * heads, bytes]."""
 
     def row(tensor, head):
@@ -131,9 +136,8 @@ def section_segments(bits, tokens, keys, values, bias=None, key_lengths=None, va
         Segment(
             head,
             tokens,
-            Rows(keys[head].data_ptr(), 0, None, row(key_lengths, head), bits, tokens),
-            Rows(values[head].data_ptr(), 0, None, row(value_lengths, head), bits, tokens),
-            row(bias, head),
+            Rows(keys[head].data_ptr(), 0, None, row(key_lengths, head), bits, tokens, group),
+            Rows(values[head].data_ptr(), 0, None, row(value_lengths, head), bits, tokens, group),
         )
         for head in range(keys.shape[0])
     ]
@@ -221,28 +225,44 @@ def plain(batch, entries, with_bias):
     return make
 
 
-def int4(library, batch, shared_layers):
-    """All tokens as sections. MiniCache shares them in pairs of layers, half of which are paired (the upper ones; here,
-    every other pair): rows times the layer's own lengths, and one token of RETAINED kept apart for each layer, whose
-    shared row is hidden by its bias."""
+def int4_sections(library, batch, group, tokens):
+    """Sections of random keys and values."""
+    return [encode(library, 4, group, normal(batch, HEADS, tokens, DIM), keys) for keys in (True, False)]
+
+
+def int4(library, batch):
+    """All tokens as sections."""
+
+    def make(_):
+        sections = int4_sections(library, batch, GROUP, TOKENS)
+        return section_segments(4, GROUP, TOKENS, *sections), sections, size(*sections)
+
+    return make
+
+
+def minicache(library, batch):
+    """All tokens as sections, which half of the layers (the upper ones; here, every other pair) share in pairs: rows
+    times the layer's own lengths. One token of RETAINED is not in what a pair shares; each layer has it in sections of
+    its own. (Sections that the store writes keep these rows as they are, in 16 bits.)"""
     shared = {}
+    kept = TOKENS // RETAINED
+    merged = TOKENS - kept
+
+    def segments_of(tokens, *tensors):
+        return section_segments(4, MINICACHE_GROUP, tokens, *tensors)
 
     def make(layer):
-        upper = shared_layers and layer // 2 % 2 == 1
-        if not upper or layer % 2 == 0:
-            keys = encode(library, 4, normal(batch, HEADS, TOKENS, DIM), True)
-            values = encode(library, 4, normal(batch, HEADS, TOKENS, DIM), False)
-            shared[layer // 2] = keys, values
-        keys, values = shared[layer // 2]
-        if not upper:
-            return section_segments(4, TOKENS, keys, values), [keys, values], size(keys, values)
-        lengths = [torch.rand(batch, HEADS, TOKENS, device="cuda") + 0.5 for _ in range(2)]
-        bias = torch.zeros(batch, HEADS, TOKENS, device="cuda")
-        bias[:, :, ::RETAINED] = float("-inf")
-        kept = [normal(batch, HEADS, TOKENS // RETAINED, DIM) for _ in range(2)]
-        merged = section_segments(4, TOKENS, keys, values, bias, *lengths)
-        segments = [s for pair in zip(merged, plain_segments(*kept)) for s in pair]
-        return segments, [keys, values, bias, *lengths, *kept], size(keys, values) / 2 + size(bias, *lengths, *kept)
+        pair = layer // 2
+        if pair % 2 == 0:
+            sections = int4_sections(library, batch, MINICACHE_GROUP, TOKENS)
+            return segments_of(TOKENS, *sections), sections, size(*sections)
+        if pair not in shared:
+            shared[pair] = int4_sections(library, batch, MINICACHE_GROUP, merged)
+        lengths = [torch.rand(batch, HEADS, merged, device="cuda") + 0.5 for _ in range(2)]
+        own = int4_sections(library, batch, MINICACHE_GROUP, kept)
+        parts = zip(segments_of(merged, *shared[pair], *lengths), segments_of(kept, *own))
+        segments = [segment for of_head in parts for segment in of_head]
+        return segments, [*shared[pair], *lengths, *own], size(*shared[pair]) / 2 + size(*lengths, *own)
 
     return make
 
@@ -303,8 +323,8 @@ def main(words=None):
             ("kvern, WindowKV 12 %", 15729, plain(batch, 15729, False)),
             ("kvern, CentroidKV 50 %", TOKENS // 2, plain(batch, TOKENS // 2, True)),
             ("kvern, CentroidKV 25 %", TOKENS // 4, plain(batch, TOKENS // 4, True)),
-            ("kvern, int4", TOKENS, int4(library, batch, False)),
-            ("kvern, MiniCache int4", TOKENS, int4(library, batch, True)),
+            ("kvern, int4", TOKENS, int4(library, batch)),
+            ("kvern, MiniCache int4", TOKENS, minicache(library, batch)),
         ):
             methods[name] = entries, lambda make=make: Layers(library, batch, make, most).measured()
         methods["torch cudnn, 3.2 %"] = (

@@ -282,6 +282,7 @@ void Bench::measure_selection() {
   std::ranges::shuffle(numbers, std::mt19937(3));
   const Memory<float> scores(numbers.size());
   check(cudaMemcpy(scores.data(), numbers.data(), numbers.size() * sizeof(float), cudaMemcpyHostToDevice));
+  const Memory<std::byte> scratch(evict::cuda_selection_bytes(kHeads, kScored));
   for (const double share : {0.032, 0.12}) {
     const auto count = static_cast<std::uint32_t>(share * kLongTokens);
     const std::uint32_t kept_count = count + kWindow;
@@ -294,7 +295,8 @@ void Bench::measure_selection() {
     const double score_bytes = static_cast<double>(numbers.size()) * sizeof(float);
     const double kept_bytes = static_cast<double>(kHeads) * kept_count * sizeof(std::uint32_t);
     const auto select = [&] {
-      check(evict::cuda_select_best(scores.data(), kHeads, kScored, count, kWindow, kept.data(), stream_));
+      check(evict::cuda_select_best(scores.data(), kHeads, kScored, count, kWindow, scratch.data(), kept.data(),
+                                    stream_));
     };
     const auto gather = [&](std::size_t round) {
       check(evict::cuda_gather_rows(pool_.rows(kHeads, kLongTokens, round), kept.data(), kept_count, keys.data(),

@@ -60,9 +60,8 @@ Choice tensor_kernel(std::uint32_t dim, std::uint32_t bits) {
   }
 }
 
-bool rows_fit_tensor_cores(const AttendRows& rows, std::uint32_t dim, DType dtype) {
-  return rows.dtype == dtype && dim % 8 == 0 &&
-         (reinterpret_cast<std::uintptr_t>(rows.data) | rows.stride_bytes) % 16 == 0;
+bool rows_fit_tensor_cores(const AttendRows& rows, DType dtype) {
+  return rows.dtype == dtype && (reinterpret_cast<std::uintptr_t>(rows.data) | rows.stride_bytes) % 16 == 0;
 }
 
 /// Bits of a section's codes, 0 for rows. kRefused, with the reason, for sections that kernels do not take.
@@ -101,7 +100,7 @@ struct Survey {
 Result<Survey> survey(const AttendProblem& problem) {
   const HeadRows& queries = problem.queries;
   Survey found;
-  bool fits = dtype_bytes(queries.dtype) == 2;
+  bool fits = dtype_bytes(queries.dtype) == 2 && queries.dim % 8 == 0 && problem.value_dim % 8 == 0;
   std::uint32_t most_bits = 0;
   for (const auto& segments : problem.heads) {
     for (const AttendSegment& segment : segments) {
@@ -119,8 +118,8 @@ Result<Survey> survey(const AttendProblem& problem) {
       }
       found.bits.push_back(*keys);
       most_bits = std::max(most_bits, *keys);
-      fits = fits && (*keys != 0 || (rows_fit_tensor_cores(segment.keys, queries.dim, queries.dtype) &&
-                                     rows_fit_tensor_cores(segment.values, problem.value_dim, queries.dtype)));
+      fits = fits && (*keys != 0 || (rows_fit_tensor_cores(segment.keys, queries.dtype) &&
+                                     rows_fit_tensor_cores(segment.values, queries.dtype)));
     }
   }
   if (!fits && most_bits != 0) {
@@ -169,12 +168,20 @@ Segment device_segment(const AttendSegment& segment, std::uint32_t dim, std::uin
 constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 constexpr std::uint64_t parts_of(std::uint64_t whole, std::uint64_t part) { return (whole + part - 1) / part; }
 
-/// Blocks of the kernel that the current device runs at a time.
-Result<std::uint32_t> resident_blocks(const Choice& choice) {
+/// What the current device can do for a kernel.
+struct DeviceFit {
+  std::uint32_t blocks = 0;  ///< that it runs at a time
+  /// Has programmatic dependent launch.
+  bool overlaps = false;
+};
+
+Result<DeviceFit> fit_device(const Choice& choice) {
   int device = 0;
   int processors = 0;
   int blocks = 0;
+  int major = 0;
   cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -188,7 +195,7 @@ Result<std::uint32_t> resident_blocks(const Choice& choice) {
     cudaGetLastError();
     return failure(Code::kInternal, std::string("attend: ") + cudaGetErrorString(error));
   }
-  return static_cast<std::uint32_t>(std::max(processors * blocks, 1));
+  return DeviceFit{static_cast<std::uint32_t>(std::max(processors * blocks, 1)), major >= 9};
 }
 
 }  // namespace
@@ -199,11 +206,13 @@ struct CudaAttendPlan::Plan {
   Task task{};
   Choice choice{};
   std::uint32_t blocks = 0;
+  /// Blocks may begin before the kernel in front has ended.
+  bool overlaps = false;
   /// Pieces and counters as they go to the device, and the bytes with the results behind them.
   std::vector<std::byte> uploaded;
   std::size_t device_bytes = 0;
   /// Where the parts begin.
-  std::size_t done_at = 0, sums_at = 0, references_at = 0, totals_at = 0;
+  std::size_t done_at = 0, sums_at = 0, weights_at = 0;
   bool put = false;
 };
 
@@ -218,8 +227,9 @@ Result<CudaAttendPlan> CudaAttendPlan::make(const AttendProblem& problem, const 
   if (!found) return failure(found.error());
   auto plan = std::make_unique<Plan>();
   plan->choice = found->choice;
-  const auto resident = resident_blocks(plan->choice);
-  if (!resident) return failure(resident.error());
+  const auto fit = fit_device(plan->choice);
+  if (!fit) return failure(fit.error());
+  plan->overlaps = fit->overlaps;
 
   const HeadRows& queries = problem.queries;
   const auto heads = static_cast<std::uint32_t>(problem.heads.size());
@@ -240,7 +250,7 @@ Result<CudaAttendPlan> CudaAttendPlan::make(const AttendProblem& problem, const 
   for (const auto& segments : problem.heads) {
     for (const AttendSegment& segment : segments) entries += segment.entries;
   }
-  const std::uint64_t even = parts_of(entries * task.query_blocks, *resident);
+  const std::uint64_t even = parts_of(entries * task.query_blocks, fit->blocks);
   const std::uint64_t wanted =
       options.piece_entries != 0 ? options.piece_entries : std::min<std::uint64_t>(even, kLargePiece);
   const std::uint64_t piece = std::max<std::uint64_t>(wanted, kSmallestPiece);
@@ -274,9 +284,8 @@ Result<CudaAttendPlan> CudaAttendPlan::make(const AttendProblem& problem, const 
   plan->done_at = aligned(pieces.size() * sizeof(Piece));
   plan->sums_at = plan->done_at + aligned(std::size_t{heads} * task.query_blocks * sizeof(std::uint32_t));
   const std::size_t results = pieces.size() * task.count;
-  plan->references_at = plan->sums_at + aligned(results * task.value_dim * sizeof(float));
-  plan->totals_at = plan->references_at + aligned(results * sizeof(float));
-  plan->device_bytes = plan->totals_at + aligned(results * sizeof(float));
+  plan->weights_at = plan->sums_at + aligned(results * task.value_dim * sizeof(float));
+  plan->device_bytes = plan->weights_at + aligned(results * sizeof(PieceWeights));
   plan->uploaded.resize(plan->sums_at);
   std::memcpy(plan->uploaded.data(), pieces.data(), pieces.size() * sizeof(Piece));
   return CudaAttendPlan(std::move(plan));
@@ -295,8 +304,7 @@ Status CudaAttendPlan::put(std::byte* memory, CUstream_st* stream) {
   task.pieces = reinterpret_cast<const Piece*>(memory);
   task.done = reinterpret_cast<std::uint32_t*>(memory + plan_->done_at);
   task.sums = reinterpret_cast<float*>(memory + plan_->sums_at);
-  task.references = reinterpret_cast<float*>(memory + plan_->references_at);
-  task.totals = reinterpret_cast<float*>(memory + plan_->totals_at);
+  task.weights = reinterpret_cast<PieceWeights*>(memory + plan_->weights_at);
   plan_->put = true;
   return Status::ok();
 }
@@ -310,7 +318,17 @@ Status CudaAttendPlan::attend(const std::byte* queries, const std::int32_t* quer
   task.output = output;
   task.lse = lse;
   const Choice& choice = plan_->choice;
-  choice.kernel<<<plan_->blocks, choice.warps * kWarp, choice.warps * choice.warp_bytes, stream>>>(task);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = plan_->blocks;
+  config.blockDim = choice.warps * kWarp;
+  config.dynamicSmemBytes = choice.warps * choice.warp_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = plan_->overlaps ? 1 : 0;
+  cudaLaunchKernelEx(&config, choice.kernel, task);
   return launched("attend");
 }
 

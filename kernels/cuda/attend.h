@@ -56,6 +56,10 @@ class CudaAttendPlan {
   /// Queues the attention of queries (and their positions; null: they see all), strided as the problem's; output and
   /// lse as attend() writes them. All lie in device memory. Neither allocates nor synchronises nor copies; may be
   /// captured in a graph. kInvalid before put(); kInternal when the launch fails.
+  ///
+  /// From sm_90 on its blocks may begin while the kernel before it in the stream ends, and read the plan; all that the
+  /// plan points to is read when that kernel is done. In turn they let a kernel behind them begin, if it was launched
+  /// so (programmatic stream serialisation): it has to wait for them before it reads what they write.
   Status attend(const std::byte* queries, const std::int32_t* query_positions, float* output, float* lse,
                 CUstream_st* stream) const;
 

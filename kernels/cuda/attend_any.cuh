@@ -85,7 +85,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend_pieces(const __grid_cons
   __shared__ float weights[kWarps][kQueries][kWarp];
   __shared__ WarpResult<kQueries, kMaxAttendDim> results[kWarps];
   const std::uint32_t query_block = blockIdx.x % task.query_blocks;
-  const Piece& piece = task.pieces[blockIdx.x / task.query_blocks];
+  const std::uint32_t number = blockIdx.x / task.query_blocks;
+  __shared__ Piece piece;
+  let_next_begin();
+  take_piece(task, number, piece);
+  wait_for_previous();
   const Segment& segment = piece.segment;
   const std::uint32_t first_query = query_block * kQueries;
   const std::uint32_t query_count = min(kQueries, task.count - first_query);
@@ -172,9 +176,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend_pieces(const __grid_cons
     }
   }
   __syncthreads();
-  hand_in<kWarps, kQueries, kMaxAttendDim>(
-      task, blockIdx.x / task.query_blocks, query_block, [&](unsigned of) -> const auto& { return results[of]; },
-      results);
+  const auto result_of = [&](unsigned of) -> const auto& { return results[of]; };
+  if (task.value_dim % 4 == 0) {
+    hand_in<kWarps, kQueries, kMaxAttendDim, 4>(task, piece, number, query_block, result_of, results);
+  } else {
+    hand_in<kWarps, kQueries, kMaxAttendDim, 1>(task, piece, number, query_block, result_of, results);
+  }
 }
 
 }  // namespace kvern::cuda::any

@@ -103,6 +103,7 @@ class CodedRows {
     __syncwarp();
   }
   __device__ void load_keys() {}
+  __device__ void find_values(std::uint32_t) {}
   __device__ void load_values() {}
 
   __device__ void multiply_keys(float (&logits)[kTiles][4]) const {
@@ -270,24 +271,24 @@ __global__ void __launch_bounds__(kWarps<kBlocks>* kWarp, kResident)
   constexpr unsigned kDim = kBlocks * kBlock;
   extern __shared__ __align__(16) std::byte shared[];
   __shared__ Queries<kBlocks> queries;
-  const Block block(task);
+  __shared__ Piece piece;
+  take_piece_ahead(task, PlainRows<E, kBlocks>::kKeys, piece);
+  const Block block(task, piece);
   using Result = WarpResult<kQueries, kDim>;
   std::byte* of_warp = shared + block.warp * task.warp_bytes;
   const auto attend = [&](auto source, auto place_of) {
-    attend_tiles<E, kBlocks>(
-        source, task, block.segment, block.span, block.warp, kWarps<kBlocks>, block.positions,
-        [&] { take_queries(task, block, queries, place_of); }, *reinterpret_cast<Result*>(of_warp));
+    attend_tiles<E, kBlocks>(source, task, block, queries, place_of, *reinterpret_cast<Result*>(of_warp));
   };
   if (block.segment.bits == 4) {
-    attend(CodedRows<E, kBlocks, 4>(block.segment, block.span, queries, of_warp), Word<4>::place_of);
+    attend(CodedRows<E, kBlocks, 4>(block.segment, block.span(), queries, of_warp), Word<4>::place_of);
   } else if (block.segment.bits == 8) {
-    attend(CodedRows<E, kBlocks, 8>(block.segment, block.span, queries, of_warp), Word<8>::place_of);
+    attend(CodedRows<E, kBlocks, 8>(block.segment, block.span(), queries, of_warp), Word<8>::place_of);
   } else {
-    attend(PlainRows<E, kBlocks>(task, block.segment, block.span, queries), [](unsigned column) { return column; });
+    attend(PlainRows<E, kBlocks>(task, block.segment, block.span(), queries), [](unsigned column) { return column; });
   }
   __syncthreads();
-  hand_in<kWarps<kBlocks>, kQueries, kDim>(
-      task, block.piece, block.query_block,
+  hand_in<kWarps<kBlocks>, kQueries, kDim, 4>(
+      task, piece, block.number, block.query_block,
       [&](unsigned of) -> const auto& { return *reinterpret_cast<const Result*>(shared + of * task.warp_bytes); },
       shared);
 }

@@ -24,7 +24,7 @@ struct Rows {
   /// Every row begins at a multiple of 16 bytes and has a multiple of 16.
   bool aligned;
 
-  __device__ std::uint32_t number(std::uint32_t entry) const { return index != nullptr ? __ldg(index + entry) : entry; }
+  __device__ std::uint32_t number(std::uint32_t entry) const { return index != nullptr ? index[entry] : entry; }
   __device__ const std::byte* row(std::uint32_t entry) const { return data + number(entry) * stride; }
 };
 
@@ -50,7 +50,7 @@ struct Segment {
 };
 
 /// Entries [begin, end) of a segment, with all that a block has to know of them: waiting for one load is long enough.
-struct Piece {
+struct alignas(16) Piece {
   Segment segment;
   std::uint32_t head;
   std::uint32_t begin;
@@ -60,14 +60,19 @@ struct Piece {
   std::uint32_t of_head;
 };
 
+/// What the weights of a query in a piece are relative to, and their total.
+struct alignas(8) PieceWeights {
+  float reference;
+  float total;
+};
+
 struct Task {
   const Piece* pieces;
   /// Blocks that are done, by head and block of queries. 0 between runs.
   std::uint32_t* done;
-  /// Per piece and query: value_dim sums of weighted values; what the weights are relative to; their total.
+  /// Per piece and query: value_dim sums of weighted values, and their weights.
   float* sums;
-  float* references;
-  float* totals;
+  PieceWeights* weights;
 
   const std::byte* queries;
   std::size_t query_head_stride;
@@ -90,6 +95,30 @@ struct Task {
   }
 };
 
+/// Programmatic dependent launch, where the device has it and the host asks for it: blocks of the next kernel may begin
+/// where there is room for them, and get as far as their wait_for_previous().
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Until the kernels before are done, and what they wrote is seen. Every thread, before it reads anything but the plan
+/// (which copies write, not kernels) and before it writes.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Copies a piece to shared memory. All threads of the block.
+__device__ inline void take_piece(const Task& task, std::uint32_t number, Piece& piece) {
+  static_assert(sizeof(Piece) % sizeof(uint4) == 0);
+  if (threadIdx.x < sizeof(Piece) / sizeof(uint4)) {
+    reinterpret_cast<uint4*>(&piece)[threadIdx.x] = reinterpret_cast<const uint4*>(task.pieces + number)[threadIdx.x];
+  }
+  __syncthreads();
+}
+
 /// Zero for what is below the smallest normal number.
 __device__ inline float power_of_two(float exponent) {
   float power;
@@ -100,10 +129,11 @@ __device__ inline float power_of_two(float exponent) {
 /// What weights are relative to when the largest logit is given: nothing may be subtracted from -infinity.
 __device__ inline float finite_reference(float largest) { return largest == -INFINITY ? 0.0F : largest; }
 
-/// The result of one warp: sums relative to a reference.
+/// The result of one warp: sums relative to a reference. Rows lie four banks apart, so that lanes that store 16 bytes
+/// of different queries seldom meet.
 template <unsigned kQueries, unsigned kDim>
-struct WarpResult {
-  float sums[kQueries][kDim];
+struct alignas(16) WarpResult {
+  float sums[kQueries][kDim + 4];
   float references[kQueries];
   float totals[kQueries];
 };
@@ -111,48 +141,64 @@ struct WarpResult {
 /// Neighbouring sums of weighted values, relative to a reference, and the total of the weights.
 template <unsigned kCount>
 struct PartialSums {
-  float sums[kCount];
-  float reference;
-  float total;
+  float sums[kCount] = {};
+  float reference = -INFINITY;
+  float total = 0;
 
-  __device__ void add(const PartialSums& other) {
-    const float now = fmaxf(reference, other.reference);
+  /// Adds all of them: their factors do not wait for each other.
+  template <unsigned kOthers>
+  __device__ void add(const PartialSums (&others)[kOthers]) {
+    float now = reference;
+    for (const PartialSums& other : others) now = fmaxf(now, other.reference);
     const float base = finite_reference(now);
     const float mine = power_of_two(reference - base);
-    const float others = power_of_two(other.reference - base);
-    total = fmaf(total, mine, other.total * others);
-    for (unsigned i = 0; i < kCount; ++i) sums[i] = fmaf(sums[i], mine, other.sums[i] * others);
+    total *= mine;
+    for (float& sum : sums) sum *= mine;
+    for (const PartialSums& other : others) {
+      const float factor = power_of_two(other.reference - base);
+      total = fmaf(other.total, factor, total);
+      for (unsigned i = 0; i < kCount; ++i) sums[i] = fmaf(other.sums[i], factor, sums[i]);
+    }
     reference = now;
+  }
+  __device__ void add(const PartialSums& other) {
+    const PartialSums others[1] = {other};
+    add(others);
   }
 };
 
 /// The outputs of a block's queries from the results of their head's pieces [begin, end), in order. All threads of the
 /// block; scratch: shared memory for a PartialSums of each.
-template <unsigned kThreads, unsigned kVector>
+template <unsigned kThreads, unsigned kDim, unsigned kVector>
 __device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32_t begin, std::uint32_t end,
                                std::uint32_t first_query, std::uint32_t query_count, void* scratch) {
-  /// Results that a thread waits for together.
-  constexpr unsigned kTogether = 8;
+  /// Results that a thread waits for together: half of the 33 pieces per head that eight heads have on 132
+  /// multiprocessors, and what there are registers for.
+  constexpr unsigned kTogether = kVector == 4 && kThreads > 128 ? 17 : 8;
   using Partial = PartialSums<kVector>;
   auto* parts = static_cast<Partial*>(scratch);
-  const std::uint32_t columns = task.value_dim / kVector;
-  const std::uint32_t width = columns * query_count;
+  constexpr std::uint32_t kColumns = kDim / kVector;
+  const std::uint32_t width = kColumns * query_count;
   for (std::uint32_t first = 0; first < width; first += kThreads) {
     const std::uint32_t here = min(width - first, kThreads);
     const std::uint32_t slices = kThreads / here;
     const std::uint32_t slice = threadIdx.x / here;
-    const std::uint32_t query = (first + threadIdx.x % here) / columns;
-    const std::uint32_t column = (first + threadIdx.x % here) % columns * kVector;
-    Partial result{{}, -INFINITY, 0};
-    for (std::uint32_t piece = begin + slice; slice < slices && piece < end; piece += kTogether * slices) {
+    const std::uint32_t query = (first + threadIdx.x % here) / kColumns;
+    const std::uint32_t column = (first + threadIdx.x % here) % kColumns * kVector;
+    const bool working = slice < slices && column < task.value_dim;
+    // The thread's next result, and how far behind it the following one lies.
+    const std::size_t at = std::size_t{begin + slice} * task.count + first_query + query;
+    const float* sums = task.sums + at * task.value_dim + column;
+    const PieceWeights* weights = task.weights + at;
+    const std::size_t step = std::size_t{slices} * task.count;
+    Partial result;
+    for (std::uint32_t piece = begin + slice; working && piece < end; piece += kTogether * slices) {
       Partial loaded[kTogether];
-      for (unsigned i = 0; i < kTogether; ++i) {
-        const std::uint32_t of = piece + i * slices;
-        const std::size_t at = std::size_t{min(of, end - 1)} * task.count + first_query + query;
-        const float reference = __ldcg(task.references + at);
-        loaded[i].reference = of < end ? reference : -INFINITY;
-        loaded[i].total = __ldcg(task.totals + at);
-        const float* sums = task.sums + at * task.value_dim + column;
+      for (unsigned i = 0; i < kTogether; ++i, weights += step, sums += step * task.value_dim) {
+        if (piece + i * slices >= end) continue;
+        const float2 pair = __ldcg(reinterpret_cast<const float2*>(weights));
+        loaded[i].reference = pair.x;
+        loaded[i].total = pair.y;
         if constexpr (kVector == 4) {
           const float4 four = __ldcg(reinterpret_cast<const float4*>(sums));
           loaded[i].sums[0] = four.x, loaded[i].sums[1] = four.y, loaded[i].sums[2] = four.z,
@@ -161,13 +207,12 @@ __device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32
           loaded[i].sums[0] = __ldcg(sums);
         }
       }
-      for (unsigned i = 0; i < kTogether; ++i) {
-        if (piece + i * slices < end) result.add(loaded[i]);
-      }
+      result.add(loaded);
     }
     parts[threadIdx.x] = result;
     __syncthreads();
-    if (slice == 0) {
+    if (working && slice == 0) {
+#pragma unroll 1
       for (std::uint32_t other = 1; other < slices; ++other) result.add(parts[threadIdx.x + other * here]);
       const std::size_t row = std::size_t{head} * task.count + first_query + query;
       const float inverse = result.total == 0 ? 0.0F : 1.0F / result.total;
@@ -178,61 +223,56 @@ __device__ void combine_pieces(const Task& task, std::uint32_t head, std::uint32
   }
 }
 
-/// Combines the results of the block's warps, result_of(warp), and hands them in. The last block of a head and its
-/// queries makes the output: which one that is does not matter to the result. All threads of the block, after a
-/// barrier.
-template <unsigned kWarps, unsigned kQueries, unsigned kDim, class ResultOf>
-__device__ void hand_in(const Task& task, std::uint32_t piece, std::uint32_t query_block, ResultOf result_of,
-                        void* scratch) {
+/// Counts one of `of` in; true for the last, which sees what all others have written before. Leaves 0.
+__device__ inline bool arrive_last(std::uint32_t* done, std::uint32_t of) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(done), "r"(of - 1) : "memory");
+  return before == of - 1;
+}
+
+/// Combines the results of the block's warps, result_of(warp), and hands them in; task.value_dim is a multiple of
+/// kVector. The last block of a head and its queries makes the output: which one that is does not matter to the result.
+/// All threads of the block, after a barrier.
+template <unsigned kWarps, unsigned kQueries, unsigned kDim, unsigned kVector, class ResultOf>
+__device__ void hand_in(const Task& task, const Piece& piece, std::uint32_t number, std::uint32_t query_block,
+                        ResultOf result_of, void* scratch) {
   constexpr unsigned kThreads = kWarps * kWarp;
-  const std::uint32_t head = task.pieces[piece].head;
+  constexpr unsigned kColumns = kDim / kVector;
   const std::uint32_t first_query = query_block * kQueries;
   const std::uint32_t query_count = min(kQueries, task.count - first_query);
-  __shared__ float factors[kWarps][kQueries];
-  if (threadIdx.x < query_count) {
-    const unsigned query = threadIdx.x;
-    float all = -INFINITY;
-    for (unsigned i = 0; i < kWarps; ++i) all = fmaxf(all, result_of(i).references[query]);
-    const float reference = finite_reference(all);
-    float total = 0;
-    for (unsigned i = 0; i < kWarps; ++i) {
-      factors[i][query] = power_of_two(result_of(i).references[query] - reference);
-      total = fmaf(factors[i][query], result_of(i).totals[query], total);
-    }
-    const std::size_t at = std::size_t{piece} * task.count + first_query + query;
-    task.references[at] = all;
-    task.totals[at] = total;
-  }
-  __syncthreads();
-  for (std::uint32_t i = threadIdx.x; i < query_count * kDim; i += kThreads) {
-    const std::uint32_t query = i / kDim;
-    const std::uint32_t column = i % kDim;
+#pragma unroll 1
+  for (std::uint32_t i = threadIdx.x; i < query_count * kColumns; i += kThreads) {
+    const std::uint32_t query = i / kColumns;
+    const std::uint32_t column = i % kColumns * kVector;
     if (column >= task.value_dim) continue;
-    float sum = 0;
+    PartialSums<kVector> of_warps[kWarps];
     for (unsigned warp = 0; warp < kWarps; ++warp) {
-      sum = fmaf(factors[warp][query], result_of(warp).sums[query][column], sum);
+      const auto& result = result_of(warp);
+      for (unsigned j = 0; j < kVector; ++j) of_warps[warp].sums[j] = result.sums[query][column + j];
+      of_warps[warp].reference = result.references[query];
+      of_warps[warp].total = result.totals[query];
     }
-    task.sums[(std::size_t{piece} * task.count + first_query + query) * task.value_dim + column] = sum;
+    PartialSums<kVector> sum;
+    sum.add(of_warps);
+    const std::size_t at = std::size_t{number} * task.count + first_query + query;
+    float* sums = task.sums + at * task.value_dim + column;
+    if constexpr (kVector == 4) {
+      *reinterpret_cast<float4*>(sums) = {sum.sums[0], sum.sums[1], sum.sums[2], sum.sums[3]};
+    } else {
+      *sums = sum.sums[0];
+    }
+    if (column == 0) task.weights[at] = {sum.reference, sum.total};
   }
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    // What the block has written is seen by whoever sees its arrival.
-    __threadfence();
-    const std::uint32_t pieces = task.pieces[piece].of_head;
-    // Wraps to 0 at the last one, for the next run.
-    last = atomicInc(task.done + std::size_t{head} * task.query_blocks + query_block, pieces - 1) == pieces - 1;
-    __threadfence();
+    last = piece.of_head == 1 ||
+           arrive_last(task.done + std::size_t{piece.head} * task.query_blocks + query_block, piece.of_head);
   }
   __syncthreads();
   if (!last) return;
-  const std::uint32_t begin = task.pieces[piece].first_of_head;
-  const std::uint32_t end = begin + task.pieces[piece].of_head;
-  if (task.value_dim % 4 == 0) {
-    combine_pieces<kThreads, 4>(task, head, begin, end, first_query, query_count, scratch);
-  } else {
-    combine_pieces<kThreads, 1>(task, head, begin, end, first_query, query_count, scratch);
-  }
+  combine_pieces<kThreads, kDim, kVector>(task, piece.head, piece.first_of_head, piece.first_of_head + piece.of_head,
+                                          first_query, query_count, scratch);
 }
 
 }  // namespace kvern::cuda

@@ -28,10 +28,12 @@ struct Lane {
   unsigned column = threadIdx.x % 4;
 };
 
-/// The block's queries, in shared memory. Rows lie half of its banks apart, so that two can be read at a time.
+/// The block's queries and their positions, in shared memory. Rows lie half of its banks apart, so that two can be read
+/// at a time.
 template <unsigned kBlocks>
 struct alignas(16) Queries {
   std::uint16_t elements[kQueries][kBlocks * kBlock + kBlock / 2];
+  std::int32_t positions[kQueries];
 };
 
 /// Entries [begin, end) of a segment, as tiles of kKeys.
@@ -61,25 +63,27 @@ class PlainRows {
   static constexpr unsigned kKeys = 16 * kTiles;
 
   __device__ PlainRows(const Task& task, const Segment& segment, Span span, const Queries<kBlocks>& queries)
-      : keys_(segment.keys),
+      : task_(task),
+        keys_(segment.keys),
         values_(segment.values),
         span_(span),
-        dim_(task.dim),
-        value_dim_(task.value_dim),
         query_(&queries.elements[lane_.row][lane_.column * 8]) {}
 
   /// Begins to load the tile at first.
   __device__ void start(std::uint32_t first) {
-    find(first);
+    find_keys(first);
+    find_values(first);
     load_keys();
     load_values();
   }
   /// Before the present tile is worked on: what comes next.
   __device__ void look_ahead(std::uint32_t next, bool more) {
-    if (more) find(next);
+    if (more) find_keys(next);
   }
-  __device__ void find(std::uint32_t first) {
+  __device__ void find_keys(std::uint32_t first) {
     for (unsigned i = 0; i < 2; ++i) key_rows_[i] = keys_.number(span_.clamp(first + lane_.row + 8 * i));
+  }
+  __device__ void find_values(std::uint32_t first) {
     for (unsigned i = 0; i < 4; ++i) value_rows_[i] = values_.number(span_.clamp(first + value_entry(i)));
   }
   __device__ void load_keys() {
@@ -87,7 +91,7 @@ class PlainRows {
       const std::byte* row = keys_.data + key_rows_[i] * keys_.stride;
       for (unsigned chunk = 0; chunk < 2 * kBlocks; ++chunk) {
         const unsigned element = chunk * kBlock / 2 + lane_.column * 8;
-        key_[chunk][i] = element < dim_ ? load_once(row + element * 2) : uint4{};
+        key_[chunk][i] = element < task_.dim ? load_once(row + element * 2) : uint4{};
       }
     }
   }
@@ -96,7 +100,7 @@ class PlainRows {
       const std::byte* row = values_.data + value_rows_[i] * values_.stride;
       for (unsigned block = 0; block < kBlocks; ++block) {
         const unsigned element = block * kBlock + lane_.row * 8;
-        value_[block][i] = element < value_dim_ ? load_once(row + element * 2) : uint4{};
+        value_[block][i] = element < task_.value_dim ? load_once(row + element * 2) : uint4{};
       }
     }
   }
@@ -132,11 +136,10 @@ class PlainRows {
   }
 
   Lane lane_;
+  const Task& task_;
   const Rows& keys_;
   const Rows& values_;
   Span span_;
-  std::uint32_t dim_;
-  std::uint32_t value_dim_;
   std::uint32_t key_rows_[2];
   std::uint32_t value_rows_[4];
   const std::uint16_t* query_;
@@ -150,14 +153,21 @@ class EntryTerms {
  public:
   __device__ EntryTerms(const Segment& segment, Span span) : segment_(segment), span_(span) {}
 
+  /// Begins to load those of the tile at first.
   __device__ void load(std::uint32_t first) {
     for (unsigned i = 0; i < kEach; ++i) {
-      const std::uint32_t entry = first + i * kWarp + threadIdx.x % kWarp;
-      const std::uint32_t inside = span_.clamp(entry);
-      bias_[i] = entry >= span_.end ? -INFINITY : segment_.bias != nullptr ? segment_.bias[inside] * kLog2E : 0.0F;
-      if (segment_.keys.lengths != nullptr) key_lengths_[i] = segment_.keys.lengths[inside];
-      if (segment_.values.lengths != nullptr) value_lengths_[i] = segment_.values.lengths[inside];
-      if (segment_.positions != nullptr) positions_[i] = segment_.positions[inside];
+      const std::uint32_t inside = span_.clamp(entry(first, i));
+      bias_[i] = segment_.bias != nullptr ? segment_.bias[inside] : 0.0F;
+      if (has_key_lengths()) key_lengths_[i] = segment_.keys.lengths[inside];
+      if (has_value_lengths()) value_lengths_[i] = segment_.values.lengths[inside];
+      if (has_positions()) positions_[i] = segment_.positions[inside];
+    }
+  }
+  /// When they are needed: biases in the units of logits, which hide what lies behind the span. Not before, for it
+  /// waits for what load() began.
+  __device__ void settle(std::uint32_t first) {
+    for (unsigned i = 0; i < kEach; ++i) {
+      bias_[i] = entry(first, i) < span_.end ? bias_[i] * kLog2E : -INFINITY;
     }
   }
   __device__ bool has_key_lengths() const { return segment_.keys.lengths != nullptr; }
@@ -170,6 +180,9 @@ class EntryTerms {
 
  private:
   static constexpr unsigned kEach = (kKeys + kWarp - 1) / kWarp;
+  __device__ static std::uint32_t entry(std::uint32_t first, unsigned i) {
+    return first + i * kWarp + threadIdx.x % kWarp;
+  }
   /// key / kWarp is known when this is compiled.
   template <typename T>
   __device__ static T of(const T (&values)[kEach], unsigned key) {
@@ -184,33 +197,104 @@ class EntryTerms {
   std::int32_t positions_[kEach];
 };
 
-/// A warp's share of a piece: every warps-th tile. Calls take_queries() when its first loads are on their way; all
-/// warps of the block call it once.
-template <class E, unsigned kBlocks, class Source, class TakeQueries>
-__device__ void attend_tiles(Source source, const Task& task, const Segment& segment, Span span, unsigned warp,
-                             unsigned warps, const std::int32_t (&query_positions)[2], TakeQueries take_queries,
-                             WarpResult<kQueries, kBlocks * kBlock>& result) {
+/// What the threads of a block have in common. The plan's piece is in shared memory, for it is read time and again.
+struct Block {
+  __device__ Block(const Task& task, const Piece& of)
+      : query_block(blockIdx.x % task.query_blocks),
+        number(blockIdx.x / task.query_blocks),
+        first_query(query_block * kQueries),
+        query_count(min(kQueries, task.count - first_query)),
+        piece(of),
+        segment(of.segment),
+        warp(threadIdx.x / kWarp) {}
+
+  __device__ Span span() const { return {piece.begin, piece.end}; }
+
+  std::uint32_t query_block;
+  std::uint32_t number;  ///< of the piece
+  std::uint32_t first_query;
+  std::uint32_t query_count;
+  const Piece& piece;
+  const Segment& segment;
+  unsigned warp;
+};
+
+/// Asks for what lies at from in L2, where what other kernels write is seen: this need not wait for them. One thread.
+__device__ inline void prefetch(const std::byte* from, std::uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+/// Takes the block's piece, and waits for the kernels before. Meanwhile rows that follow each other without gaps are
+/// fetched, as many as the warps begin with. All threads of the block.
+__device__ inline void take_piece_ahead(const Task& task, std::uint32_t warp_keys, Piece& piece) {
+  let_next_begin();
+  take_piece(task, blockIdx.x / task.query_blocks, piece);
+  const bool keys = threadIdx.x == 0;
+  if (piece.segment.bits == 0 && (keys || threadIdx.x == kWarp)) {
+    const Rows& rows = keys ? piece.segment.keys : piece.segment.values;
+    const std::uint32_t row_bytes = (keys ? task.dim : task.value_dim) * 2;
+    const std::uint32_t entries = min(piece.end - piece.begin, blockDim.x / kWarp * warp_keys);
+    if (rows.index == nullptr && rows.stride == row_bytes && entries > 0) {
+      prefetch(rows.data + std::size_t{piece.begin} * row_bytes, entries * row_bytes);
+    }
+  }
+  wait_for_previous();
+}
+
+/// Copies the block's queries, element by element to place_of(column): each warp its own, all of whose elements are on
+/// their way at a time. All threads of the block.
+template <unsigned kBlocks, class PlaceOf>
+__device__ void take_queries(const Task& task, const Block& block, Queries<kBlocks>& queries, PlaceOf place_of) {
+  constexpr unsigned kEach = kBlocks * kBlock / kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
+  for (unsigned query = block.warp; query < kQueries; query += kWarps<kBlocks>) {
+    const bool there = query < block.query_count;
+    const std::uint32_t of_head = block.first_query + (there ? query : 0);
+    const auto* row = reinterpret_cast<const std::uint16_t*>(task.query(block.piece.head, of_head));
+    std::uint16_t elements[kEach];
+    for (unsigned i = 0; i < kEach; ++i) {
+      const unsigned column = i * kWarp + lane;
+      elements[i] = there && column < task.dim ? row[column] : std::uint16_t{0};
+    }
+    for (unsigned i = 0; i < kEach; ++i) queries.elements[query][place_of(i * kWarp + lane)] = elements[i];
+    if (lane == 0) {
+      queries.positions[query] =
+          task.query_positions != nullptr ? task.query_positions[of_head % task.rows] : INT32_MAX;
+    }
+  }
+  __syncthreads();
+}
+
+/// A warp's share of the block's piece: every kWarps-th tile. Takes the queries, to place_of(column), when its first
+/// loads are on their way. All threads of the block.
+template <class E, unsigned kBlocks, class Source, class PlaceOf>
+__device__ void attend_tiles(Source source, const Task& task, const Block& block, Queries<kBlocks>& queries,
+                             PlaceOf place_of, WarpResult<kQueries, kBlocks * kBlock>& result) {
   constexpr unsigned kTiles = Source::kTiles;
   constexpr unsigned kKeys = Source::kKeys;
   const Lane lane;
-  const std::uint32_t step = warps * kKeys;
-  EntryTerms<kKeys> terms(segment, span);
+  constexpr std::uint32_t kStep = kWarps<kBlocks> * kKeys;
+  const Span span = block.span();
+  EntryTerms<kKeys> terms(block.segment, span);
   float sums[4 * kBlocks][4] = {};
   float references[2] = {-INFINITY, -INFINITY};
   float totals[2] = {};
-  std::uint32_t first = span.begin + warp * kKeys;
+  std::uint32_t first = span.begin + block.warp * kKeys;
   if (first < span.end) {
     terms.load(first);
     source.start(first);
   }
-  take_queries();
-  for (; first < span.end; first += step) {
-    const std::uint32_t next = first + step;
+  take_queries(task, block, queries, place_of);
+  for (; first < span.end; first += kStep) {
+    const std::uint32_t next = first + kStep;
     const bool more = next < span.end;
     source.look_ahead(next, more);
     float logits[kTiles][4] = {};
     source.multiply_keys(logits);
     if (more) source.load_keys();
+    terms.settle(first);
 
     float largest[2] = {-INFINITY, -INFINITY};
     for (unsigned i = 0; i < 2 * kTiles; ++i) {
@@ -225,7 +309,7 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
       for (unsigned query = 0; query < 2; ++query) {
         float& logit = logits[i / 2][i % 2 * 2 + query];
         logit = fmaf(logit, factor, bias);
-        if (terms.has_positions() && position > query_positions[query]) logit = -INFINITY;
+        if (terms.has_positions() && position > queries.positions[2 * lane.column + query]) logit = -INFINITY;
         // So that weights stay within the elements' range, with their values' lengths too.
         largest[query] = fmaxf(largest[query], logit + above);
       }
@@ -266,7 +350,11 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
     }
     if (more) terms.load(next);
     source.add_values(weights, sums);
-    if (more) source.load_values();
+    if (more) {
+      // Indices are most often those of the keys, which have been read.
+      source.find_values(next);
+      source.load_values();
+    }
   }
 
   __syncwarp();  // the result may lie where the source did
@@ -275,6 +363,7 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
       totals[query] += __shfl_xor_sync(kEveryLane, totals[query], offset);
     }
     const unsigned of = 2 * lane.column + query;
+    if (of >= block.query_count) continue;
     for (unsigned i = 0; i < 4 * kBlocks; ++i) {
       result.sums[of][Source::column(i, 0)] = sums[i][query];
       result.sums[of][Source::column(i, 1)] = sums[i][2 + query];
@@ -286,63 +375,22 @@ __device__ void attend_tiles(Source source, const Task& task, const Segment& seg
   }
 }
 
-/// What the lanes of a block have in common.
-struct Block {
-  __device__ explicit Block(const Task& task)
-      : query_block(blockIdx.x % task.query_blocks),
-        piece(blockIdx.x / task.query_blocks),
-        span{task.pieces[piece].begin, task.pieces[piece].end},
-        segment(task.pieces[piece].segment),
-        warp(threadIdx.x / kWarp) {
-    const std::uint32_t first_query = query_block * kQueries;
-    const std::uint32_t query_count = min(kQueries, task.count - first_query);
-    for (unsigned i = 0; i < 2; ++i) {
-      const std::uint32_t query = first_query + min(2 * Lane().column + i, query_count - 1);
-      positions[i] = task.query_positions != nullptr ? task.query_positions[query % task.rows] : INT32_MAX;
-    }
-  }
-
-  std::uint32_t query_block;
-  std::uint32_t piece;
-  Span span;
-  const Segment& segment;
-  unsigned warp;
-  /// Of the queries that the lane has logits of.
-  std::int32_t positions[2];
-};
-
-/// Copies the block's queries, element by element to place_of(column). All threads of the block.
-template <unsigned kBlocks, class PlaceOf>
-__device__ void take_queries(const Task& task, const Block& block, Queries<kBlocks>& queries, PlaceOf place_of) {
-  constexpr unsigned kDim = kBlocks * kBlock;
-  const std::uint32_t head = task.pieces[block.piece].head;
-  const std::uint32_t first_query = block.query_block * kQueries;
-  const std::uint32_t query_count = min(kQueries, task.count - first_query);
-  for (unsigned i = threadIdx.x; i < kQueries * kDim; i += blockDim.x) {
-    const std::uint32_t query = i / kDim;
-    const std::uint32_t column = i % kDim;
-    const bool there = query < query_count && column < task.dim;
-    queries.elements[query][place_of(column)] =
-        there ? reinterpret_cast<const std::uint16_t*>(task.query(head, first_query + query))[column]
-              : std::uint16_t{0};
-  }
-  __syncthreads();
-}
-
 /// One block per piece and kQueries queries.
 template <class E, unsigned kBlocks>
 __global__ void __launch_bounds__(kWarps<kBlocks>* kWarp, kResident) attend_pieces(const __grid_constant__ Task task) {
   constexpr unsigned kDim = kBlocks * kBlock;
   __shared__ Queries<kBlocks> queries;
   __shared__ WarpResult<kQueries, kDim> results[kWarps<kBlocks>];
-  const Block block(task);
-  const PlainRows<E, kBlocks> source(task, block.segment, block.span, queries);
-  const auto take = [&] { take_queries(task, block, queries, [](unsigned column) { return column; }); };
-  attend_tiles<E, kBlocks>(source, task, block.segment, block.span, block.warp, kWarps<kBlocks>, block.positions, take,
-                           results[block.warp]);
+  __shared__ Piece piece;
+  using Source = PlainRows<E, kBlocks>;
+  take_piece_ahead(task, Source::kKeys, piece);
+  const Block block(task, piece);
+  attend_tiles<E, kBlocks>(
+      Source(task, block.segment, block.span(), queries), task, block, queries, [](unsigned column) { return column; },
+      results[block.warp]);
   __syncthreads();
-  hand_in<kWarps<kBlocks>, kQueries, kDim>(
-      task, block.piece, block.query_block, [&](unsigned of) -> const auto& { return results[of]; }, results);
+  hand_in<kWarps<kBlocks>, kQueries, kDim, 4>(
+      task, piece, block.number, block.query_block, [&](unsigned of) -> const auto& { return results[of]; }, results);
 }
 
 }  // namespace kvern::cuda::tensor

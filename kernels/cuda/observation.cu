@@ -1,10 +1,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/observation.h"
+#include "kernels/cuda/observation_task.cuh"
+#include "kernels/cuda/observation_tensor.cuh"
 #include "kernels/score_order.h"
 
 namespace kvern::evict {
@@ -20,31 +23,21 @@ constexpr std::uint32_t kTileColumns = kWarp;
 constexpr std::uint32_t kStepRows = 4;
 constexpr float kLog2E = 1.44269504088896340736F;
 constexpr double kLn2 = 0.693147180559945309417;
-constexpr float kLowest = -3.402823466e38F;
+/// Variances that one block adds up.
+constexpr std::uint32_t kShiftColumns = 8192;
 
-/// Columns that one block adds up in pass 1, by compute capability: enough blocks to fill the device at 32k tokens of 8
-/// heads. Not measured yet.
+/// Columns that one block adds up in pass 1 without tensor cores, by compute capability: enough blocks to fill the
+/// device at 32k tokens of 8 heads. Not measured yet.
 constexpr Policy kPieces[] = {{8, 512}, {9, 512}, {10, 512}};
 constexpr std::uint32_t kSmallestPiece = smallest_value(kPieces);
 
-/// What the kernels share. A row is one of a KV head's: its query heads' rows one after the other.
-struct Problem {
-  HeadRows queries;
-  HeadRows keys;
-  std::uint32_t columns;
-  float scale;  ///< times 1 / ln 2: logits are in base 2
-  std::uint32_t sharing;
-  std::uint32_t piece;
-  std::uint32_t pieces;
-  double* dispersions;  ///< [KV head][row]
-  double* shifts;       ///< [query head]
-  float* totals;        ///< [KV head][piece][row]: kTotals each
-  float* references;    ///< [KV head][row]: log2 of the whole sum; +infinity where there is none
-};
-/// Largest logit M, sum of 2^(y - M), the same over the columns alone, and of (y - M) 2^(y - M) over those.
-constexpr std::uint32_t kTotals = 4;
-
-__host__ __device__ std::uint32_t rows_of(const Problem& problem) { return problem.sharing * problem.queries.tokens; }
+/// On the tensor cores a piece is as long as fills the device once, within these limits.
+constexpr std::uint32_t kShortestPiece = 2 * tensor::kTileColumns;
+constexpr std::uint32_t kMostPieces = 256;
+/// Where the device has room for fewer pieces of each head than these, it takes turns with so many instead, so that its
+/// last turn is a small part of the time.
+constexpr std::uint32_t kFewPieces = 8;
+constexpr std::uint32_t kPiecesInTurns = 32;
 
 /// The keys of a tile as floats, [column][dim + 1]: the odd stride keeps lanes on different banks.
 template <class E>
@@ -98,11 +91,8 @@ __global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
   float* keys = shared;
   const unsigned warp = threadIdx.x / kWarp;
   const unsigned lane = threadIdx.x % kWarp;
-  float* totals = problem.totals + (std::size_t{kv_head} * problem.pieces + blockIdx.x) * rows * kTotals;
-  for (std::uint32_t row = threadIdx.x; row < rows; row += kThreads) {
-    totals[row * kTotals] = kLowest;
-    for (std::uint32_t i = 1; i < kTotals; ++i) totals[row * kTotals + i] = 0;
-  }
+  Totals* totals = problem.totals + (std::size_t{kv_head} * problem.pieces + blockIdx.x) * rows;
+  for (std::uint32_t row = threadIdx.x; row < rows; row += kThreads) totals[row] = Totals();
   const std::uint32_t last = min(problem.keys.tokens, (blockIdx.x + 1) * problem.piece);
   unsigned bad = 0;
   for (std::uint32_t begin = blockIdx.x * problem.piece; begin < last; begin += kTileColumns) {
@@ -114,8 +104,8 @@ __global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
       float logits[kStepRows];
       multiply<E>(problem, kv_head, row, column, last, keys + lane * (dim + 1), logits, bad);
       for (std::uint32_t i = 0; i < kStepRows && row + i < rows; ++i) {
-        float* of_row = totals + (row + i) * kTotals;
-        const float old_reference = of_row[0];
+        Totals& of_row = totals[row + i];
+        const float old_reference = of_row.largest;
         const float reference = fmaxf(old_reference, largest_of_warp(logits[i]));
         const float power = exp2f(logits[i] - reference);
         const bool counted = column < problem.columns && power > 0;
@@ -124,12 +114,12 @@ __global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
         const float weighted = sum_of_warp(counted ? power * (logits[i] - reference) : 0.0F);
         if (lane == 0) {
           // exp2f(-inf) is 0, and a row that has seen nothing has nothing to rescale.
-          const float change = of_row[1] > 0 ? old_reference - reference : 0.0F;
+          const float change = of_row.sum > 0 ? old_reference - reference : 0.0F;
           const float factor = exp2f(change);
-          of_row[0] = reference;
-          of_row[3] = (of_row[3] + change * of_row[2]) * factor + weighted;
-          of_row[2] = of_row[2] * factor + observed;
-          of_row[1] = of_row[1] * factor + sum;
+          of_row.largest = reference;
+          of_row.weighted = (of_row.weighted + change * of_row.observed) * factor + weighted;
+          of_row.observed = of_row.observed * factor + observed;
+          of_row.sum = of_row.sum * factor + sum;
         }
         __syncwarp();
       }
@@ -140,29 +130,34 @@ __global__ void add_columns(Problem problem, std::uint64_t* not_finite) {
     atomicAdd(reinterpret_cast<unsigned long long*>(not_finite), static_cast<unsigned long long>(bad));
 }
 
-/// Puts the pieces of a row together: one thread per row of all heads.
+/// Puts the pieces of a row together: one warp per row of all heads, its lanes take turns with the pieces.
 __global__ void finish_rows(Problem problem, float* lse) {
   const std::uint32_t rows = rows_of(problem);
-  const std::uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  const std::uint32_t index = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
   if (index >= rows * problem.keys.heads) return;
-  const std::uint32_t kv_head = index / rows;
-  const std::uint32_t row = index % rows;
-  const auto total = [&](std::uint32_t piece, std::uint32_t which) {
-    return problem.totals[((std::size_t{kv_head} * problem.pieces + piece) * rows + row) * kTotals + which];
-  };
+  const Totals* of_row = problem.totals + std::size_t{index / rows} * problem.pieces * rows + index % rows;
   float reference = kLowest;
-  for (std::uint32_t piece = 0; piece < problem.pieces; ++piece) reference = fmaxf(reference, total(piece, 0));
+  for (std::uint32_t piece = lane; piece < problem.pieces; piece += kWarp) {
+    reference = fmaxf(reference, of_row[std::size_t{piece} * rows].largest);
+  }
+  reference = largest_of_warp(reference);
   double sum = 0;
   double observed = 0;
   double weighted = 0;
-  for (std::uint32_t piece = 0; piece < problem.pieces; ++piece) {
-    if (!(total(piece, 1) > 0)) continue;
-    const double change = static_cast<double>(total(piece, 0)) - static_cast<double>(reference);
+  for (std::uint32_t piece = lane; piece < problem.pieces; piece += kWarp) {
+    const Totals total = of_row[std::size_t{piece} * rows];
+    if (!(total.sum > 0)) continue;
+    const double change = static_cast<double>(total.largest) - static_cast<double>(reference);
     const double factor = exp2(change);
-    sum += factor * static_cast<double>(total(piece, 1));
-    observed += factor * static_cast<double>(total(piece, 2));
-    weighted += factor * (static_cast<double>(total(piece, 3)) + change * static_cast<double>(total(piece, 2)));
+    sum += factor * static_cast<double>(total.sum);
+    observed += factor * static_cast<double>(total.observed);
+    weighted += factor * (static_cast<double>(total.weighted) + change * static_cast<double>(total.observed));
   }
+  sum = sum_of_warp(sum);
+  observed = sum_of_warp(observed);
+  weighted = sum_of_warp(weighted);
+  if (lane != 0) return;
   const bool sees_keys = sum > 0;
   const double log_sum = sees_keys ? static_cast<double>(reference) + log2(sum) : 0;
   // As `index` counts, KV heads and rows are query heads and rows.
@@ -220,14 +215,17 @@ __global__ void statistics(Problem problem, float* means, float* variances) {
   }
 }
 
-/// One block per query head.
+/// One block per query head and slice of its columns.
 __global__ void add_variances(Problem problem, const float* variances) {
+  const float* of_head = variances + std::size_t{blockIdx.x} * problem.columns;
+  const std::uint32_t end = min(problem.columns, (blockIdx.y + 1) * kShiftColumns);
   double sum = 0;
-  for (std::uint32_t column = threadIdx.x; column < problem.columns; column += kThreads) {
-    sum += static_cast<double>(variances[std::size_t{blockIdx.x} * problem.columns + column]);
+#pragma unroll 8
+  for (std::uint32_t column = blockIdx.y * kShiftColumns + threadIdx.x; column < end; column += kThreads) {
+    sum += static_cast<double>(of_head[column]);
   }
   sum = sum_of_block<kWarps>(sum);
-  if (threadIdx.x == 0) problem.shifts[blockIdx.x] = sum;
+  if (threadIdx.x == 0) problem.shifts[std::size_t{blockIdx.x} * problem.shift_slices + blockIdx.y] = sum;
 }
 
 /// One block: H and V of the layer.
@@ -236,7 +234,8 @@ __global__ void add_heads(Problem problem, double* out) {
   double shift = 0;
   const std::uint32_t rows = problem.queries.heads * problem.queries.tokens;
   for (std::uint32_t i = threadIdx.x; i < rows; i += kThreads) dispersion += problem.dispersions[i];
-  for (std::uint32_t i = threadIdx.x; i < problem.queries.heads; i += kThreads) shift += problem.shifts[i];
+  const std::uint32_t shifts = problem.queries.heads * problem.shift_slices;
+  for (std::uint32_t i = threadIdx.x; i < shifts; i += kThreads) shift += problem.shifts[i];
   dispersion = sum_of_block<kWarps>(dispersion);
   shift = sum_of_block<kWarps>(shift);
   if (threadIdx.x != 0) return;
@@ -304,36 +303,142 @@ __global__ void score_windows(const float* means, std::uint32_t heads, std::uint
   if (threadIdx.x % kWarp == 0) scores[window] = static_cast<float>(sum / heads) * static_cast<float>(rows);
 }
 
-std::uint32_t pieces_of(std::uint32_t tokens) { return (tokens + kSmallestPiece - 1) / kSmallestPiece; }
+constexpr std::uint32_t divide_up(std::uint32_t value, std::uint32_t unit) { return (value + unit - 1) / unit; }
+
+/// As many as there can be, on any device.
+std::uint32_t pieces_at_most(std::uint32_t tokens) {
+  const std::uint32_t on_tensor_cores = std::min(divide_up(tokens, kShortestPiece), kMostPieces) + 1;
+  return std::max(on_tensor_cores, divide_up(tokens, kSmallestPiece));
+}
 
 template <typename Kernel>
 void allow_shared_memory(Kernel kernel, std::size_t bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+/// What the current device has; 0 without one.
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+/// Queues all of an observation, given how the two passes over the keys are queued.
+template <class FirstPass, class SecondPass>
+void observe_in_passes(const Problem& problem, const CudaObservation& out, CUstream_st* stream, FirstPass first_pass,
+                       SecondPass second_pass) {
+  first_pass();
+  const std::uint32_t rows = problem.queries.heads * problem.queries.tokens;
+  finish_rows<<<divide_up(rows, kWarps), kThreads, 0, stream>>>(problem, out.lse);
+  if (problem.columns > 0) second_pass();
+  if (out.variance == nullptr) return;
+  if (problem.columns > 0) {
+    const dim3 slices(problem.queries.heads, problem.shift_slices);
+    add_variances<<<slices, kThreads, 0, stream>>>(problem, out.variance);
+  }
+  add_heads<<<1, kThreads, 0, stream>>>(problem, out.dispersion);
+}
+
 template <class E>
-void observe_as(const Problem& problem, const CudaObservation& out, CUstream_st* stream) {
+void observe_as(Problem problem, const CudaObservation& out, CUstream_st* stream) {
   const std::size_t key_bytes = std::size_t{kTileColumns} * (problem.keys.dim + 1) * sizeof(float);
   const std::size_t attention_bytes = std::size_t{kMaxCudaRows} * kTileColumns * sizeof(float);
-  add_columns<E><<<dim3(problem.pieces, problem.keys.heads), kThreads, key_bytes, stream>>>(problem, out.not_finite);
-  const std::uint32_t rows = problem.queries.heads * problem.queries.tokens;
-  finish_rows<<<(rows + kThreads - 1) / kThreads, kThreads, 0, stream>>>(problem, out.lse);
-  if (problem.columns > 0) {
+  problem.piece = value_for_device(kPieces);
+  problem.pieces = divide_up(problem.keys.tokens, problem.piece);
+  const auto add = [&] {
+    const dim3 pieces(problem.pieces, problem.keys.heads);
+    add_columns<E><<<pieces, kThreads, key_bytes, stream>>>(problem, out.not_finite);
+  };
+  const auto make_statistics = [&] {
     allow_shared_memory(statistics<E>, key_bytes + attention_bytes);
-    const dim3 tiles((problem.columns + kTileColumns - 1) / kTileColumns, problem.keys.heads);
+    const dim3 tiles(divide_up(problem.columns, kTileColumns), problem.keys.heads);
     statistics<E><<<tiles, kThreads, key_bytes + attention_bytes, stream>>>(problem, out.mean, out.variance);
+  };
+  observe_in_passes(problem, out, stream, add, make_statistics);
+}
+
+/// How units of so many rows are shared out; nothing where not even one query head's fit in a block.
+std::optional<tensor::Blocks> blocks_of(const Problem& problem, std::uint32_t unit_rows) {
+  const auto limit = static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const std::uint32_t units = divide_up(problem.queries.tokens, unit_rows);
+  const auto fits = [&](std::uint32_t heads) {
+    const tensor::Blocks blocks{units, heads, 1};
+    return blocks.warps() <= tensor::kMostWarps &&
+           tensor::shared_bytes(blocks, unit_rows, problem.keys.dim) + tensor::kMomentBytes <= limit;
+  };
+  std::uint32_t heads = std::min(problem.sharing, tensor::kMostWarps / units);
+  while (heads > 0 && !fits(heads)) --heads;
+  if (heads == 0) return std::nullopt;
+  const std::uint32_t groups = divide_up(problem.sharing, heads);
+  return tensor::Blocks{units, divide_up(problem.sharing, groups), groups};
+}
+
+/// Columns of a piece for blocks of which the device has room for `resident` at a time.
+std::uint32_t piece_of(std::uint32_t tokens, std::uint32_t resident, std::uint32_t blocks_per_piece) {
+  const std::uint32_t room = resident / blocks_per_piece;
+  // One less than there is room for: columns that are not observed have pieces of their own.
+  const std::uint32_t pieces = room > kFewPieces ? std::min(room - 1, kMostPieces) : kPiecesInTurns;
+  const std::uint32_t columns = std::max(kShortestPiece, divide_up(tokens, pieces));
+  return divide_up(columns, tensor::kTileColumns) * tensor::kTileColumns;
+}
+
+/// observe_as() on the tensor cores.
+template <class E, unsigned kTiles>
+void observe_in_tiles(Problem problem, const tensor::Blocks& blocks, const CudaObservation& out, CUstream_st* stream) {
+  const auto add_kernel = tensor::add_columns<E, kTiles>;
+  const auto statistics_kernel = tensor::statistics<E, kTiles>;
+  const unsigned threads = blocks.warps() * kWarp;
+  const std::size_t bytes = tensor::shared_bytes(blocks, tensor::kUnitRows<kTiles>, problem.keys.dim);
+  allow_shared_memory(add_kernel, bytes);
+  allow_shared_memory(statistics_kernel, bytes);
+  int resident = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, statistics_kernel, static_cast<int>(threads), bytes);
+  resident *= device_attribute(cudaDevAttrMultiProcessorCount);
+  problem.piece =
+      piece_of(problem.keys.tokens, static_cast<std::uint32_t>(resident), blocks.groups * problem.keys.heads);
+  const std::uint32_t observed = tensor::observed_pieces(problem);
+  problem.pieces = observed + divide_up(problem.keys.tokens - problem.columns, problem.piece);
+  const auto add = [&] {
+    const dim3 grid(blocks.groups, problem.pieces, problem.keys.heads);
+    add_kernel<<<grid, threads, bytes, stream>>>(problem, blocks, out.not_finite);
+  };
+  const auto make_statistics = [&] {
+    const dim3 grid(blocks.groups, observed, problem.keys.heads);
+    statistics_kernel<<<grid, threads, bytes, stream>>>(problem, blocks, out.mean, out.variance);
+  };
+  observe_in_passes(problem, out, stream, add, make_statistics);
+}
+
+bool in_chunks(const HeadRows& rows) {
+  const std::size_t addresses =
+      reinterpret_cast<std::size_t>(rows.data) | rows.head_stride_bytes | rows.token_stride_bytes;
+  return addresses % tensor::kChunkBytes == 0;
+}
+
+/// Whether the tensor cores do it; nothing is queued where they do not.
+template <class E>
+bool observe_on_tensor_cores(const Problem& problem, const CudaObservation& out, CUstream_st* stream) {
+  if (problem.keys.dtype != E::kDType || problem.keys.dim % tensor::kFragmentDim != 0) return false;
+  if (!in_chunks(problem.queries) || !in_chunks(problem.keys)) return false;
+  const bool one_tile = problem.queries.tokens <= tensor::kFragmentRows;
+  const auto blocks = blocks_of(problem, one_tile ? tensor::kUnitRows<1> : tensor::kUnitRows<2>);
+  if (!blocks.has_value()) return false;
+  if (one_tile) {
+    observe_in_tiles<E, 1>(problem, *blocks, out, stream);
+  } else {
+    observe_in_tiles<E, 2>(problem, *blocks, out, stream);
   }
-  if (out.variance == nullptr) return;
-  add_variances<<<problem.queries.heads, kThreads, 0, stream>>>(problem, out.variance);
-  add_heads<<<1, kThreads, 0, stream>>>(problem, out.dispersion);
+  return true;
 }
 
 }  // namespace
 
 std::size_t cuda_observation_bytes(const HeadRows& queries, const HeadRows& keys) {
   const std::size_t rows = std::size_t{queries.heads} * queries.tokens;
-  return (rows + queries.heads) * sizeof(double) + rows * sizeof(float) +
-         rows * pieces_of(keys.tokens) * kTotals * sizeof(float);
+  const std::size_t shifts = std::size_t{queries.heads} * divide_up(keys.tokens, kShiftColumns);
+  return rows * pieces_at_most(keys.tokens) * sizeof(Totals) + (rows + shifts) * sizeof(double) + rows * sizeof(float);
 }
 
 Status cuda_observe(const HeadRows& queries, const HeadRows& keys, std::uint32_t columns, float scale,
@@ -358,15 +463,17 @@ Status cuda_observe(const HeadRows& queries, const HeadRows& keys, std::uint32_t
   problem.columns = columns;
   problem.scale = scale * kLog2E;
   problem.sharing = queries.heads / keys.heads;
-  problem.piece = value_for_device(kPieces);
-  problem.pieces = (keys.tokens + problem.piece - 1) / problem.piece;
+  problem.shift_slices = divide_up(columns, kShiftColumns);
   const std::size_t rows = std::size_t{queries.heads} * queries.tokens;
-  problem.dispersions = reinterpret_cast<double*>(scratch);
+  problem.totals = reinterpret_cast<Totals*>(scratch);
+  problem.dispersions = reinterpret_cast<double*>(problem.totals + rows * pieces_at_most(keys.tokens));
   problem.shifts = problem.dispersions + rows;
-  problem.references = reinterpret_cast<float*>(problem.shifts + queries.heads);
-  problem.totals = problem.references + rows;
+  problem.references = reinterpret_cast<float*>(problem.shifts + std::size_t{queries.heads} * problem.shift_slices);
   cudaMemsetAsync(out.not_finite, 0, sizeof *out.not_finite, stream);
-  with_element(keys.dtype, [&]<class E>(E) { observe_as<E>(problem, out, stream); });
+  if (!observe_on_tensor_cores<BFloat16Pairs>(problem, out, stream) &&
+      !observe_on_tensor_cores<Float16Pairs>(problem, out, stream)) {
+    with_element(keys.dtype, [&]<class E>(E) { observe_as<E>(problem, out, stream); });
+  }
   return launched("observation");
 }
 

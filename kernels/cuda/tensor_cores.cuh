@@ -76,10 +76,11 @@ __device__ inline std::uint32_t transposed(std::uint32_t pair) {
 __device__ inline std::uint32_t lower_halves(std::uint32_t a, std::uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ inline std::uint32_t upper_halves(std::uint32_t a, std::uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-/// 16 bytes that are read once. The order of these loads among each other is kept.
+/// 16 bytes that are read once. The order of these loads among each other is kept. Not by the path for constants, which
+/// is for what no kernel writes meanwhile: a kernel may begin before the one that writes has ended.
 __device__ inline uint4 load_once(const std::byte* from) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from));
   return value;

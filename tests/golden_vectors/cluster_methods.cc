@@ -21,34 +21,32 @@ cluster::Options options_of(CaseRun& run, const std::string& passes) {
 }
 
 /// Attention over the entries, with or without ln N.
-Attended attend_clusters(const HeadRows& queries, const cluster::Clusters& clusters, std::uint32_t key_dim,
-                         std::uint32_t value_dim, bool with_bias) {
+Attended attend_clusters(const Backend& on, const HeadRows& queries, const std::vector<HeadEntries>& heads,
+                         std::uint32_t key_dim, std::uint32_t value_dim, bool with_bias) {
   std::vector<std::vector<AttendSegment>> segments;
-  std::vector<std::vector<float>> biases(clusters.heads());
-  for (std::uint32_t head = 0; head < clusters.heads(); ++head) {
-    const cluster::HeadClusters of = clusters.head(head);
-    for (const cluster::Members& members : of.members) {
-      biases[head].push_back(std::log(static_cast<float>(members.count)));
-    }
-    const auto rows = [&](std::span<const float> values, std::uint32_t dim) {
+  std::vector<std::vector<float>> biases;
+  for (const HeadEntries& of : heads) {
+    auto& bias = biases.emplace_back();
+    for (const cluster::Members& members : of.members) bias.push_back(std::log(static_cast<float>(members.count)));
+    const auto rows = [&](const std::vector<float>& values, std::uint32_t dim) {
       return AttendRows::of(
           HeadRows::contiguous(reinterpret_cast<const std::byte*>(values.data()), DType::kFloat32, 1, of.entries, dim),
           0);
     };
     AttendSegment segment{of.entries, rows(of.keys, key_dim), rows(of.values, value_dim)};
-    if (with_bias) segment.bias = biases[head].data();
+    if (with_bias) segment.bias = bias.data();
     segments.push_back({segment});
   }
-  return attention(queries, value_dim, segments);
+  return attention(on, queries, value_dim, segments);
 }
 
 /// Numbers of all heads, one row per head, padded with -1.
 template <typename Get>
-std::vector<std::int32_t> rows_of(const cluster::Clusters& clusters, std::size_t columns, Get get) {
+std::vector<std::int32_t> rows_of(const std::vector<HeadEntries>& heads, std::size_t columns, Get get) {
   std::vector<std::int32_t> rows;
-  for (std::uint32_t head = 0; head < clusters.heads(); ++head) {
+  for (const HeadEntries& of : heads) {
     std::size_t given = 0;
-    for (const auto& element : get(clusters.head(head))) {
+    for (const auto& element : get(of)) {
       rows.push_back(static_cast<std::int32_t>(element));
       ++given;
     }
@@ -59,7 +57,7 @@ std::vector<std::int32_t> rows_of(const cluster::Clusters& clusters, std::size_t
 
 template <typename Field>
 auto of_members(Field field) {
-  return [field](const cluster::HeadClusters& of) {
+  return [field](const HeadEntries& of) {
     std::vector<std::uint32_t> values;
     for (const cluster::Members& members : of.members) values.push_back(members.*field);
     return values;
@@ -67,9 +65,10 @@ auto of_members(Field field) {
 }
 
 /// Sums that merging must not change: of N, of N k and of N v.
-void expect_conserved(CaseRun& run, const cluster::Clusters& clusters, const HeadRows& keys, const Tensor& originals) {
-  for (std::uint32_t head = 0; head < clusters.heads(); ++head) {
-    const cluster::HeadClusters of = clusters.head(head);
+void expect_conserved(CaseRun& run, const std::vector<HeadEntries>& heads, const HeadRows& keys,
+                      const Tensor& originals) {
+  for (std::size_t head = 0; head < heads.size(); ++head) {
+    const HeadEntries& of = heads[head];
     std::uint64_t tokens = 0;
     for (const cluster::Members& members : of.members) tokens += members.count;
     run.expect(tokens == keys.tokens, "the counts sum to the tokens");
@@ -80,7 +79,7 @@ void expect_conserved(CaseRun& run, const cluster::Clusters& clusters, const Hea
             static_cast<double>(of.members[entry].count) * double{of.keys[std::size_t{entry} * keys.dim + column]};
       }
       for (std::uint32_t token = 0; token < keys.tokens; ++token) {
-        const double value = originals.value((std::size_t{head} * originals.shape.at(1) + token) * keys.dim + column);
+        const double value = originals.value((head * originals.shape.at(1) + token) * keys.dim + column);
         before += value;
         scale += std::abs(value);
       }
@@ -89,32 +88,30 @@ void expect_conserved(CaseRun& run, const cluster::Clusters& clusters, const Hea
   }
 }
 
-void centroid_compress(CaseRun& run) {
+void centroid_compress(CaseRun& run, const Backend& on) {
   const HeadRows keys = run.input("K").head_rows();
   const HeadRows values = run.input("V").head_rows();
   const HeadRows queries = run.input("q").head_rows();
-  cluster::Clusters clusters;
-  check(cluster::compress(keys, values, options_of(run, "r_full"), clusters, nullptr));
+  const std::vector<HeadEntries> heads = on.compress(keys, values, options_of(run, "r_full"));
   const std::size_t entries = run.number("entries");
-  run.output("assign", rows_of(clusters, keys.tokens, [](const auto& of) { return of.assignment; }));
-  run.output("N", rows_of(clusters, entries, of_members(&cluster::Members::count)));
-  run.output("pos", rows_of(clusters, entries, of_members(&cluster::Members::position)));
-  run.output("pmin", rows_of(clusters, entries, of_members(&cluster::Members::first)));
-  run.output("pmax", rows_of(clusters, entries, of_members(&cluster::Members::last)));
+  run.output("assign", rows_of(heads, keys.tokens, [](const auto& of) { return of.assignment; }));
+  run.output("N", rows_of(heads, entries, of_members(&cluster::Members::count)));
+  run.output("pos", rows_of(heads, entries, of_members(&cluster::Members::position)));
+  run.output("pmin", rows_of(heads, entries, of_members(&cluster::Members::first)));
+  run.output("pmax", rows_of(heads, entries, of_members(&cluster::Members::last)));
   std::vector<float> key_rows, value_rows;
-  for (std::uint32_t head = 0; head < clusters.heads(); ++head) {
-    const cluster::HeadClusters of = clusters.head(head);
+  for (const HeadEntries& of : heads) {
     key_rows.insert(key_rows.end(), of.keys.begin(), of.keys.end());
     value_rows.insert(value_rows.end(), of.values.begin(), of.values.end());
   }
   run.output("Kc", key_rows);
   run.output("Vc", value_rows);
-  expect_conserved(run, clusters, keys, run.input("K"));
-  const Attended with = attend_clusters(queries, clusters, keys.dim, values.dim, true);
+  expect_conserved(run, heads, keys, run.input("K"));
+  const Attended with = attend_clusters(on, queries, heads, keys.dim, values.dim, true);
   run.output("o", with.output);
   run.output("lse", with.lse);
-  run.output("o_nobias", attend_clusters(queries, clusters, keys.dim, values.dim, false).output);
-  const Attended full = attention(queries, values.dim, whole(keys, values));
+  run.output("o_nobias", attend_clusters(on, queries, heads, keys.dim, values.dim, false).output);
+  const Attended full = attention(on, queries, values.dim, whole(keys, values));
   run.output("o_full", full.output);
   run.output("lse_full", full.lse);
   for (std::size_t i = 0; i < full.lse.size(); ++i) {
@@ -122,7 +119,7 @@ void centroid_compress(CaseRun& run) {
   }
 }
 
-void real_centroid(CaseRun& run) {
+void real_centroid(CaseRun& run, const Backend& on) {
   // The stored queries begin 32 positions before the end of the prompt.
   constexpr std::uint32_t kStoredBefore = 32;
   const std::string layer = "_" + run.param("layer").dump();
@@ -130,15 +127,14 @@ void real_centroid(CaseRun& run) {
   const HeadRows keys = rows_from(run.input("K" + layer).head_rows(), 0, tokens);
   const HeadRows values = rows_from(run.input("V" + layer).head_rows(), 0, tokens);
   const HeadRows queries = rows_from(run.input("Q" + layer).head_rows(), kStoredBefore, run.number("queries"));
-  const Attended full = attention(queries, values.dim, whole(keys, values));
+  const Attended full = attention(on, queries, values.dim, whole(keys, values));
   for (const std::string suffix : {"_2x", "_4x"}) {
-    cluster::Clusters clusters;
-    check(cluster::compress(keys, values, options_of(run, "r" + suffix), clusters, nullptr));
-    run.output("assign" + suffix, rows_of(clusters, tokens, [](const auto& of) { return of.assignment; }));
+    const std::vector<HeadEntries> heads = on.compress(keys, values, options_of(run, "r" + suffix));
+    run.output("assign" + suffix, rows_of(heads, tokens, [](const auto& of) { return of.assignment; }));
     run.output("N" + suffix,
-               rows_of(clusters, run.expected("N" + suffix).columns(), of_members(&cluster::Members::count)));
-    expect_conserved(run, clusters, keys, run.input("K" + layer));
-    const Attended got = attend_clusters(queries, clusters, keys.dim, values.dim, true);
+               rows_of(heads, run.expected("N" + suffix).columns(), of_members(&cluster::Members::count)));
+    expect_conserved(run, heads, keys, run.input("K" + layer));
+    const Attended got = attend_clusters(on, queries, heads, keys.dim, values.dim, true);
     run.output("out" + suffix, got.output);
     double off = 0, all = 0;
     for (std::size_t i = 0; i < got.output.size(); ++i) {
@@ -152,9 +148,9 @@ void real_centroid(CaseRun& run) {
 
 }  // namespace
 
-void add_cluster_methods(Methods& methods) {
-  methods["centroid_compress"] = centroid_compress;
-  methods["real_centroid"] = real_centroid;
+void add_cluster_methods(Methods& methods, const Backend& on) {
+  methods["centroid_compress"] = run_on(centroid_compress, on);
+  methods["real_centroid"] = run_on(real_centroid, on);
 }
 
 }  // namespace kvern::golden

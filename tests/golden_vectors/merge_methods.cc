@@ -12,14 +12,14 @@ namespace {
 
 /// K or V of two layers, merged.
 struct Merged {
-  Merged(const HeadRows& x_rows, const HeadRows& y_rows, float weight) : x(x_rows), y(y_rows) {
+  Merged(const Backend& on, const HeadRows& x_rows, const HeadRows& y_rows, float weight)
+      : x(x_rows), y(y_rows), on_(on) {
     const std::size_t rows = std::size_t{x.heads} * x.tokens;
     directions.resize(rows * x.dim);
     for (auto* values : {&x_lengths, &y_lengths, &angles}) values->resize(rows);
-    check(merge::merge_layers(x, y, weight,
-                              {reinterpret_cast<std::byte*>(directions.data()), DType::kFloat32, x_lengths.data(),
-                               y_lengths.data(), angles.data()},
-                              nullptr));
+    on.merge_layers(x, y, weight,
+                    {reinterpret_cast<std::byte*>(directions.data()), DType::kFloat32, x_lengths.data(),
+                     y_lengths.data(), angles.data()});
     std::vector<float> measured(rows);
     check(merge::measure_angles(x, y, measured, nullptr));
     if (measured != angles) throw std::runtime_error("measure_angles() and merge_layers() differ");
@@ -52,7 +52,7 @@ struct Merged {
   /// Rows of one layer as they are restored, [head][token][dim], those of the mask exact.
   std::vector<float> restored(bool deeper, const std::vector<std::uint8_t>& exact) const {
     std::vector<float> rows(directions.size());
-    check(merge::restore_rows(e(), lengths(deeper), reinterpret_cast<std::byte*>(rows.data()), nullptr));
+    on_.restore_rows(e(), lengths(deeper), reinterpret_cast<std::byte*>(rows.data()));
     for (std::size_t row = 0; row < exact.size(); ++row) {
       for (std::size_t column = 0; column < x.dim && exact[row] != 0; ++column) {
         rows[row * x.dim + column] = original(deeper, row, column);
@@ -75,6 +75,9 @@ struct Merged {
 
   HeadRows x, y;
   std::vector<float> directions, x_lengths, y_lengths, angles;
+
+ private:
+  const Backend& on_;
 };
 
 /// How the entries of one class are told to attend(): which rows, and their lengths.
@@ -93,8 +96,9 @@ AttendRows rows_of(const Merged& merged, bool deeper, bool exact, std::uint32_t 
 
 /// Attention over one layer of a merged pair, with nothing restored: tokens whose K is exact or shared, and V likewise,
 /// make four segments per head.
-std::vector<float> attend_merged(const HeadRows& queries, const Merged& keys, const std::vector<std::uint8_t>& exact_k,
-                                 const Merged& values, const std::vector<std::uint8_t>& exact_v, bool deeper) {
+std::vector<float> attend_merged(const Backend& on, const HeadRows& queries, const Merged& keys,
+                                 const std::vector<std::uint8_t>& exact_k, const Merged& values,
+                                 const std::vector<std::uint8_t>& exact_v, bool deeper) {
   std::vector<std::vector<AttendSegment>> segments(keys.x.heads);
   std::vector<std::unique_ptr<Class>> classes;
   for (std::uint32_t head = 0; head < keys.x.heads; ++head) {
@@ -115,7 +119,7 @@ std::vector<float> attend_merged(const HeadRows& queries, const Merged& keys, co
       }
     }
   }
-  return attention(queries, values.x.dim, segments).output;
+  return attention(on, queries, values.x.dim, segments).output;
 }
 
 void give_merged(CaseRun& run, const Merged& merged, const std::string& suffix, double gamma) {
@@ -143,7 +147,7 @@ Tensor mixed(const Tensor& base, const Tensor& mix, bool bfloat16) {
   return Tensor::of<float>(values, base.shape);
 }
 
-void minicache_merge(CaseRun& run) {
+void minicache_merge(CaseRun& run, const Backend& on) {
   const bool generated = run.has_input("base_k");
   const bool bfloat16 = run.param("input_dtype") == "BF16";
   const auto layer = [&](const char* part, bool deeper) -> Tensor {
@@ -155,8 +159,8 @@ void minicache_merge(CaseRun& run) {
   const Tensor kx = layer("K", false), ky = layer("K", true), vx = layer("V", false), vy = layer("V", true);
   const auto t = run.param("t").get<float>();
   const auto gamma = run.param("gamma").get<double>();
-  const Merged keys(kx.head_rows(), ky.head_rows(), t);
-  const Merged values(vx.head_rows(), vy.head_rows(), t);
+  const Merged keys(on, kx.head_rows(), ky.head_rows(), t);
+  const Merged values(on, vx.head_rows(), vy.head_rows(), t);
   run.expect(merge::top_count(keys.x.tokens, gamma) == run.number("retained"), "the number of retained tokens");
   give_merged(run, keys, "_k", gamma);
   give_merged(run, values, "_v", gamma);
@@ -164,14 +168,14 @@ void minicache_merge(CaseRun& run) {
   const HeadRows queries = run.input("q").head_rows();
   const auto exact_k = keys.retained(merge::Retention::kTopK, gamma);
   const auto exact_v = values.retained(merge::Retention::kTopK, gamma);
-  run.output("ox", attend_merged(queries, keys, exact_k, values, exact_v, false));
-  run.output("oy", attend_merged(queries, keys, exact_k, values, exact_v, true));
-  run.output("fx", attention(queries, values.x.dim, whole(keys.x, values.x)).output);
-  run.output("fy", attention(queries, values.x.dim, whole(keys.y, values.y)).output);
+  run.output("ox", attend_merged(on, queries, keys, exact_k, values, exact_v, false));
+  run.output("oy", attend_merged(on, queries, keys, exact_k, values, exact_v, true));
+  run.output("fx", attention(on, queries, values.x.dim, whole(keys.x, values.x)).output);
+  run.output("fy", attention(on, queries, values.x.dim, whole(keys.y, values.y)).output);
 }
 
-void minicache_vectors(CaseRun& run) {
-  const Merged merged(run.input("x").head_rows(), run.input("y").head_rows(), run.param("t").get<float>());
+void minicache_vectors(CaseRun& run, const Backend& on) {
+  const Merged merged(on, run.input("x").head_rows(), run.input("y").head_rows(), run.param("t").get<float>());
   run.output("Om", merged.angles);
   run.output("e", merged.directions);
   run.output("nx", merged.x_lengths);
@@ -179,23 +183,6 @@ void minicache_vectors(CaseRun& run) {
   run.output("forced", merged.forced());
   run.output("rx", merged.restored(false, merged.forced()));
   run.output("ry", merged.restored(true, merged.forced()));
-}
-
-void minicache_retention(CaseRun& run) {
-  const auto angles = run.input("Om").floats();
-  for (const auto& of : run.param("cases")) {
-    merge::Options options;
-    options.rule = of.at("mode") == "range" ? merge::Retention::kRange : merge::Retention::kTopK;
-    options.retain = of.at("gamma").get<double>();
-    std::vector<std::uint8_t> mask(angles.size());
-    for (const auto token : merge::retained_tokens(angles, options)) mask[token] = 1;
-    const auto hundredths = std::to_string(std::lround(options.retain * 100));
-    run.output(of.at("mode").get<std::string>() + "_" + std::string(3 - hundredths.size(), '0') + hundredths, mask);
-  }
-  for (const auto& row : run.table()) {
-    run.expect(merge::top_count(row.at("S").get<std::size_t>(), row.at("gamma").get<double>()) == row.at("retained"),
-               row.dump());
-  }
 }
 
 double relative_error(const std::vector<float>& got, const Merged& merged, bool deeper) {
@@ -209,14 +196,14 @@ double relative_error(const std::vector<float>& got, const Merged& merged, bool 
   return std::sqrt(off / all);
 }
 
-void real_minicache(CaseRun& run) {
+void real_minicache(CaseRun& run, const Backend& on) {
   // The stored queries begin 32 positions before the end of the prompt.
   constexpr std::uint32_t kStoredBefore = 32;
   const std::string x = "_" + run.param("pair")[0].dump(), y = "_" + run.param("pair")[1].dump();
   const std::uint32_t tokens = run.number("S");
   const auto gamma = run.param("gamma").get<double>();
   const auto merged = [&](const std::string& part) {
-    return Merged(rows_from(run.input(part + x).head_rows(), 0, tokens),
+    return Merged(on, rows_from(run.input(part + x).head_rows(), 0, tokens),
                   rows_from(run.input(part + y).head_rows(), 0, tokens), run.param("t").get<float>());
   };
   const Merged keys = merged("K"), values = merged("V");
@@ -230,18 +217,17 @@ void real_minicache(CaseRun& run) {
     }
   }
   const HeadRows queries = rows_from(run.input("Q" + y).head_rows(), kStoredBefore, run.number("queries"));
-  run.output("out_y", attend_merged(queries, keys, exact_k, values, exact_v, true));
+  run.output("out_y", attend_merged(on, queries, keys, exact_k, values, exact_v, true));
   const std::vector<std::uint8_t> all(exact_k.size(), 1);
-  run.output("out_y_v_only", attend_merged(queries, keys, all, values, exact_v, true));
+  run.output("out_y_v_only", attend_merged(on, queries, keys, all, values, exact_v, true));
 }
 
 }  // namespace
 
-void add_merge_methods(Methods& methods) {
-  methods["minicache_merge"] = minicache_merge;
-  methods["minicache_vectors"] = minicache_vectors;
-  methods["minicache_retention"] = minicache_retention;
-  methods["real_minicache"] = real_minicache;
+void add_merge_methods(Methods& methods, const Backend& on) {
+  methods["minicache_merge"] = run_on(minicache_merge, on);
+  methods["minicache_vectors"] = run_on(minicache_vectors, on);
+  methods["real_minicache"] = run_on(real_minicache, on);
 }
 
 }  // namespace kvern::golden

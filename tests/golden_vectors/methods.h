@@ -1,48 +1,54 @@
 #pragma once
 
-#include <stdexcept>
+#include <cmath>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "kernels/attend.h"
+#include "tests/golden_vectors/backend.h"
 #include "tests/golden_vectors/vectors.h"
 
 namespace kvern::golden {
 
-/// The methods of each family.
-void add_evict_methods(Methods& methods);
-void add_merge_methods(Methods& methods);
-void add_cluster_methods(Methods& methods);
-void add_quantise_methods(Methods& methods);
-void add_rotate_methods(Methods& methods);
-
-/// What a kernel answered, or an exception that says why not.
-inline void check(const Status& status) {
-  if (!status) throw std::runtime_error(status.to_string());
+/// The methods of each family, their kernels run on a backend, which is to outlive them.
+void add_evict_methods(Methods& methods, const Backend& on);
+void add_merge_methods(Methods& methods, const Backend& on);
+void add_cluster_methods(Methods& methods, const Backend& on);
+void add_quantise_methods(Methods& methods, const Backend& on);
+void add_rotate_methods(Methods& methods, const Backend& on);
+/// All of those.
+inline Methods methods_on(const Backend& on) {
+  Methods methods;
+  add_evict_methods(methods, on);
+  add_merge_methods(methods, on);
+  add_cluster_methods(methods, on);
+  add_quantise_methods(methods, on);
+  add_rotate_methods(methods, on);
+  return methods;
 }
-template <typename T>
-T check(Result<T> result) {
-  check(status_of(result));
-  return *std::move(result);
+/// Methods of which no part runs on a device.
+void add_host_methods(Methods& methods);
+
+inline Method run_on(void (*method)(CaseRun&, const Backend&), const Backend& on) {
+  return [method, &on](CaseRun& run) { method(run, on); };
 }
 
-struct Attended {
-  std::vector<float> output;
-  std::vector<float> lse;
-};
+/// Values as a tensor of that many rows.
+inline Tensor as_rows(const std::vector<std::uint32_t>& values, std::size_t rows) {
+  return Tensor::of<std::uint32_t>(values, {rows, rows == 0 ? 0 : values.size() / rows});
+}
+
+/// Preferences of a manifest, where what is no number stands for NaN.
+inline std::vector<double> preferences(const nlohmann::json& json) {
+  std::vector<double> values;
+  for (const auto& value : json) values.push_back(value.is_number() ? value.get<double>() : std::nan(""));
+  return values;
+}
 
 /// Attention of the queries over the segments of each KV head.
-inline Attended attention(const HeadRows& queries, std::uint32_t value_dim,
+inline Attended attention(const Backend& on, const HeadRows& queries, std::uint32_t value_dim,
                           const std::vector<std::vector<AttendSegment>>& segments) {
   const std::vector<std::span<const AttendSegment>> heads(segments.begin(), segments.end());
-  const AttendProblem problem{queries, value_dim, 0, nullptr, heads};
-  check(problem.validate());
-  std::vector<float> workspace(attend_workspace_floats(problem));
-  const std::size_t rows = std::size_t{queries.heads} * queries.tokens;
-  Attended result{std::vector<float>(rows * value_dim), std::vector<float>(rows)};
-  check(attend(problem, workspace, result.output, result.lse, nullptr));
-  return result;
+  return on.attend({queries, value_dim, 0, nullptr, heads});
 }
 
 /// One segment per head: entry i of head h is row index[h][i].

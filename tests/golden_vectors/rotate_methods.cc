@@ -10,15 +10,8 @@ namespace kvern::golden {
 
 namespace {
 
-std::vector<float> rotated(const HeadRows& rows, const rope::Turns& turns,
-                           rope::Direction direction = rope::Direction::kForward) {
-  std::vector<float> out(std::size_t{rows.heads} * rows.tokens * rows.dim);
-  check(rope::rotate(rows, turns, rope::Style::kNeox, direction, DType::kFloat32,
-                     reinterpret_cast<std::byte*>(out.data())));
-  return out;
-}
-
-void rope_case(CaseRun& run) {
+void rope_case(CaseRun& run, const Backend& on) {
+  constexpr auto kForward = rope::Direction::kForward;
   const HeadRows keys = run.input("k").head_rows();
   rope::Parameters parameters;
   parameters.theta = run.param("theta").get<double>();
@@ -26,16 +19,17 @@ void rope_case(CaseRun& run) {
   const std::vector<double> frequencies = parameters.inverse_frequencies();
   run.output("inv_freq", frequencies);
   const auto positions = run.param("positions").get<std::vector<std::int64_t>>();
-  const std::vector<float> at_positions = rotated(keys, rope::Turns::at(frequencies, positions));
+  const std::vector<float> at_positions = on.rotate(keys, on.turns_at(frequencies, positions), kForward);
   run.output("rotated", at_positions);
   std::vector<double> given;
   for (std::size_t i = 0; i < frequencies.size(); ++i) given.push_back(run.expected("inv_freq").value(i));
-  run.output("rotated_fp32_angle", rotated(keys, rope::Turns::at_fp32_angles(given, positions)));
+  run.output("rotated_fp32_angle", on.rotate(keys, rope::Turns::at_fp32_angles(given, positions), kForward));
 
   const Tensor& before = run.expected("rotated");
   for (const auto& shift : run.param("shifts")) {
     const auto by = shift.get<std::int64_t>();
-    run.output("shift_" + std::to_string(by), rotated(before.head_rows(), rope::Turns::at(frequencies, {&by, 1})));
+    run.output("shift_" + std::to_string(by),
+               on.rotate(before.head_rows(), on.turns_at(frequencies, {&by, 1}), kForward));
   }
   const auto slots = run.param("repack_slots").get<std::vector<std::size_t>>();
   std::vector<std::int64_t> moves;
@@ -49,11 +43,11 @@ void rope_case(CaseRun& run) {
     }
   }
   const Tensor rows = Tensor::of<float>(moved, {keys.heads, slots.size(), keys.dim});
-  run.output("repacked", rotated(rows.head_rows(), rope::Turns::at(frequencies, moves)));
+  run.output("repacked", on.rotate(rows.head_rows(), on.turns_at(frequencies, moves), kForward));
 
   const Tensor there = Tensor::of<float>(at_positions, run.input("k").shape);
   const std::vector<float> back =
-      rotated(there.head_rows(), rope::Turns::at(frequencies, positions), rope::Direction::kBack);
+      on.rotate(there.head_rows(), on.turns_at(frequencies, positions), rope::Direction::kBack);
   for (std::size_t i = 0; i < back.size(); ++i) {
     run.expect(std::abs(back[i] - run.input("k").number(i)) < 1e-5F, "turning back gives the key");
   }
@@ -61,6 +55,6 @@ void rope_case(CaseRun& run) {
 
 }  // namespace
 
-void add_rotate_methods(Methods& methods) { methods["rope"] = rope_case; }
+void add_rotate_methods(Methods& methods, const Backend& on) { methods["rope"] = run_on(rope_case, on); }
 
 }  // namespace kvern::golden

@@ -1,97 +1,15 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <list>
+
 #include "kernels/chain.h"
 #include "kernels/cuda/attend.h"
 #include "tests/kernels/attend_samples.h"
-#include "tests/kernels/device_memory.h"
+#include "tests/kernels/device_problem.h"
 
 namespace kvern {
 namespace {
-
-/// Output and lse of two runs of one plan, which are the same.
-std::pair<std::vector<float>, std::vector<float>> run_plan(const AttendProblem& problem, const std::byte* queries,
-                                                           const std::int32_t* query_positions,
-                                                           std::uint32_t piece_entries = 0) {
-  auto plan = CudaAttendPlan::make(problem, {piece_entries});
-  if (!plan) throw std::runtime_error(plan.error().to_string());
-  const std::size_t rows = std::size_t{problem.queries.heads} * problem.queries.tokens;
-  const DeviceArray<std::byte> memory(plan->device_bytes());
-  std::pair<std::vector<float>, std::vector<float>> result;
-  for (int i = 0; i < 2; ++i) {
-    const DeviceArray<float> output(rows * problem.value_dim), lse(rows);
-    Status status = i == 0 ? plan->put(memory.data(), nullptr) : Status::ok();
-    if (status) status = plan->attend(queries, query_positions, output.data(), lse.data(), nullptr);
-    if (!status) throw std::runtime_error(status.to_string());
-    const auto before = std::exchange(result, std::pair(output.get(), lse.get()));
-    if (i > 0 && before != result) throw std::runtime_error("two runs differ");
-  }
-  return result;
-}
-
-/// Copies on the device of everything that a problem points to.
-class DeviceProblem {
- public:
-  DeviceProblem(const AttendProblem& host, const Cache& cache) {
-    problem = host;
-    const auto& queries = host.queries;
-    problem.queries.data = copy(queries.data, queries.head_stride_bytes * queries.heads);
-    if (host.query_positions != nullptr) problem.query_positions = copy(host.query_positions, queries.tokens);
-    const std::byte* keys = copy(cache.keys->bytes.data(), cache.keys->bytes.size());
-    const std::byte* values = copy(cache.values->bytes.data(), cache.values->bytes.size());
-    for (const auto& segments : host.heads) {
-      auto& of_head = segments_.emplace_back(segments.begin(), segments.end());
-      for (AttendSegment& segment : of_head) {
-        segment.keys.data = keys + (segment.keys.data - cache.keys->bytes.data());
-        segment.values.data = values + (segment.values.data - cache.values->bytes.data());
-        for (AttendRows* rows : {&segment.keys, &segment.values}) {
-          if (rows->index != nullptr) rows->index = copy(rows->index, segment.entries);
-          if (rows->lengths != nullptr) rows->lengths = copy(rows->lengths, segment.entries);
-        }
-        if (segment.bias != nullptr) segment.bias = copy(segment.bias, segment.entries);
-        if (segment.positions != nullptr) segment.positions = copy(segment.positions, segment.entries);
-      }
-    }
-    heads_.assign(segments_.begin(), segments_.end());
-    problem.heads = heads_;
-  }
-  ~DeviceProblem() {
-    for (void* memory : memory_) cudaFree(memory);
-  }
-  DeviceProblem(const DeviceProblem&) = delete;
-  DeviceProblem& operator=(const DeviceProblem&) = delete;
-
-  std::pair<std::vector<float>, std::vector<float>> run(std::uint32_t piece_entries = 0) const {
-    return run_plan(problem, problem.queries.data, problem.query_positions, piece_entries);
-  }
-
- private:
-  template <typename T>
-  T* allocate(std::size_t count) {
-    void* memory = nullptr;
-    if (cudaMalloc(&memory, std::max<std::size_t>(count, 1) * sizeof(T)) != cudaSuccess) {
-      throw std::runtime_error("no device memory");
-    }
-    memory_.push_back(memory);
-    return static_cast<T*>(memory);
-  }
-
-  template <typename T>
-  const T* copy(const T* from, std::size_t count) {
-    T* memory = allocate<T>(count);
-    if (cudaMemcpy(memory, from, count * sizeof(T), cudaMemcpyHostToDevice) != cudaSuccess) {
-      throw std::runtime_error("copy");
-    }
-    return memory;
-  }
-
-  std::vector<void*> memory_;
-  std::vector<std::vector<AttendSegment>> segments_;
-  std::vector<std::span<const AttendSegment>> heads_;
-
- public:
-  AttendProblem problem;
-};
 
 using CudaAttend = CudaTest;
 
@@ -107,7 +25,7 @@ TEST_F(CudaAttend, AgreesWithTheCpu) {
         std::vector<float> workspace(attend_workspace_floats(host)), output(rows * host.value_dim), lse(rows);
         ASSERT_TRUE(attend(host, workspace, output, lse, nullptr));
 
-        DeviceProblem device(host, cache);
+        const DeviceProblem device(host);
         const auto [got, got_lse] = device.run();
         for (std::size_t i = 0; i < output.size(); ++i) {
           ASSERT_NEAR(got[i], output[i], 2e-5) << dtype_name(dtype) << " dim " << dim << " group " << group;
@@ -207,7 +125,8 @@ void expect_sections_as_on_the_cpu(const std::string& spec, std::uint32_t group,
   ASSERT_TRUE(attend(host, workspace, output, lse, nullptr));
 
   const DeviceArray<std::byte> device_queries(std::vector<std::byte>(queries.bytes.begin(), queries.bytes.end()));
-  const auto plan = run_plan({queries.rows(), dim, 0, nullptr, gpu_heads}, device_queries.data(), nullptr);
+  const auto plan =
+      run_plan({HeadRows::contiguous(device_queries.data(), dtype, 8, 2, dim), dim, 0, nullptr, gpu_heads});
   for (std::size_t i = 0; i < output.size(); ++i) ASSERT_NEAR(plan.first[i], output[i], tolerance);
   for (std::size_t i = 0; i < lse.size(); ++i) ASSERT_NEAR(plan.second[i], lse[i], tolerance);
 }
@@ -218,6 +137,7 @@ TEST_F(CudaAttend, ReadsSectionsAsDecodedOnes) {
       expect_sections_as_on_the_cpu("int4(group=64,scheme=asymmetric)", 64, dtype, dim, 2501, 2e-5);
       expect_sections_as_on_the_cpu("int4(group=32,scheme=asymmetric)", 32, dtype, dim, 77, 2e-5);
       expect_sections_as_on_the_cpu("int4(group=128,scheme=symmetric)", 128, dtype, dim, 1000, 2e-5);
+      expect_sections_as_on_the_cpu("int4(group=128,scheme=asymmetric)", 128, dtype, dim, 2501, 2e-5);
       expect_sections_as_on_the_cpu("int8(group=64)", 64, dtype, dim, 2501, 2e-5);
       expect_sections_as_on_the_cpu("int8(group=256)", 256, dtype, dim, 31, 2e-5);
     }
@@ -227,7 +147,7 @@ TEST_F(CudaAttend, ReadsSectionsAsDecodedOnes) {
 TEST_F(CudaAttend, IsTheSameWhateverThePieces) {
   const Matrix queries(DType::kBFloat16, 8, 1, 128, 1);
   const Cache cache(DType::kBFloat16, 2, 128, 128, {5000, 17, 300}, 2);
-  DeviceProblem device({queries.rows(), 128, 0, nullptr, cache.heads}, cache);
+  const DeviceProblem device({queries.rows(), 128, 0, nullptr, cache.heads});
   const auto expected = device.run();
   for (const std::uint32_t piece : {1U, 300U, 1024U, 1000000U}) {
     const auto got = device.run(piece);
@@ -236,10 +156,81 @@ TEST_F(CudaAttend, IsTheSameWhateverThePieces) {
   }
 }
 
+/// A chain of plans, each with the output of the one before as its biases, so that a step which does not wait is found
+/// out: with the device idle in between, queued, and as a graph.
+TEST_F(CudaAttend, StepsThatFollowEachOtherSeeWhatWasWrittenBefore) {
+  constexpr std::uint32_t kSteps = 40, kHeads = 8, kDim = 128, kEntries = kHeads * kDim;
+  using Bytes = std::vector<std::byte>;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    SCOPED_TRACE(dtype_name(dtype));
+    const Matrix queries(dtype, kHeads, 1, kDim, 1), keys(dtype, 2, kEntries, kDim, 2),
+        values(dtype, 2, kEntries, kDim, 3);
+    const DeviceArray<std::byte> device_queries(Bytes(queries.bytes.begin(), queries.bytes.end()));
+    const DeviceArray<std::byte> device_keys(Bytes(keys.bytes.begin(), keys.bytes.end()));
+    const DeviceArray<std::byte> device_values(Bytes(values.bytes.begin(), values.bytes.end()));
+    const DeviceArray<float> outputs(std::size_t{kSteps + 1} * kEntries), lse(kHeads);
+    std::list<DeviceArray<std::byte>> memory;
+    std::vector<CudaAttendPlan> plans;
+    for (std::uint32_t step = 0; step < kSteps; ++step) {
+      AttendSegment segments[2];
+      for (std::uint32_t head = 0; head < 2; ++head) {
+        segments[head] = {
+            kEntries,
+            AttendRows::of(HeadRows::contiguous(device_keys.data(), dtype, 2, kEntries, kDim), head),
+            AttendRows::of(HeadRows::contiguous(device_values.data(), dtype, 2, kEntries, kDim), head),
+            outputs.data() + std::size_t{step} * kEntries,
+            nullptr,
+        };
+      }
+      const std::span<const AttendSegment> heads[2] = {{&segments[0], 1}, {&segments[1], 1}};
+      auto plan = CudaAttendPlan::make({queries.rows(), kDim, 0, nullptr, heads});
+      ASSERT_TRUE(plan) << plan.error().to_string();
+      ASSERT_TRUE(plan->put(memory.emplace_back(plan->device_bytes()).data(), nullptr));
+      plans.push_back(std::move(*plan));
+    }
+    cudaStream_t stream = nullptr;
+    ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
+    const auto steps = [&](bool wait) {
+      for (std::uint32_t step = 0; step < kSteps; ++step) {
+        float* output = outputs.data() + std::size_t{step + 1} * kEntries;
+        if (!plans[step].attend(device_queries.data(), nullptr, output, lse.data(), stream)) return false;
+        if (wait && cudaStreamSynchronize(stream) != cudaSuccess) return false;
+      }
+      return true;
+    };
+    const auto reset = [&] {
+      check_cuda(cudaMemset(outputs.data(), 0, std::size_t{kSteps + 1} * kEntries * sizeof(float)));
+      check_cuda(cudaDeviceSynchronize());
+    };
+    reset();
+    ASSERT_TRUE(steps(true));
+    const std::vector<float> expected = outputs.get();
+    reset();
+    ASSERT_TRUE(steps(false));
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(outputs.get(), expected);
+
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    const bool captured = steps(false);
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    ASSERT_TRUE(captured);
+    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+    reset();
+    ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    EXPECT_EQ(outputs.get(), expected);
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  }
+}
+
 TEST_F(CudaAttend, AHeadWithoutEntriesGetsZeros) {
   const Matrix queries(DType::kBFloat16, 4, 2, 64, 1);
   const Cache cache(DType::kBFloat16, 2, 64, 64, {0}, 2);
-  DeviceProblem device({queries.rows(), 64, 0, nullptr, cache.heads}, cache);
+  const DeviceProblem device({queries.rows(), 64, 0, nullptr, cache.heads});
   const auto [output, lse] = device.run();
   for (const float value : output) ASSERT_EQ(value, 0);
   for (const float value : lse) ASSERT_EQ(value, -std::numeric_limits<float>::infinity());
