@@ -112,7 +112,7 @@ struct ServiceConfig {
   } sessions;
   struct Pipeline {
     std::uint64_t encode_threads = 0;
-    std::uint64_t device_threads = 4;  ///< H200, chunks of 32 MiB: int4 loads at 69, 100, 105 GB/s with 3, 4, 6
+    std::uint64_t device_threads = 8;  ///< H100, chunks of 32 MiB: int4 loads at 100, 118, 138 GB/s with 4, 6, 8
     std::uint64_t device_multiprocessors = 0;
     std::uint64_t max_queued = 4096;
     std::uint64_t ring_spin_us = 50;

@@ -36,6 +36,7 @@ from engine import Engine, kvern_transfer  # noqa: E402
 from models import smollm2  # noqa: E402
 from quality import plots  # noqa: E402
 from retrieval import ANSWER_TOKENS, Retrieval  # noqa: E402
+from sections import put_sections  # noqa: E402
 
 from kvern.compact import Daemon as Compactions  # noqa: E402
 
@@ -179,11 +180,7 @@ def write_document(results: dict) -> None:
     sections = {"engine": table(results)}
     if RIVAL.exists():
         sections["kvpress"] = rival_table(results, json.loads(RIVAL.read_text()))
-    text = DOCUMENT.read_text()
-    for name, lines in sections.items():
-        before, rest = text.split(f"<!-- {name} -->\n")
-        text = before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->" + rest.split(f"<!-- end of {name} -->")[1]
-    DOCUMENT.write_text(text)
+    put_sections(DOCUMENT, sections)
 
 
 def measure_rival() -> None:

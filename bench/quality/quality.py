@@ -20,9 +20,11 @@ OUT = ROOT / "build" / "quality"
 DOCUMENT = ROOT / "docs" / "quality.md"
 PLOT_REQUIREMENTS = pathlib.Path(__file__).with_name("requirements.txt")
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from capture import TEXTS, capture_all, smollm2  # noqa: E402
 from methods import CHAINS, COMBINATIONS, EVICTIONS, QUERY_FREE, SHARES  # noqa: E402
+from sections import put_sections  # noqa: E402
 
 
 def methods() -> list[str]:
@@ -124,12 +126,7 @@ def write_document(results: dict) -> None:
         "frontier-stored": table(results, frontier(results, CHAINS)),
         "frontier-query-free": table(results, frontier(results, query_free)),
     }
-    text = DOCUMENT.read_text()
-    for name, lines in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
-    DOCUMENT.write_text(text)
+    put_sections(DOCUMENT, parts)
 
 
 def main() -> None:

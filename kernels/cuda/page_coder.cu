@@ -191,8 +191,10 @@ class CudaPageCoder final : public PageCoder {
     Status status = gather_planes(cache, block_ids, planes);
     if (!raw) {
       const std::uint32_t count = shape.layers * shape.heads;
-      // What lies between sections.
-      then(status, [&] { return outcome(cudaMemsetAsync(coded_.data(), 0, coded.bytes(), stream_), "encode"); });
+      if (coded.key_stride != keys.section_bytes() || coded.value_stride != values.section_bytes()) {
+        // What lies between sections.
+        then(status, [&] { return outcome(cudaMemsetAsync(coded_.data(), 0, coded.bytes(), stream_), "encode"); });
+      }
       then(status, [&] {
         return keys.encode(key_planes(planes, shape), count, coded_.data(), coded.key_stride, bad_flag(), stream_);
       });
