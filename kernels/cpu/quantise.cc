@@ -350,7 +350,8 @@ void make_groups(const Form& form, const typename E::Raw* lows, const typename E
     const auto nearest = hn::ShiftRight<16>(hn::Add(hn::Add(exact_bits, hn::Set(DU(), 0x7FFF)), odd));
     const auto most = hn::Set(DU(), max_scale_bits(kKind));
     const auto bits = hn::Min(nearest, most);
-    const auto squeezed = hn::RebindMask(DF(), hn::Eq(bits, most));
+    // A span of -0 would look like one beyond everything.
+    const auto squeezed = hn::And(used, hn::RebindMask(DF(), hn::Eq(bits, most)));
     VF offset = symmetric ? hn::Zero(DF()) : low;
     if (HWY_UNLIKELY(!symmetric && !hn::AllFalse(DF(), squeezed))) {
       const VF half = hn::Set(DF(), 0.5F);
@@ -480,8 +481,9 @@ HWY_INLINE void encode_pair(D d, const typename E::Raw* from, Pair<D> inverse, P
     const auto magic = hn::Set(d, kMagic);
     const auto steps_of = [&](hn::VFromD<D> x, hn::VFromD<D> inverse_of, hn::VFromD<D> bias_of) HWY_ATTR {
       const auto steps = hn::Sub(hn::Mul(x, inverse_of), bias_of);
-      // Sixteen bits cannot hold values that hardly differ beside their size.
-      return E::kDType == DType::kFloat32 ? hn::Min(steps, hn::Set(d, max_code(kKind))) : steps;
+      // Sixteen bits cannot hold values that hardly differ beside their size; residuals feel less than half a step.
+      constexpr bool kCapped = E::kDType == DType::kFloat32 || kKind == Kind::kInt8Residual;
+      return kCapped ? hn::Min(steps, hn::Set(d, max_code(kKind))) : steps;
     };
     const auto even_steps = steps_of(value.even, inverse.even, bias.even);
     const auto odd_steps = steps_of(value.odd, inverse.odd, bias.odd);

@@ -5,8 +5,8 @@
 #include <string>
 #include <type_traits>
 
-#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/int8.h"
+#include "kernels/cuda/packs.cuh"
 
 namespace kvern::int8 {
 namespace {
@@ -23,6 +23,12 @@ constexpr std::uint32_t kHeldTokens = 8;
 constexpr unsigned kBlocks = 6;
 /// Elements that a thread loads at once: 8 or 16 bytes. Form::channel_group() is a multiple of it.
 constexpr std::uint32_t kVector = 4;
+/// Elements of a pack of a run, and the packs of a warp's run: lanes hold kRunHeld each.
+constexpr std::uint32_t kRunVector = 8;
+constexpr std::uint32_t kRunHeld = 8;
+constexpr std::uint32_t kRunPacks = kWarp * kRunHeld;
+/// Form::channel_group() is a multiple of 16.
+constexpr std::uint32_t kMinGroupPacks = 2;
 
 /// Neighbouring elements of a row that move in one instruction.
 template <typename T, std::uint32_t kCount>
@@ -248,6 +254,65 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
+/// Whether the channel groups of a plane are a run of equal ones, through all rows, whose packs are a power of two.
+bool has_runs(const Form& form) {
+  return !form.per_channel && form.dim % form.group == 0 && form.group % (kRunVector * kMinGroupPacks) == 0 &&
+         std::has_single_bit(form.group / kRunVector) && form.group / kRunVector <= kRunPacks;
+}
+
+template <class E>
+__device__ Words<E, kRunVector> decode_pack(uint2 codes, float scale) {
+  // The sign bit turned makes bytes of codes from -128 on, which are the last bits of a float above 2^23.
+  constexpr float kUnits = 0x1p23F;
+  constexpr std::uint32_t kTurned = 0x80808080U;
+  const std::uint32_t words[2] = {codes.x ^ kTurned, codes.y ^ kTurned};
+  float values[kRunVector];
+  for (std::uint32_t k = 0; k < kRunVector; ++k) {
+    const std::uint32_t bits = __byte_perm(words[k / 4], std::bit_cast<std::uint32_t>(kUnits), 0x7440 + k % 4);
+    values[k] = (__uint_as_float(bits) - (kUnits + 128)) * scale;
+  }
+  Words<E, kRunVector> decoded;
+  for (std::uint32_t i = 0; i < Words<E, kRunVector>::kWords; ++i) {
+    decoded.words[i] = to_word<E>(values + i * kWordElements<E>);
+  }
+  return decoded;
+}
+
+/// One warp per run of kRunPacks packs from first_pack on, which are numbered row by row: lane i holds every 32nd pack,
+/// and reads every 32nd group's scale.
+template <class E>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    decode_runs(std::size_t codes_offset, std::size_t first_pack, std::size_t packs, std::uint32_t log_group_packs,
+                const std::byte* sections, std::size_t section_stride, std::byte* rows, std::size_t rows_stride,
+                std::uint32_t* bad_scale) {
+  __shared__ float scales[kWarps][kRunPacks / kMinGroupPacks];
+  const std::uint32_t warp = threadIdx.x / kWarp;
+  const std::uint32_t lane = threadIdx.x % kWarp;
+  const std::size_t at = (std::size_t{blockIdx.x} * kWarps + warp) * kRunPacks;
+  if (at >= packs) return;
+  const auto count = static_cast<std::uint32_t>(min(packs - at, std::size_t{kRunPacks}));
+  const std::size_t first = first_pack + at;
+  const std::byte* section = sections + blockIdx.z * section_stride;
+  const auto* stored = reinterpret_cast<const std::uint16_t*>(section) + (first >> log_group_packs);
+  const auto* codes = reinterpret_cast<const uint2*>(section + codes_offset) + first;
+  auto* out = reinterpret_cast<Words<E, kRunVector>*>(rows + blockIdx.z * rows_stride) + at;
+
+  uint2 held[kRunHeld];
+#pragma unroll
+  for (std::uint32_t i = 0; i < kRunHeld; ++i) held[i] = codes[min(i * kWarp + lane, count - 1)];
+  for (std::uint32_t group = lane; group < count >> log_group_packs; group += kWarp) {
+    const std::uint16_t bits = stored[group];
+    if (bits > max_scale_bits(E::kDType)) *bad_scale = 1;
+    scales[warp][group] = scale_value(bits);
+  }
+  __syncwarp();
+#pragma unroll
+  for (std::uint32_t i = 0; i < kRunHeld; ++i) {
+    const std::uint32_t pack = i * kWarp + lane;
+    if (pack < count) out[pack] = decode_pack<E>(held[i], scales[warp][pack >> log_group_packs]);
+  }
+}
+
 Status check(const Form& form, std::uint32_t count) {
   if (form.dtype == DType::kOpaqueBytes || form.tokens == 0 || form.dim == 0 || form.group == 0 || count == 0) {
     return {Code::kInvalid, "int8: nothing to encode or decode, or no numbers"};
@@ -265,7 +330,8 @@ dim3 tile_threads(std::uint32_t packs) {
 template <class E, std::uint32_t kCount>
 void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
-  fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
+  const bool has_gap = form.scales() * sizeof(std::uint16_t) < form.codes_offset();
+  if (has_gap) fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
   if (form.per_channel) {
     const std::uint32_t packs = (form.dim + kCount - 1) / kCount;
     const dim3 threads = tile_threads(packs);
@@ -284,6 +350,16 @@ template <class E, std::uint32_t kCount>
 void decode_as(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,
                std::uint32_t begin, std::uint32_t end, std::byte* rows, std::size_t rows_stride,
                std::uint32_t* bad_scale, cudaStream_t stream) {
+  if (has_runs(form)) {
+    constexpr std::size_t kBlockPacks = kWarps * kRunPacks;
+    const std::size_t row_packs = form.dim / kRunVector;
+    const std::size_t all = (end - begin) * row_packs;
+    const dim3 grid(static_cast<unsigned>((all + kBlockPacks - 1) / kBlockPacks), 1, count);
+    decode_runs<E><<<grid, kThreads, 0, stream>>>(form.codes_offset(), begin * row_packs, all,
+                                                  static_cast<std::uint32_t>(std::countr_zero(form.group / kRunVector)),
+                                                  sections, section_stride, rows, rows_stride, bad_scale);
+    return;
+  }
   const std::uint32_t packs = (form.dim + kCount - 1) / kCount;
   const dim3 threads = tile_threads(packs);
   const std::uint32_t tile_tokens = form.per_channel ? form.group : threads.y * kHeld;

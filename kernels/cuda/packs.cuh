@@ -54,37 +54,74 @@ __device__ inline std::uint32_t to_word<Float16>(const float* values) {
   return word;
 }
 
-/// The smallest and the largest values so far, element by element of a word; NaN once there was one.
+/// The smaller and the larger elements of two words, one by one; NaN where either is.
 template <class E>
-struct Extremes {
-  std::uint32_t low = 0x7F800000U;
-  std::uint32_t high = 0xFF800000U;
-  __device__ void add(std::uint32_t word) {
-    asm("{\n.reg .f32 a, b;\nmov.b32 a, %0;\nmov.b32 b, %1;\nmin.NaN.f32 a, a, b;\nmov.b32 %0, a;\n}"
-        : "+r"(low)
-        : "r"(word));
-    asm("{\n.reg .f32 a, b;\nmov.b32 a, %0;\nmov.b32 b, %1;\nmax.NaN.f32 a, a, b;\nmov.b32 %0, a;\n}"
-        : "+r"(high)
-        : "r"(word));
-  }
-};
+__device__ std::uint32_t smaller_of(std::uint32_t a, std::uint32_t b) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+  return __float_as_uint(smaller);
+}
 template <>
-struct Extremes<BFloat16> {
-  std::uint32_t low = 0x7F807F80U;
-  std::uint32_t high = 0xFF80FF80U;
-  __device__ void add(std::uint32_t word) {
-    asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(low) : "r"(word));
-    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(high) : "r"(word));
-  }
-};
+__device__ inline std::uint32_t smaller_of<BFloat16>(std::uint32_t a, std::uint32_t b) {
+  asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
 template <>
-struct Extremes<Float16> {
-  std::uint32_t low = 0x7C007C00U;
-  std::uint32_t high = 0xFC00FC00U;
-  __device__ void add(std::uint32_t word) {
-    asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(low) : "r"(word));
-    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(high) : "r"(word));
+__device__ inline std::uint32_t smaller_of<Float16>(std::uint32_t a, std::uint32_t b) {
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+template <class E>
+__device__ std::uint32_t larger_of(std::uint32_t a, std::uint32_t b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
+  return __float_as_uint(larger);
+}
+template <>
+__device__ inline std::uint32_t larger_of<BFloat16>(std::uint32_t a, std::uint32_t b) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+template <>
+__device__ inline std::uint32_t larger_of<Float16>(std::uint32_t a, std::uint32_t b) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+/// The ends of what some elements span, so that one operation widens both: the lowest and the highest with its sign
+/// turned, in a word's halves or a word each. NaN once there was one.
+template <class E>
+struct Ends {
+  static constexpr std::uint32_t kWords = 2 / kWordElements<E>;
+  std::uint32_t words[kWords];
+
+  __device__ void add(const Ends& other) {
+    for (std::uint32_t i = 0; i < kWords; ++i) words[i] = smaller_of<E>(words[i], other.words[i]);
+  }
+  __device__ void values(float& low, float& high) const {
+    float ends[2];
+    for (std::uint32_t i = 0; i < kWords; ++i) to_floats<E>(words[i], ends + i * kWordElements<E>);
+    low = ends[0];
+    high = -ends[1];
   }
 };
+
+template <class E, std::uint32_t kCount>
+__device__ Ends<E> ends_of(const Words<E, kCount>& elements) {
+  std::uint32_t low = elements.words[0];
+  std::uint32_t high = elements.words[0];
+  for (std::uint32_t i = 1; i < Words<E, kCount>::kWords; ++i) {
+    low = smaller_of<E>(low, elements.words[i]);
+    high = larger_of<E>(high, elements.words[i]);
+  }
+  constexpr std::uint32_t kSign = 0x80000000U;
+  if constexpr (kWordElements<E> == 1) {
+    return {low, high ^ kSign};
+  } else {
+    const std::uint32_t of_firsts = __byte_perm(low, high, 0x5410) ^ kSign;
+    const std::uint32_t of_seconds = __byte_perm(low, high, 0x7632) ^ kSign;
+    return {smaller_of<E>(of_firsts, of_seconds)};
+  }
+}
 
 }  // namespace kvern::cuda

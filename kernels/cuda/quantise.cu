@@ -1,9 +1,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <string>
 
-#include "kernels/cuda/packs.cuh"
+#include "kernels/cuda/codes.cuh"
 #include "kernels/cuda/quantise.h"
 
 namespace kvern::quantise {
@@ -14,51 +15,45 @@ using namespace cuda;
 /// Threads of a block at most, and the packs that each holds in registers: 16 KiB of 2-byte elements a block, all
 /// asked for before the first is used.
 constexpr unsigned kThreads = 128;
+constexpr unsigned kWarps = kThreads / kWarp;
 constexpr std::uint32_t kHeld = 8;
 /// Packs beside each other in a block's tile of rows, at most.
 constexpr std::uint32_t kMaxTilePacks = 32;
-constexpr std::int32_t kInfinityKey = 0x7F800000;
-/// Channel groups have at most this many channels, 16 threads of kPackChannels.
+/// Channel groups have at most this many channels, 16 threads of kPackChannels, and at least two packs.
 constexpr std::uint32_t kMaxChannelGroup = 128;
-
+constexpr std::uint32_t kMinGroupPacks = Form::kDimStep / kPackChannels;
+/// Blocks that share a multiprocessor: while some wait for memory, others code.
 template <class E>
-using Elements = Words<E, kPackChannels>;
+constexpr unsigned kBlocks = kWordElements<E> == 1 ? 4 : 6;
+/// Packs of a warp's run.
+constexpr std::uint32_t kRunPacks = kWarp * kHeld;
 
-template <class E>
-__device__ Elements<E> load(const typename E::Raw* rows, std::size_t element) {
-  return *reinterpret_cast<const Elements<E>*>(rows + element);
-}
-template <class E>
-__device__ void to_values(const Elements<E>& elements, float (&values)[kPackChannels]) {
-  for (std::uint32_t i = 0; i < Elements<E>::kWords; ++i) {
-    to_floats<E>(elements.words[i], values + i * kWordElements<E>);
-  }
-}
+/// A form and what would take divisions to find again.
+struct Layout {
+  explicit Layout(const Form& of)
+      : form(of),
+        groups(of.groups()),
+        offsets_at(of.offsets_at()),
+        first_at(of.first_at()),
+        second_at(of.second_at()) {}
 
-/// An integer that is ordered like the values, and back.
-__device__ std::int32_t ordered(float value) {
-  const std::int32_t bits = __float_as_int(value);
-  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
-}
-__device__ float from_ordered(std::int32_t key) { return __int_as_float(key ^ ((key >> 31) & 0x7FFFFFFF)); }
-
-/// Lowest and highest value of some elements, ordered. NaN is above infinity.
-struct Span {
-  std::int32_t low = INT32_MAX;
-  std::int32_t high = INT32_MIN;
-  __device__ void add(const Span& other) {
-    low = min(low, other.low);
-    high = max(high, other.high);
-  }
-  __device__ bool is_finite() const { return high < kInfinityKey && low > ~kInfinityKey; }
+  Form form;
+  std::uint32_t groups;
+  std::size_t offsets_at;
+  std::size_t first_at;
+  std::size_t second_at;
 };
+
 template <class E>
-__device__ void to_spans(const Extremes<E>& extremes, Span* spans) {
-  float low[kWordElements<E>];
-  float high[kWordElements<E>];
-  to_floats<E>(extremes.low, low);
-  to_floats<E>(extremes.high, high);
-  for (std::uint32_t i = 0; i < kWordElements<E>; ++i) spans[i] = {ordered(low[i]), ordered(high[i])};
+__device__ const Elements<E>* packs_at(const std::byte* plane, std::size_t pack) {
+  return reinterpret_cast<const Elements<E>*>(plane) + pack;
+}
+/// The value of an element of a word.
+template <class E>
+__device__ float value_in(std::uint32_t word, std::uint32_t element) {
+  float values[kWordElements<E>];
+  to_floats<E>(word >> element * 16, values);
+  return values[0];
 }
 
 template <std::uint32_t kBytes>
@@ -77,182 +72,236 @@ __device__ std::uint64_t load_bytes(const std::byte* from) {
   return 0;
 }
 
-/// kPackChannels codes of b bits are b bytes.
+/// The planes of codes from a pack on, which is numbered among those of its plane, row by row: kPackChannels codes of
+/// b bits are b bytes.
+template <class Byte>
+struct CodePlanes {
+  Byte* first;
+  Byte* second;
+};
+template <Kind kKind, class Byte>
+__device__ CodePlanes<Byte> codes_at(const Layout& layout, Byte* section, std::size_t pack) {
+  return {section + layout.first_at + pack * first_bits(kKind), section + layout.second_at + pack * second_bits(kKind)};
+}
+/// pack: counted from where the planes begin.
 template <Kind kKind>
-__device__ void store_codes(const Form& form, std::byte* section, std::uint32_t token, std::uint32_t channel,
-                            const std::uint32_t (&codes)[kPackChannels]) {
-  const Packed packed = pack(codes, kKind);
-  const std::size_t at = (std::size_t{token} * form.dim + channel) / kPackChannels;
-  store_bytes<first_bits(kKind)>(section + form.first_at() + at * first_bits(kKind), packed.first);
-  store_bytes<second_bits(kKind)>(section + form.second_at() + at * second_bits(kKind), packed.second);
+__device__ void store_codes(const CodePlanes<std::byte>& codes, std::uint32_t pack, const Packed& packed) {
+  store_bytes<first_bits(kKind)>(codes.first + std::size_t{pack} * first_bits(kKind), packed.first);
+  store_bytes<second_bits(kKind)>(codes.second + std::size_t{pack} * second_bits(kKind), packed.second);
 }
 template <Kind kKind>
-__device__ Packed load_codes(const Form& form, const std::byte* section, std::uint32_t token, std::uint32_t channel) {
-  const std::size_t at = (std::size_t{token} * form.dim + channel) / kPackChannels;
+__device__ Packed load_codes(const CodePlanes<const std::byte>& codes, std::uint32_t pack) {
   Packed packed;
-  packed.first = load_bytes<first_bits(kKind)>(section + form.first_at() + at * first_bits(kKind));
+  packed.first = load_bytes<first_bits(kKind)>(codes.first + std::size_t{pack} * first_bits(kKind));
   packed.second =
-      static_cast<std::uint32_t>(load_bytes<second_bits(kKind)>(section + form.second_at() + at * second_bits(kKind)));
+      static_cast<std::uint32_t>(load_bytes<second_bits(kKind)>(codes.second + std::size_t{pack} * second_bits(kKind)));
   return packed;
 }
 
-template <class E>
-__device__ void store_group(const Form& form, std::byte* section, std::size_t index, const Group& group) {
-  reinterpret_cast<std::uint16_t*>(section)[index] = group.scale;
-  if (form.has_offsets()) {
-    reinterpret_cast<typename E::Raw*>(section + form.offsets_at())[index] = E::from_float(group.offset);
-  }
-}
-
-/// What a group's elements are coded with, as threads leave it for each other.
-struct Factors {
-  float inverse;
-  float bias;
-};
+/// Stores what a group is written with. low and high: NaN where an element is.
 template <class E, Kind kKind>
-__device__ Factors finish_group(const Form& form, std::byte* section, std::size_t index, const Span& span,
+__device__ Factors finish_group(const Layout& layout, std::byte* section, std::size_t index, float low, float high,
                                 std::uint32_t* not_finite) {
-  if (!span.is_finite()) *not_finite = 1;
-  const Group group = make_group(from_ordered(span.low), from_ordered(span.high), kKind, form.scheme, E::kDType);
-  store_group<E>(form, section, index, group);
+  constexpr float kLargest = largest_finite(DType::kFloat32);
+  if (!(low >= -kLargest && high <= kLargest)) *not_finite = 1;
+  const Group group = make_group(low, high, kKind, layout.form.scheme, E::kDType);
+  reinterpret_cast<std::uint16_t*>(section)[index] = group.scale;
+  if (layout.form.has_offsets()) {
+    reinterpret_cast<typename E::Raw*>(section + layout.offsets_at)[index] = E::from_float(group.offset);
+  }
   return {group.inverse, group.bias};
-}
-template <Kind kKind>
-__device__ std::uint32_t encode(float value, const Factors& factors) {
-  Group group;
-  group.inverse = factors.inverse;
-  group.bias = factors.bias;
-  return quantise::encode(value, group, kKind);
 }
 
 /// One block per token group of a plane and tile of channels: threads in x hold kPackChannels channels each, threads in
 /// y take turns with the tokens. Groups of more than kHeld tokens per thread are read twice, the second time from the
-/// cache.
+/// cache. Threads beyond the last token or channel repeat it, which changes no extreme, and store nothing.
 template <class E, Kind kKind>
-__global__ void __launch_bounds__(kThreads)
-    encode_per_channel(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
+__global__ void __launch_bounds__(kThreads, kBlocks<E>)
+    encode_per_channel(Layout layout, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
                        std::size_t section_stride, std::uint32_t* not_finite) {
-  __shared__ Span spans[kThreads * kPackChannels];  // [thread in y][channel]
+  __shared__ Elements<E> lows[kThreads];  // [thread in y][pack]
+  __shared__ Elements<E> highs[kThreads];
   __shared__ Factors factors[kMaxTilePacks * kPackChannels];
-  const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
+  const Form& form = layout.form;
   std::byte* section = sections + blockIdx.z * section_stride;
   const std::uint32_t first = blockIdx.x * form.group;
-  const std::uint32_t last = min(first + form.group, form.tokens);
-  const std::uint32_t width = blockDim.x * kPackChannels;
-  const std::uint32_t slot = threadIdx.x * kPackChannels;
-  const std::uint32_t channel = blockIdx.y * width + slot;
-  const bool inside = channel < form.dim;
+  const std::uint32_t tokens = min(form.group, form.tokens - first);
+  const std::uint32_t first_pack = blockIdx.y * blockDim.x;
+  const std::uint32_t row_packs = form.dim / kPackChannels;
+  const bool inside = first_pack + threadIdx.x < row_packs;
+  const std::uint32_t pack = min(first_pack + threadIdx.x, row_packs - 1);
   const std::uint32_t step = blockDim.y * kHeld;
+  const std::uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const std::size_t start = std::size_t{first} * row_packs + pack;
+  const Elements<E>* of_group = packs_at<E>(planes + blockIdx.z * plane_stride, start);
 
   Elements<E> held[kHeld];
   const auto hold = [&](std::uint32_t from) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
-      const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
-      if (inside && token < last) held[i] = load<E>(plane, std::size_t{token} * form.dim + channel);
+      held[i] = of_group[min(from + threadIdx.y + i * blockDim.y, tokens - 1) * row_packs];
     }
   };
-  Extremes<E> extremes[Elements<E>::kWords];
-  for (std::uint32_t from = first; from < last; from += step) {
+  Elements<E> low;
+  Elements<E> high;
+  for (std::uint32_t from = 0; from < tokens; from += step) {
     hold(from);
+    if (from == 0) low = high = held[0];
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
-      if (!inside || from + threadIdx.y + i * blockDim.y >= last) continue;
-      for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) extremes[k].add(held[i].words[k]);
+      for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) {
+        low.words[k] = smaller_of<E>(low.words[k], held[i].words[k]);
+        high.words[k] = larger_of<E>(high.words[k], held[i].words[k]);
+      }
     }
   }
-  for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) {
-    to_spans(extremes[k], spans + threadIdx.y * width + slot + k * kWordElements<E>);
-  }
+  lows[thread] = low;
+  highs[thread] = high;
   __syncthreads();
-  for (std::uint32_t i = threadIdx.y * blockDim.x + threadIdx.x; i < width; i += blockDim.x * blockDim.y) {
-    if (blockIdx.y * width + i >= form.dim) continue;
-    Span span = spans[i];
-    for (std::uint32_t y = 1; y < blockDim.y; ++y) span.add(spans[y * width + i]);
-    factors[i] =
-        finish_group<E, kKind>(form, section, form.scale_index(first, blockIdx.y * width + i), span, not_finite);
+  for (std::uint32_t i = thread; i < blockDim.x * kPackChannels; i += blockDim.x * blockDim.y) {
+    const std::uint32_t channel = first_pack * kPackChannels + i;
+    if (channel >= form.dim) continue;
+    const std::uint32_t word = i % kPackChannels / kWordElements<E>;
+    std::uint32_t of_low = lows[i / kPackChannels].words[word];
+    std::uint32_t of_high = highs[i / kPackChannels].words[word];
+    for (std::uint32_t y = 1; y < blockDim.y; ++y) {
+      of_low = smaller_of<E>(of_low, lows[y * blockDim.x + i / kPackChannels].words[word]);
+      of_high = larger_of<E>(of_high, highs[y * blockDim.x + i / kPackChannels].words[word]);
+    }
+    const std::uint32_t element = i % kWordElements<E>;
+    factors[i] = finish_group<E, kKind>(layout, section, std::size_t{blockIdx.x} * form.dim + channel,
+                                        value_in<E>(of_low, element), value_in<E>(of_high, element), not_finite);
   }
   __syncthreads();
   if (!inside) return;
   Factors own[kPackChannels];
-  for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = factors[slot + k];
-  for (std::uint32_t from = first; from < last; from += step) {
-    if (last - first > step) hold(from);
+  for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = factors[threadIdx.x * kPackChannels + k];
+  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, start);
+  for (std::uint32_t from = 0; from < tokens; from += step) {
+    if (tokens > step) hold(from);
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
       const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
-      if (token >= last) continue;
-      float values[kPackChannels];
-      to_values<E>(held[i], values);
-      std::uint32_t codes[kPackChannels];
-      for (std::uint32_t k = 0; k < kPackChannels; ++k) codes[k] = encode<kKind>(values[k], own[k]);
-      store_codes<kKind>(form, section, token, channel, codes);
+      const Packed packed = encode_pack<E, kKind>(held[i], own);
+      if (token < tokens) store_codes<kKind>(codes, token * row_packs, packed);
     }
   }
 }
 
-/// One block per tile of tokens and whole groups of channels. Threads as above; what they find in their packs lies in
-/// shared memory, and one thread per group puts it together.
+/// Whether the channel groups of a plane are a run of equal ones, through all rows, whose packs are a power of two.
+bool has_runs(const Form& form) {
+  return !form.per_channel && form.dim % form.group == 0 && std::has_single_bit(form.group / kPackChannels);
+}
+
+/// One warp per run of kRunPacks packs: lane i holds every 32nd pack, and finishes every 32nd group.
 template <class E, Kind kKind>
-__global__ void __launch_bounds__(kThreads)
-    encode_per_token(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
+__global__ void __launch_bounds__(kThreads, kBlocks<E>)
+    encode_runs(Layout layout, std::size_t packs, std::uint32_t log_group_packs, const std::byte* planes,
+                std::size_t plane_stride, std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite) {
+  __shared__ Ends<E> ends[kWarps][kRunPacks];
+  __shared__ Factors factors[kWarps][kRunPacks / kMinGroupPacks];
+  const std::uint32_t warp = threadIdx.x / kWarp;
+  const std::uint32_t lane = threadIdx.x % kWarp;
+  const std::size_t first = (std::size_t{blockIdx.x} * kWarps + warp) * kRunPacks;
+  if (first >= packs) return;
+  const auto count = static_cast<std::uint32_t>(min(packs - first, std::size_t{kRunPacks}));
+  const Elements<E>* run = packs_at<E>(planes + blockIdx.z * plane_stride, first);
+  std::byte* section = sections + blockIdx.z * section_stride;
+
+  Elements<E> held[kHeld];
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    held[i] = run[min(i * kWarp + lane, count - 1)];
+  }
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) ends[warp][i * kWarp + lane] = ends_of<E>(held[i]);
+  __syncwarp();
+  const std::uint32_t group_packs = 1U << log_group_packs;
+  for (std::uint32_t group = lane; group < count >> log_group_packs; group += kWarp) {
+    const Ends<E>* of_group = ends[warp] + (group << log_group_packs);
+    // Lanes whose groups begin in the same bank of shared memory begin at different packs.
+    const std::uint32_t turn = (group << log_group_packs) / kWarp & (group_packs - 1);
+    Ends<E> all = of_group[turn];
+    for (std::uint32_t k = 1; k < group_packs; ++k) all.add(of_group[k ^ turn]);
+    float low;
+    float high;
+    all.values(low, high);
+    factors[warp][group] =
+        finish_group<E, kKind>(layout, section, (first >> log_group_packs) + group, low, high, not_finite);
+  }
+  __syncwarp();
+  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, first);
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    const std::uint32_t pack = min(i * kWarp + lane, count - 1);
+    const Factors factor = factors[warp][pack >> log_group_packs];
+    Factors own[kPackChannels];
+    for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = factor;
+    const Packed packed = encode_pack<E, kKind>(held[i], own);
+    if (i * kWarp + lane < count) store_codes<kKind>(codes, pack, packed);
+  }
+}
+
+/// For groups that are no runs. One block per tile of tokens and whole groups of channels, threads as for channels;
+/// what they find in their packs lies in shared memory, and one thread per group puts it together.
+template <class E, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kBlocks<E>)
+    encode_per_token(Layout layout, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
                      std::size_t section_stride, std::uint32_t* not_finite) {
-  __shared__ Span spans[kThreads * kHeld];           // [token][pack]
-  __shared__ Factors factors[kThreads * kHeld / 2];  // [token][group]: groups have two packs or more
-  const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
+  __shared__ Ends<E> ends[kThreads * kHeld];                      // [token][pack]
+  __shared__ Factors factors[kThreads * kHeld / kMinGroupPacks];  // [token][group]
+  const Form& form = layout.form;
   std::byte* section = sections + blockIdx.z * section_stride;
   const std::uint32_t packs = blockDim.x;
-  const std::uint32_t first_channel = blockIdx.y * packs * kPackChannels;
-  const std::uint32_t channel = first_channel + threadIdx.x * kPackChannels;
+  const std::uint32_t row_packs = form.dim / kPackChannels;
+  const std::uint32_t first_pack = blockIdx.y * packs;
   const std::uint32_t tile_tokens = blockDim.y * kHeld;
   const std::uint32_t first = blockIdx.x * tile_tokens;
   const std::uint32_t tokens = min(tile_tokens, form.tokens - first);
   const std::uint32_t group_packs = form.group / kPackChannels;
-  const std::uint32_t tile_packs = min(packs, (form.dim - first_channel) / kPackChannels);
+  const std::uint32_t tile_packs = min(packs, row_packs - first_pack);
   const std::uint32_t groups = (tile_packs + group_packs - 1) / group_packs;
   const bool inside = threadIdx.x < tile_packs;
+  const std::size_t start = std::size_t{first} * row_packs + first_pack + threadIdx.x;
+  const Elements<E>* of_tile = packs_at<E>(planes + blockIdx.z * plane_stride, start);
 
   Elements<E> held[kHeld];
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
     const std::uint32_t at = threadIdx.y + i * blockDim.y;
-    if (inside && at < tokens) held[i] = load<E>(plane, std::size_t{first + at} * form.dim + channel);
+    if (inside && at < tokens) held[i] = of_tile[at * row_packs];
   }
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
     const std::uint32_t at = threadIdx.y + i * blockDim.y;
-    if (!inside || at >= tokens) continue;
-    Extremes<E> extremes;
-    for (std::uint32_t k = 0; k < Elements<E>::kWords; ++k) extremes.add(held[i].words[k]);
-    Span of_elements[kWordElements<E>];
-    to_spans(extremes, of_elements);
-    for (std::uint32_t k = 1; k < kWordElements<E>; ++k) of_elements[0].add(of_elements[k]);
-    spans[at * packs + threadIdx.x] = of_elements[0];
+    if (inside && at < tokens) ends[at * packs + threadIdx.x] = ends_of<E>(held[i]);
   }
   __syncthreads();
   for (std::uint32_t i = threadIdx.y * packs + threadIdx.x; i < tokens * groups; i += packs * blockDim.y) {
     const std::uint32_t at = i / groups;
     const std::uint32_t group = i % groups;
-    const Span* of_group = spans + at * packs + group * group_packs;
+    const Ends<E>* of_group = ends + at * packs + group * group_packs;
     const std::uint32_t count = min(group_packs, tile_packs - group * group_packs);
-    Span span;
-    for (std::uint32_t k = 0; k < count; ++k) span.add(of_group[k]);
-    const std::size_t index = form.scale_index(first + at, first_channel + group * form.group);
-    factors[i] = finish_group<E, kKind>(form, section, index, span, not_finite);
+    Ends<E> all = of_group[0];
+    for (std::uint32_t k = 1; k < count; ++k) all.add(of_group[k]);
+    float low;
+    float high;
+    all.values(low, high);
+    const std::size_t index = std::size_t{first + at} * layout.groups + first_pack / group_packs + group;
+    factors[i] = finish_group<E, kKind>(layout, section, index, low, high, not_finite);
   }
   __syncthreads();
   if (!inside) return;
+  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, start);
   const std::uint32_t group = threadIdx.x / group_packs;
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
     const std::uint32_t at = threadIdx.y + i * blockDim.y;
     if (at >= tokens) continue;
-    const Factors own = factors[at * groups + group];
-    float values[kPackChannels];
-    to_values<E>(held[i], values);
-    std::uint32_t codes[kPackChannels];
-    for (std::uint32_t k = 0; k < kPackChannels; ++k) codes[k] = encode<kKind>(values[k], own);
-    store_codes<kKind>(form, section, first + at, channel, codes);
+    const Factors factor = factors[at * groups + group];
+    Factors own[kPackChannels];
+    for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = factor;
+    store_codes<kKind>(codes, at * row_packs, encode_pack<E, kKind>(held[i], own));
   }
 }
 
@@ -269,77 +318,107 @@ __global__ void fill_gaps(Form form, std::byte* sections, std::size_t section_st
 
 /// The line of a group as it is stored; sets *invalid where encoding cannot have made it.
 template <class E, Kind kKind>
-__device__ Line stored_line(const Form& form, const std::byte* section, std::size_t index, std::uint32_t* invalid) {
+__device__ Line stored_line(const Layout& layout, const std::byte* section, std::size_t index, std::uint32_t* invalid) {
   float offset = 0;
-  if (form.has_offsets()) {
-    offset = E::to_float(reinterpret_cast<const typename E::Raw*>(section + form.offsets_at())[index]);
+  if (layout.form.has_offsets()) {
+    offset = E::to_float(reinterpret_cast<const typename E::Raw*>(section + layout.offsets_at)[index]);
   }
   Line line;
   const std::uint16_t scale = reinterpret_cast<const std::uint16_t*>(section)[index];
-  if (!make_line(scale, offset, kKind, form.scheme, E::kDType, line)) *invalid = 1;
+  if (!make_line(scale, offset, kKind, layout.form.scheme, E::kDType, line)) *invalid = 1;
   return kKind == Kind::kInt8Residual ? refine(line, E::kDType) : line;
 }
 
-template <class E, Kind kKind>
-__device__ Elements<E> decode_pack(const Packed& packed, const Line (&lines)[kPackChannels], std::uint32_t* invalid) {
-  float values[kPackChannels];
-  for (std::uint32_t k = 0; k < kPackChannels; ++k) {
-    const std::uint32_t code = unpack(packed, k, kKind);
-    if (kKind == Kind::kFp8 && (code & 0x7FU) == 0x7FU) *invalid = 1;
-    values[k] = decode(code, lines[k], kKind);
-  }
-  Elements<E> decoded;
-  for (std::uint32_t i = 0; i < Elements<E>::kWords; ++i) decoded.words[i] = to_word<E>(values + i * kWordElements<E>);
-  return decoded;
-}
-
-/// One block per tile of tokens, all of one token group, and of channels. The lines of a channel group are made once
-/// per block, or once per token by the threads that hold its packs.
-template <class E, Kind kKind>
-__global__ void __launch_bounds__(kThreads)
-    decode_elements(Form form, const std::byte* sections, std::size_t section_stride, std::uint32_t begin,
+/// One block per tile of tokens and of channels, threads as in encode_per_channel. For keys the tile is of one token
+/// group, and its lines are made once; for values the threads that hold a channel group's packs each make its line.
+template <class E, Kind kKind, bool kPerChannel>
+__global__ void __launch_bounds__(kThreads, kBlocks<E>)
+    decode_elements(Layout layout, const std::byte* sections, std::size_t section_stride, std::uint32_t begin,
                     std::uint32_t end, std::uint32_t tile_tokens, std::byte* rows, std::size_t rows_stride,
                     std::uint32_t* invalid) {
-  __shared__ Line lines[kMaxTilePacks * kPackChannels];
+  const Form& form = layout.form;
   const std::byte* section = sections + blockIdx.z * section_stride;
-  auto* out = reinterpret_cast<typename E::Raw*>(rows + blockIdx.z * rows_stride);
   // Tiles begin at multiples of their size, which is the group's for keys.
   const std::uint32_t tile = begin / tile_tokens + blockIdx.x;
   const std::uint32_t first = max(begin, tile * tile_tokens);
-  const std::uint32_t last = min(end, (tile + 1) * tile_tokens);
-  const std::uint32_t width = blockDim.x * kPackChannels;
-  const std::uint32_t channel = blockIdx.y * width + threadIdx.x * kPackChannels;
-  if (form.per_channel) {
+  const std::uint32_t tokens = min(end, (tile + 1) * tile_tokens) - first;
+  const std::uint32_t row_packs = form.dim / kPackChannels;
+  const std::uint32_t first_pack = blockIdx.y * blockDim.x;
+  const bool inside = first_pack + threadIdx.x < row_packs;
+  const std::uint32_t pack = min(first_pack + threadIdx.x, row_packs - 1);
+  PlacedLines own;
+  if constexpr (kPerChannel) {
+    __shared__ Line lines[kMaxTilePacks * kPackChannels];
+    const std::uint32_t width = blockDim.x * kPackChannels;
     for (std::uint32_t i = threadIdx.y * blockDim.x + threadIdx.x; i < width; i += blockDim.x * blockDim.y) {
-      const std::uint32_t at = blockIdx.y * width + i;
-      if (at < form.dim) lines[i] = stored_line<E, kKind>(form, section, form.scale_index(first, at), invalid);
+      const std::uint32_t channel = first_pack * kPackChannels + i;
+      if (channel >= form.dim) continue;
+      lines[i] = stored_line<E, kKind>(layout, section, std::size_t{tile} * form.dim + channel, invalid);
     }
     __syncthreads();
+    if (!inside) return;
+    for (std::uint32_t k = 0; k < kPackChannels; ++k) put_line<kKind>(own, k, lines[threadIdx.x * kPackChannels + k]);
   }
-  if (channel >= form.dim) return;
-  Line own[kPackChannels];
-  if (form.per_channel) {
-    for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = lines[threadIdx.x * kPackChannels + k];
-  }
-  for (std::uint32_t from = first + threadIdx.y; from < last; from += blockDim.y * kHeld) {
+  if (!inside) return;
+  const CodePlanes<const std::byte> codes = codes_at<kKind>(layout, section, std::size_t{first} * row_packs + pack);
+  auto* out =
+      reinterpret_cast<Elements<E>*>(rows + blockIdx.z * rows_stride) + std::size_t{first - begin} * row_packs + pack;
+  for (std::uint32_t from = threadIdx.y; from < tokens; from += blockDim.y * kHeld) {
     Packed packed[kHeld];
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
-      const std::uint32_t token = from + i * blockDim.y;
-      if (token < last) packed[i] = load_codes<kKind>(form, section, token, channel);
+      packed[i] = load_codes<kKind>(codes, min(from + i * blockDim.y, tokens - 1) * row_packs);
     }
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
       const std::uint32_t token = from + i * blockDim.y;
-      if (token >= last) continue;
-      if (!form.per_channel) {
+      if constexpr (!kPerChannel) {
+        if (token >= tokens) continue;
         // Channel groups begin at multiples of 16, so that a thread's channels are all in one.
-        const Line line = stored_line<E, kKind>(form, section, form.scale_index(token, channel), invalid);
-        for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = line;
+        const std::size_t index = std::size_t{first + token} * layout.groups + pack * kPackChannels / form.group;
+        const Line line = stored_line<E, kKind>(layout, section, index, invalid);
+        for (std::uint32_t k = 0; k < kPackChannels; ++k) put_line<kKind>(own, k, line);
       }
-      *reinterpret_cast<Elements<E>*>(out + std::size_t{token - begin} * form.dim + channel) =
-          decode_pack<E, kKind>(packed[i], own, invalid);
+      const Elements<E> decoded = decode_pack<E, kKind>(packed[i], own, invalid);
+      if (token < tokens) out[token * row_packs] = decoded;
     }
+  }
+}
+
+/// One warp per run of kRunPacks packs from first_pack on, like encode_runs.
+template <class E, Kind kKind>
+__global__ void __launch_bounds__(kThreads, kBlocks<E>)
+    decode_runs(Layout layout, std::size_t first_pack, std::size_t packs, std::uint32_t log_group_packs,
+                const std::byte* sections, std::size_t section_stride, std::byte* rows, std::size_t rows_stride,
+                std::uint32_t* invalid) {
+  __shared__ Line lines[kWarps][kRunPacks / kMinGroupPacks];
+  const std::uint32_t warp = threadIdx.x / kWarp;
+  const std::uint32_t lane = threadIdx.x % kWarp;
+  const std::size_t at = (std::size_t{blockIdx.x} * kWarps + warp) * kRunPacks;
+  if (at >= packs) return;
+  const auto count = static_cast<std::uint32_t>(min(packs - at, std::size_t{kRunPacks}));
+  const std::byte* section = sections + blockIdx.z * section_stride;
+  auto* out = reinterpret_cast<Elements<E>*>(rows + blockIdx.z * rows_stride) + at;
+  const std::size_t first = first_pack + at;
+  const CodePlanes<const std::byte> codes = codes_at<kKind>(layout, section, first);
+
+  Packed packed[kHeld];
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    packed[i] = load_codes<kKind>(codes, min(i * kWarp + lane, count - 1));
+  }
+  for (std::uint32_t group = lane; group < count >> log_group_packs; group += kWarp) {
+    lines[warp][group] = stored_line<E, kKind>(layout, section, (first >> log_group_packs) + group, invalid);
+  }
+  __syncwarp();
+#pragma unroll
+  for (std::uint32_t i = 0; i < kHeld; ++i) {
+    const std::uint32_t pack = min(i * kWarp + lane, count - 1);
+    const Line line = lines[warp][pack >> log_group_packs];
+    PlacedLines own;
+    for (std::uint32_t k = 0; k < kPackChannels; ++k) put_line<kKind>(own, k, line);
+    const Elements<E> decoded = decode_pack<E, kKind>(packed[i], own, invalid);
+    if (i * kWarp + lane < count) out[pack] = decoded;
   }
 }
 
@@ -357,26 +436,48 @@ Status check(const Form& form, std::uint32_t count) {
   return Status::ok();
 }
 
-/// Threads of a block over `packs` packs of a row.
-dim3 tile_threads(std::uint32_t packs) { return dim3(packs, kThreads / packs); }
+bool has_gaps(const Form& form) {
+  return form.scales() * sizeof(std::uint16_t) < form.offsets_at() ||
+         (form.has_offsets() && form.offsets_at() + form.scales() * form.element_bytes() < form.first_at()) ||
+         (second_bits(form.kind) > 0 && form.first_end() < form.second_at());
+}
+
+/// Threads of a block over `packs` packs of a row and at most `tokens` tokens.
+dim3 tile_threads(std::uint32_t packs, std::uint32_t tokens) {
+  return dim3(packs, std::min(kThreads / packs, (tokens + kHeld - 1) / kHeld));
+}
+std::uint32_t log_group_packs(const Form& form) {
+  return static_cast<std::uint32_t>(std::countr_zero(form.group / kPackChannels));
+}
+dim3 run_blocks(std::size_t packs, std::uint32_t count) {
+  constexpr std::size_t kBlockPacks = kWarps * kRunPacks;
+  return dim3(static_cast<unsigned>((packs + kBlockPacks - 1) / kBlockPacks), 1, count);
+}
 
 template <class E, Kind kKind>
 void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
-  fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
+  if (has_gaps(form)) {
+    fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
+  }
+  const Layout layout(form);
   const std::uint32_t packs = form.dim / kPackChannels;
   if (form.per_channel) {
-    const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks));
-    const dim3 grid(form.groups(), (packs + threads.x - 1) / threads.x, count);
+    const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks), std::min(form.group, form.tokens));
+    const dim3 grid(layout.groups, (packs + threads.x - 1) / threads.x, count);
     encode_per_channel<E, kKind>
-        <<<grid, threads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
+        <<<grid, threads, 0, stream>>>(layout, planes, plane_stride, sections, section_stride, not_finite);
+  } else if (has_runs(form)) {
+    const std::size_t all = std::size_t{form.tokens} * packs;
+    encode_runs<E, kKind><<<run_blocks(all, count), kThreads, 0, stream>>>(
+        layout, all, log_group_packs(form), planes, plane_stride, sections, section_stride, not_finite);
   } else {
     const std::uint32_t group_packs = form.group / kPackChannels;
-    const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks / group_packs * group_packs));
+    const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks / group_packs * group_packs), form.tokens);
     const std::uint32_t tile_tokens = threads.y * kHeld;
     const dim3 grid((form.tokens + tile_tokens - 1) / tile_tokens, (packs + threads.x - 1) / threads.x, count);
     encode_per_token<E, kKind>
-        <<<grid, threads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
+        <<<grid, threads, 0, stream>>>(layout, planes, plane_stride, sections, section_stride, not_finite);
   }
 }
 
@@ -384,12 +485,22 @@ template <class E, Kind kKind>
 void decode_as(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,
                std::uint32_t begin, std::uint32_t end, std::byte* rows, std::size_t rows_stride, std::uint32_t* invalid,
                cudaStream_t stream) {
+  const Layout layout(form);
   const std::uint32_t packs = form.dim / kPackChannels;
-  const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks));
+  if (has_runs(form)) {
+    const std::size_t all = std::size_t{end - begin} * packs;
+    decode_runs<E, kKind><<<run_blocks(all, count), kThreads, 0, stream>>>(layout, std::size_t{begin} * packs, all,
+                                                                           log_group_packs(form), sections,
+                                                                           section_stride, rows, rows_stride, invalid);
+    return;
+  }
+  const dim3 threads =
+      tile_threads(std::min(packs, kMaxTilePacks), form.per_channel ? std::min(form.group, form.tokens) : form.tokens);
   const std::uint32_t tile_tokens = form.per_channel ? form.group : threads.y * kHeld;
   const dim3 grid((end - 1) / tile_tokens - begin / tile_tokens + 1, (packs + threads.x - 1) / threads.x, count);
-  decode_elements<E, kKind><<<grid, threads, 0, stream>>>(form, sections, section_stride, begin, end, tile_tokens, rows,
-                                                          rows_stride, invalid);
+  const auto decode = form.per_channel ? decode_elements<E, kKind, true> : decode_elements<E, kKind, false>;
+  decode<<<grid, threads, 0, stream>>>(layout, sections, section_stride, begin, end, tile_tokens, rows, rows_stride,
+                                       invalid);
 }
 
 /// Calls run with the element type and the kind.
