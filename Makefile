@@ -79,10 +79,10 @@ bench: ## Measure against memcpy and rivals; writes build/bench/results.json
 	@PYTHONPATH=$(CURDIR)/$(RELEASE)/python $(PYTHON) bench/run.py
 
 .PHONY: bench-gpu
-bench-gpu: ## On a GPU: codecs, data path, interference, attention; writes docs/gpu.md (PYTHON_GPU: one with torch for CUDA)
+bench-gpu: ## On a GPU: codecs, data path, interference, attention; writes docs/gpu.md (PYTHON_GPU: a Python with torch for CUDA, transformers and matplotlib)
 	@$(MAKE) build CMAKE_ARGS="-DKVERN_BENCH=ON -DKVERN_CUDA=ON $(CMAKE_ARGS)"
 	@PYTHON=$(or $(PYTHON_GPU),python3) bench/gpu.sh $(RELEASE)/bin $(RELEASE)/lib/libkvern_gpu_attend.so build/bench/gpu $(GPU_MODEL)
-	@$(PYTHON) bench/gpu_report.py build/bench/gpu
+	@$(or $(PYTHON_GPU),python3) bench/gpu_report.py build/bench/gpu
 
 .PHONY: quality
 quality: ## Measure what each method costs in attention output; writes docs/quality.md

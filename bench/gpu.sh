@@ -4,7 +4,7 @@
 #   LIBRARY   libkvern_gpu_attend.so
 #   RESULTS   folder for the JSON files, which bench/gpu_report.py reads
 #   MODEL     folder of SmolLM2-135M; without it the same configuration with random weights
-# $PYTHON (python3) needs torch with CUDA and transformers. Nothing else should use the GPU.
+# $PYTHON (python3) needs torch with CUDA and transformers, the report matplotlib. Nothing else should use the GPU.
 set -euo pipefail
 [[ $# -ge 3 ]] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 programs=$1 library=$2 results=$3 model=${4:-}

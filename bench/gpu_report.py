@@ -143,6 +143,8 @@ def interference(folder: pathlib.Path) -> dict[str, list[str]]:
         )
     axis.axhline(3, color="grey", linewidth=0.8, linestyle=":")
     axis.set(xlabel="raw GB/s stored", ylabel="decode slower by, %", xscale="log", title=alone["device"])
+    axis.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+    axis.minorticks_off()
     axis.legend(fontsize=7)
     save(figure, "interference")
     header = "| beside the decode | processes | raw GB/s | slower by | ms of decode lost per GB |"
@@ -199,7 +201,19 @@ def model(results: dict) -> dict[str, list[str]]:
         ]
         for row in results["rows"]
     ]
-    return {"model": rows_of(header, rows)}
+    agreement = [
+        [
+            row["attention"],
+            str(row["entries"]),
+            f"{row['same_tokens']} of {row['tokens_compared']}",
+            f"{row['nll']:.3f}",
+        ]
+        for row in results["agreement"]
+    ]
+    return {
+        "model": rows_of(header, rows),
+        "agreement": rows_of("| attention | entries of the prompt | same tokens | negative log-likelihood |", agreement),
+    }
 
 
 def main() -> None:
