@@ -53,8 +53,7 @@ class RaggedSlots(NamedTuple):
     pages: tuple[int, ...]  # of each layer
 
 
-@dataclasses.dataclass
-class RaggedOrder:
+class RaggedOrder(NamedTuple):
     """Of one step: a request that it runs decodes from a ragged compact cache."""
 
     first_block: int  # which no other request has, but those with the same cache; -1: not known, and the step must fail

@@ -2,7 +2,8 @@
 
 vLLM gives a request the same blocks in every layer. For the steps that run such requests each layer gets a table of
 blocks and lengths of its own, through vLLM's own callback before each layer's attention. All tables are made at once,
-before the first layer; other steps run vLLM's own. There are two layouts (kernels/slot_pages.h):
+before the first layer, in memory that is kept while the same requests run: most steps change lengths alone, and the
+schedules that follow from them. Other steps run vLLM's own tables. There are two layouts (kernels/slot_pages.h):
 
 - pool: a request claims as many blocks as its layers keep pages on average; what a thick layer has too much lies in pages
   that thin layers leave free. Layers must see all layers' pages as one array.
@@ -15,9 +16,12 @@ A request whose layers were not all given their tables must not be heard: its fi
 ends it before its token is seen.
 """
 
+import dataclasses
 import inspect
+import itertools
 import logging
 import math
+import operator
 
 import torch
 
@@ -32,14 +36,14 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class _Tables:
-    """How the layers' tables follow from a batch's own. slots: of each request, or None for those that have ordinary
-    caches. width: columns of the layers' tables, own_width: of the batch's. bases: what a layer adds to the numbers of
-    its own pages. Good for all batches of the same caches in the same order."""
+    """The layers' tables for the requests of a batch, in its order. slots: of each request, or None for those that have
+    ordinary caches. width: columns of the layers' tables, own_width: of the batch's. bases: what a layer adds to the
+    numbers of its own pages."""
 
     def __init__(self, slots: tuple, width: int, own_width: int, bases: torch.Tensor, block_tokens: int, slot_pages):
         layers = len(bases)
-        self.claimed = [0] * len(slots)  # blocks of each request's cache
-        self.longest = 0  # most blocks by which a layer's row is longer than the request's own
+        self.cached = [0] * len(slots)  # tokens of each request's cache
+        self.longest = 0  # most tokens by which a layer's row is longer than the request's own
         columns = torch.arange(width).repeat(layers, len(slots), 1)
         offsets = bases[:, None, None].repeat(1, len(slots), width)
         longer = torch.zeros(layers, len(slots), dtype=torch.int32)
@@ -49,24 +53,43 @@ class _Tables:
             layout, claimed, counts = of_request
             if len(counts) != layers:
                 raise ValueError(f"the cache has {len(counts)} layers, the model {layers}")
-            self.claimed[row] = claimed
-            self.longest = max(self.longest, max(counts) - claimed)
+            self.cached[row] = claimed * block_tokens
+            self.longest = max(self.longest, (max(counts) - claimed) * block_tokens)
             for layer, places in enumerate(slot_pages(layout, list(counts), claimed)):
                 count = min(len(places), width)
                 columns[layer, row] -= len(places) - claimed
                 columns[layer, row, :count] = torch.tensor([block for _, block in places[:count]])
                 offsets[layer, row, :count] = bases[[owner for owner, _ in places[:count]]]
                 longer[layer, row] = (len(places) - claimed) * block_tokens
-        self._columns = columns.clamp_(max=own_width - 1)  # what is cut lies behind all lengths
-        self._offsets, self._longer = offsets, longer
+        columns.clamp_(max=own_width - 1)  # what is cut lies behind all lengths
+        columns += own_width * torch.arange(len(slots))[:, None]
+        self._places, self._offsets, self._longer = columns.flatten(), offsets, longer
+        # [layer, request, block], where what lies behind a layer's length is of no meaning, and [layer, request]
+        self.block_tables, self.seq_lens = torch.empty_like(offsets), torch.empty_like(longer)
+        self.alike = [tuple(row) for row in longer.tolist()]  # of each layer; where it is equal, so are all lengths
 
-    def block_tables(self, own: torch.Tensor) -> torch.Tensor:
-        """[layer, request, block]; what lies behind a layer's length is of no meaning."""
-        return own.expand(len(self._columns), -1, -1).gather(2, self._columns) + self._offsets
+    def set_blocks(self, own: torch.Tensor) -> None:
+        torch.index_select(own.reshape(-1), 0, self._places, out=self.block_tables.view(-1)).add_(self._offsets.view(-1))
 
-    def seq_lens(self, own: torch.Tensor) -> torch.Tensor:
-        """[layer, request]"""
-        return own + self._longer
+    def set_lengths(self, own: torch.Tensor) -> None:
+        torch.add(own, self._longer, out=self.seq_lens)
+
+
+@dataclasses.dataclass
+class _Batch:
+    """What the layers read in steps that run the same requests in the same order."""
+
+    key: tuple
+    longest: int  # sequence that the tables are wide enough for
+    tables: _Tables
+    orders: list[RaggedOrder] = dataclasses.field(default_factory=list)  # these and
+    blocks: torch.Tensor | None = None  # the engine's table are what the tables were last made from
+    # layer: its attributes, and the cache and the metadata for it to read
+    exchanges: dict[str, tuple[dict, torch.Tensor, object]] = dataclasses.field(default_factory=dict)
+    # By what is added to the requests' lengths: the lengths, and the metadata of all layers that have these. They share
+    # schedules.
+    alike: dict[tuple, tuple[torch.Tensor, list[dict]]] = dataclasses.field(default_factory=dict)
+    own: dict = dataclasses.field(default_factory=dict)  # the engine's metadata that the layers' was last made from
 
 
 class RaggedAttention:
@@ -80,10 +103,10 @@ class RaggedAttention:
         self._blocks = 1
         self._orders: list[RaggedOrder] = []
         self._by_layer: dict[str, object] = {}  # what vLLM's layers read in this step
-        self._metadata: dict[str, object] = {}  # of this step's layers, for them to read
+        self._exchanges: dict[str, tuple[dict, torch.Tensor, object]] = {}  # of this step, see _Batch
+        self._prepared = False
         self._trouble = ""
-        self._exchanged: set[str] = set()
-        self._tables: tuple[tuple, _Tables] | None = None  # of the last batch
+        self._batch: _Batch | None = None  # the last one
         self._slot_pages = slot_pages
         self._vllm_config = vllm_config
         self.problems = dict.fromkeys(RAGGED_LAYOUTS, "")
@@ -135,6 +158,14 @@ class RaggedAttention:
             return "a block has several pages"
         self._blocks = shape[0]
         self._bases = torch.zeros(len(self._caches), dtype=torch.int32)
+        forms = {((layer.num_heads, self._heads, layer.head_size), layer.isa) for layer in self._layers.values()}
+        if len(forms) > 1:
+            return "the layers differ in their heads"
+        from vllm import envs
+
+        config = self._vllm_config
+        kept = config.model_config.dtype, config.cache_config.cache_dtype, envs.VLLM_CPU_ATTN_SPLIT_KV
+        self._schedule_facts = *forms.pop(), *kept
         return ""
 
     def _see_as_one(self) -> str:
@@ -158,8 +189,8 @@ class RaggedAttention:
     # ---------------------------------------------------------------- a step
 
     def begin_step(self, orders: list[RaggedOrder]) -> None:
-        self._orders, self._by_layer, self._metadata, self._trouble = orders, {}, {}, ""
-        self._exchanged.clear()
+        self._orders, self._by_layer, self._exchanges = orders, {}, {}
+        self._prepared, self._trouble = False, ""
 
     @property
     def active(self) -> bool:
@@ -167,117 +198,126 @@ class RaggedAttention:
 
     def exchange(self, name: str) -> None:
         """Before the layer's attention. Never raises."""
-        if self._trouble:
-            return
-        try:
-            if not self._metadata:
-                for order in self._orders:
-                    if problem := self.problems[order.slots.layout]:
-                        raise ValueError(problem)
-                from vllm.forward_context import get_forward_context
-
-                self._by_layer = get_forward_context().attn_metadata
-                self._metadata = self._prepare(self._by_layer)
-            layer, metadata = self._layers[name], self._metadata[name]
-            # Both together, since a table's numbers lie outside the layer's own cache; and not before, since until now
-            # the layer has written this step's rows to its own pages.
-            self._exchanged.add(name)
-            if self._whole is not None:
-                vars(layer)["kv_cache"] = self._whole
-            self._by_layer[name] = metadata
-        except Exception as error:
-            self._trouble = f"{type(error).__name__}: {error}"
+        exchange = self._exchanges.get(name)
+        if exchange is None:
+            if self._prepared:  # nothing for any layer, or this one is unknown
+                self._trouble = self._trouble or f"{name} is not known"
+                return
+            self._prepare()
+            return self.exchange(name)
+        layer, cache, metadata = exchange
+        # Both together, since a table's numbers lie outside the layer's own cache; and not before, since until now the
+        # layer has written this step's rows to its own pages.
+        layer["kv_cache"] = cache
+        self._by_layer[name] = metadata
 
     def restore(self, name: str, kv_cache: torch.Tensor) -> None:
-        """After the layer's attention."""
-        if self._whole is not None and name in self._exchanged:
-            vars(self._layers[name])["kv_cache"] = kv_cache
+        """After the layer's attention. kv_cache: the layer's own."""
+        exchange = self._exchanges.get(name)
+        if exchange is not None:
+            exchange[0]["kv_cache"] = kv_cache
+
+    def _exchanged(self) -> list[str]:
+        """The layers that were given their tables."""
+        return [name for name, (*_, metadata) in self._exchanges.items() if self._by_layer.get(name) is metadata]
 
     def end_step(self) -> set[int]:
         """Blocks of the requests whose attention did not see what it should have."""
         orders, self._orders = self._orders, []
-        why = self._trouble
-        if not why and len(self._exchanged) < len(self._layers):
-            why = f"{len(self._exchanged)} of {len(self._layers)} layers called"
-        if not orders or not why:
+        if not orders:
+            return set()
+        why, exchanged = self._trouble, len(self._exchanged())
+        if not why and exchanged < len(self._layers):
+            why = f"{exchanged} of {len(self._layers)} layers called"
+        if not why:
             return set()
         log_once(logging.ERROR, "Kvern: requests that decode from ragged compact caches fail: %s.", why)
         if any(order.first_block < 0 for order in orders):
             return set(range(1, self._blocks))
         return {order.first_block for order in orders}
 
-    def _prepare(self, by_layer) -> dict[str, object]:
-        """The metadata of every layer."""
+    def _prepare(self) -> None:
+        """Makes the exchanges of all layers, or none."""
+        self._prepared = True
+        try:
+            from vllm.forward_context import get_forward_context
+
+            self._by_layer = get_forward_context().attn_metadata
+            self._exchanges = self._exchanges_of(self._by_layer)
+        except Exception as error:
+            self._batch = None  # it may be half written
+            self._trouble = f"{type(error).__name__}: {error}"
+
+    def _exchanges_of(self, by_layer) -> dict[str, tuple[dict, torch.Tensor, object]]:
         if not isinstance(by_layer, dict):
             raise ValueError("vLLM runs the batch in parts")
-        own = by_layer[next(iter(self._layers))]
-        if type(own) is not self._class or any(by_layer[name] is not own for name in self._layers):
+        own = next(iter(by_layer.values()))
+        if type(own) is not self._class or not all(map(operator.is_, by_layer.values(), itertools.repeat(own))):
             raise ValueError("the layers do not share one CPUAttentionMetadata")
         if own.dynamic_causal is not None or own.causal is not True:
             raise ValueError("the attention is not causal")
-        first_blocks, lengths = own.block_table[:, 0].tolist(), own.seq_lens.tolist()
+        lengths = own.seq_lens.tolist()
+        longest, batch = max(lengths), self._batch
+        if (
+            batch is None
+            or batch.longest < longest
+            or batch.orders != self._orders
+            or not torch.equal(batch.blocks, own.block_table)
+        ):
+            batch = self._batch = self._batch_of(own.block_table, longest)
+        if len(lengths) != len(batch.tables.cached):
+            raise ValueError("the batch has more lengths than tables, or fewer")
+        if any(map(operator.le, lengths, batch.tables.cached)):
+            raise ValueError("a request has no tokens after its cache")
+        batch.tables.set_lengths(own.seq_lens)
+        fields, before = vars(own), batch.own
+        changed = {name: fields[name] for name in fields if fields[name] is not before.get(name) and name not in _REPLACED}
+        changed["kvern_own"] = own  # for those who look for requests by their blocks
+        alike = batch.alike.values()
+        for (_, metadata), schedule in zip(alike, self._schedules([rows for rows, _ in alike], own.query_start_loc)):
+            changed["scheduler_metadata"] = schedule
+            for of_layer in metadata:
+                of_layer.update(changed)
+        batch.own = dict(fields)
+        return batch.exchanges
+
+    def _batch_of(self, blocks: torch.Tensor, longest: int) -> _Batch:
+        """The last one, with other blocks, if it ran the same requests."""
+        for order in self._orders:
+            if problem := self.problems[order.slots.layout]:
+                raise ValueError(problem)
+        first_blocks = blocks[:, 0].tolist()
         wanted = {order.first_block: order.slots for order in self._orders}
-        slots = tuple(wanted.get(block) for block in first_blocks)
         found = [block for block in first_blocks if block in wanted]
         if len(found) != len(self._orders) or set(found) != wanted.keys():
             raise ValueError(f"{len(self._orders)} such requests are scheduled, {len(found)} are in the batch")
-        size = self._block_tokens
-        most = -(-max(lengths) // size) + max(max(each.pages, default=0) for each in wanted.values())
-        key = (slots, -(-most // _WIDTH_STEP) * _WIDTH_STEP, own.block_table.shape[1])
-        if self._tables is None or self._tables[0] != key:
-            self._tables = key, _Tables(*key, self._bases, size, self._slot_pages)
-        tables = self._tables[1]
-        if any(length <= claimed * size for length, claimed in zip(lengths, tables.claimed)):
-            raise ValueError("a request has no tokens after its cache")
-        longest = max(lengths) + tables.longest * size
-        return self._metadata_of(own, tables.block_tables(own.block_table), tables.seq_lens(own.seq_lens), longest)
+        slots = tuple(map(wanted.get, first_blocks))
+        size, extra = self._block_tokens, max(max(each.pages, default=0) for each in wanted.values())
+        width = -(-(-(-longest // size) + extra) // _WIDTH_STEP) * _WIDTH_STEP
+        key = (slots, width, blocks.shape[1])
+        batch = self._batch
+        if batch is None or batch.key != key:
+            batch = _Batch(key, (width - extra) * size, _Tables(*key, self._bases, size, self._slot_pages))
+            tables = zip(batch.tables.block_tables, batch.tables.seq_lens, batch.tables.alike)
+            for (name, layer), (table, lengths, longer) in zip(self._layers.items(), tables):
+                metadata = self._class.__new__(self._class)
+                fields = vars(metadata)
+                fields["block_table"], fields["seq_lens"] = table, lengths
+                fields["max_seq_len"] = batch.longest + batch.tables.longest  # a bound will do
+                cache = vars(layer)["kv_cache"] if self._whole is None else self._whole
+                batch.exchanges[name] = vars(layer), cache, metadata
+                batch.alike.setdefault(longer, (lengths, []))[1].append(fields)
+        batch.tables.set_blocks(blocks)
+        batch.orders, batch.blocks = self._orders, blocks.clone()  # the engine writes the next step's to the same place
+        return batch
 
-    def _metadata_of(self, own, tables: torch.Tensor, seq_lens: torch.Tensor, longest: int) -> dict[str, object]:
-        schedules: dict[tuple, torch.Tensor] = {}
-        fields = vars(own)
-        metadata = {}
-        schedule_of = self._scheduler(own.query_start_loc)
-        for (name, layer), table, lengths, key in zip(
-            self._layers.items(), tables.unbind(0), seq_lens.unbind(0), map(tuple, seq_lens.tolist())
-        ):
-            schedule = schedules.get(key)
-            if schedule is None:
-                schedule = schedules[key] = schedule_of(layer, lengths)
-            changed = self._class.__new__(self._class)
-            vars(changed).update(fields)
-            changed.kvern_own = own  # for those who look for requests by their blocks
-            changed.block_table, changed.seq_lens = table, lengths
-            changed.max_seq_len, changed.scheduler_metadata = longest, schedule
-            metadata[name] = changed
-        return metadata
-
-    def _scheduler(self, query_start_loc: torch.Tensor):
-        """Makes (layer, seq_lens) -> schedule, as CPUAttentionMetadataBuilder.build() has it made. What is the same for all
-        layers is looked up once: a step may need one of each."""
-        from vllm import _custom_ops, envs
-
-        make, splits = _custom_ops.cpu_attn_get_scheduler_metadata, envs.VLLM_CPU_ATTN_SPLIT_KV
-        dtype, cache_dtype = self._vllm_config.model_config.dtype, self._vllm_config.cache_config.cache_dtype
-        kv_heads = self._heads
-
-        def schedule(layer, seq_lens: torch.Tensor) -> torch.Tensor:
-            return make(
-                num_reqs=seq_lens.shape[0],
-                num_heads=layer.num_heads,
-                num_kv_heads=kv_heads,
-                head_dim=layer.head_size,
-                seq_lens=seq_lens,
-                dtype=dtype,
-                query_start_loc=query_start_loc,
-                causal=True,
-                sliding_window_size=-1,
-                isa=layer.isa,
-                enable_kv_split=splits,
-                dynamic_causal=None,
-                kv_cache_dtype=cache_dtype,
-            )
-
-        return schedule
+    def _schedules(self, seq_lens: list[torch.Tensor], query_start_loc: torch.Tensor) -> list[torch.Tensor]:
+        """As CPUAttentionMetadataBuilder.build() has one made, but not through vLLM's function for that, which takes a
+        quarter of the time: a step may need one for each layer."""
+        heads, isa, dtype, cache_dtype, splits = self._schedule_facts
+        make, before = torch.ops._C.get_scheduler_metadata, (len(seq_lens[0]), *heads)
+        after = (dtype, query_start_loc, True, -1, isa, splits, None, cache_dtype)  # causal, no window
+        return [make(*before, lengths, *after) for lengths in seq_lens]
 
     # ---------------------------------------------------------------- self-test
 
@@ -292,7 +332,7 @@ class RaggedAttention:
             except Exception as error:
                 self.problems[layout] = f"the self-test failed ({type(error).__name__}: {error})"
             if layout == "pool" and self.problems[layout]:
-                self._whole, self._bases = None, torch.zeros_like(self._bases)
+                self._whole, self._bases, self._batch = None, torch.zeros_like(self._bases), None
         if all(self.problems.values()):
             log_once(logging.INFO, "Kvern: compact caches give all layers the same budget here: %s.", self.verdict)
         else:
@@ -365,13 +405,13 @@ class RaggedAttention:
             seq_lens=seq_lens,
             block_table=blocks,
             slot_mapping=where,
-            scheduler_metadata=self._scheduler(starts)(layer, seq_lens),
+            scheduler_metadata=self._schedules([seq_lens], starts)[0],
         )
         by_layer = {each: metadata for each in self._layers}
         with torch.inference_mode(), run_step([RaggedOrder(1, slots)]):
             with set_forward_context(by_layer, self._vllm_config, slot_mapping={name: where}):
                 found = layer(query.reshape(sum(news), -1), *(part.reshape(sum(news), -1) for part in new))
-            if self._trouble or self._exchanged != {name}:
+            if self._trouble or self._exchanged() != [name]:
                 return f"vLLM's layers do not call the connector as they should ({self._trouble or 'no call'})"
         found = found.reshape(query.shape).float()
         begin = 0

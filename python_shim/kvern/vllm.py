@@ -19,6 +19,7 @@ from kvern.config import OptionError, Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once, logger
 from kvern.metadata import KvernMetadata
+from kvern.ragged_attention import RaggedAttention
 from kvern.scheduler_side import SchedulerSide
 from kvern.stats import KvernPromMetrics, KvernStats
 from kvern.worker_side import WorkerSide
@@ -36,6 +37,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         self.errors = 0
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._ragged: RaggedAttention | None = None  # in steps that run requests with ragged compact caches
         options = Options.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
         geometry, refusal = None, ""
         try:
@@ -225,13 +227,14 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
         try:
             yield
         finally:
-            self._worker.bind(KvernMetadata())
+            self.bind_connector_metadata(KvernMetadata())
             super().clear_connector_metadata()
 
     def bind_connector_metadata(self, connector_metadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
             self._worker.bind(connector_metadata)
+            self._ragged = self._worker.ragged
 
     def clear_connector_metadata(self) -> None:
         if self._worker is not None:
@@ -245,13 +248,13 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All loads are asynchronous: no layer ever waits. But this runs right before a layer's attention."""
-        if self._worker is not None and (ragged := self._worker.ragged) is not None:
-            ragged.exchange(layer_name)
+        if self._ragged is not None:
+            self._ragged.exchange(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
         """Whole chunks are stored after the forward pass."""
-        if self._worker is not None and (ragged := self._worker.ragged) is not None:
-            ragged.restore(layer_name, kv_layer)
+        if self._ragged is not None:
+            self._ragged.restore(layer_name, kv_layer)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:

@@ -18,7 +18,7 @@ def attention(monkeypatch, lie_together: bool = True) -> RaggedAttention:
     monkeypatch.setattr(RaggedAttention, "_set_up", lambda self, *_: "")
     monkeypatch.setattr(RaggedAttention, "_see_as_one", lambda self: "" if lie_together else "they do not lie together")
     monkeypatch.setattr(
-        RaggedAttention, "_scheduler", lambda self, starts: lambda layer, seq_lens: tuple(seq_lens.tolist())
+        RaggedAttention, "_schedules", lambda self, seq_lens, starts: [tuple(each.tolist()) for each in seq_lens]
     )
     made = RaggedAttention(None, {}, {}, None, fake_native.slot_pages)
     made._layers = {f"layer{i}": types.SimpleNamespace(kv_cache=i) for i in range(LAYERS)}
@@ -26,6 +26,11 @@ def attention(monkeypatch, lie_together: bool = True) -> RaggedAttention:
     made._block_tokens, made._class, made._blocks = BLOCK, CPUAttentionMetadata, BLOCKS
     made._whole = "whole" if lie_together else None
     return made
+
+
+def given(made: RaggedAttention, context: dict) -> list:
+    """What each layer reads in the step."""
+    return [metadata for *_, metadata in made._exchanges_of(context).values()]
 
 
 def pool(pages: tuple[int, ...]) -> RaggedSlots:
@@ -64,8 +69,7 @@ def test_each_layer_reads_its_pages_and_then_the_requests_own_blocks(monkeypatch
     context = batch([(ragged, 6 * BLOCK + 9), (plain, 4 * BLOCK + 1), (other, 3 * BLOCK + 40)])
     shared = next(iter(context.values()))
     before = shared.seq_lens.clone(), shared.block_table.clone()
-    found = made._prepare(context)
-    for number, metadata in enumerate(found.values()):
+    for number, metadata in enumerate(given(made, context)):
         places = fake_native.slot_pages("pool", list(pages), 4)[number]
         wanted = [layer * BLOCKS + ragged[block] for layer, block in places] + [number * BLOCKS + b for b in ragged[4:]]
         length = pages[number] * BLOCK + 2 * BLOCK + 9
@@ -84,8 +88,8 @@ def test_in_the_shift_layout_each_layer_reads_its_own_last_blocks(monkeypatch, l
     made = attention(monkeypatch, lie_together)
     pages, ids, plain = (4, 1, 3, 2, 2, 1), [30, 7, 41, 9, 12, 3], [20, 21]
     made.begin_step([RaggedOrder(30, RaggedSlots("shift", 4, pages))])
-    found = made._prepare(batch([(plain, 40), (ids, 4 * BLOCK + 40)]))
-    for number, (count, metadata) in enumerate(zip(pages, found.values())):
+    found = given(made, batch([(plain, 40), (ids, 4 * BLOCK + 40)]))
+    for number, (count, metadata) in enumerate(zip(pages, found)):
         base = number * BLOCKS if lie_together else 0
         assert metadata.seq_lens.tolist() == [40, count * BLOCK + 40]
         assert metadata.block_table[1, : count + 2].tolist() == [base + block for block in ids[4 - count :]]
@@ -105,14 +109,56 @@ def test_tables_follow_their_requests(monkeypatch):
             rows.insert(1, (list(range(40, 50)), 9 + step))
         made.begin_step([RaggedOrder(first, slots[first]) for first in slots])
         context = batch(rows)
-        kept = list(made._prepare(context).values())
+        kept = given(made, context)
         fresh = attention(monkeypatch)
         fresh.begin_step(made._orders)
-        for one, other in zip(kept, fresh._prepare(context).values()):
+        for one, other in zip(kept, given(fresh, context)):
             assert torch.equal(one.seq_lens, other.seq_lens)
+            assert one.scheduler_metadata == tuple(one.seq_lens.tolist()) and one.max_seq_len >= max(one.seq_lens)
+            assert one.kvern_own is next(iter(context.values())) and one.query_start_loc is one.kvern_own.query_start_loc
+            assert one.num_actual_tokens == len(rows)
             for row, length in enumerate(one.seq_lens.tolist()):
                 used = -(-length // BLOCK)
                 assert torch.equal(one.block_table[row, :used], other.block_table[row, :used])
+
+
+def test_a_step_is_made_anew_where_anything_of_it_has_changed(monkeypatch):
+    """The engine writes all steps' tables and lengths to the same memory."""
+    made, pages = attention(monkeypatch), random_pages(7, 2)
+    blocks, other = [3, 4, 5, 6], [9, 8, 7, 6]
+    context = batch([(blocks, 2 * BLOCK + 1), (other, 70)])
+    own = next(iter(context.values()))
+
+    def check(orders):
+        made.begin_step(orders)
+        ragged = {order.first_block: order.slots for order in orders}
+        for number, metadata in enumerate(given(made, dict.fromkeys(made._layers, own))):
+            assert metadata.scheduler_metadata == tuple(metadata.seq_lens.tolist())
+            for row, length in enumerate(metadata.seq_lens.tolist()):
+                held, slots = own.block_table[row].tolist(), ragged.get(int(own.block_table[row, 0]))
+                count = slots.pages[number] - slots.blocks if slots else 0
+                assert length == own.seq_lens[row] + count * BLOCK
+                read = [(number, block) for block in range(len(held))]
+                if slots:
+                    first = fake_native.slot_pages("pool", list(slots.pages), slots.blocks)[number]
+                    read = first + [(number, block) for block in range(slots.blocks, len(held))]
+                used = -(-length // BLOCK)
+                assert metadata.block_table[row, :used].tolist() == [p * BLOCKS + held[b] for p, b in read[:used]]
+
+    orders = [RaggedOrder(3, pool(pages))]
+    check(orders)
+    own.seq_lens += 1
+    check(orders)
+    own.block_table[0, 3] = 30  # the request's next block
+    own.seq_lens += BLOCK
+    check(orders)
+    check([RaggedOrder(3, pool(random_pages(8, 2)))])  # another cache in the same blocks
+    check([RaggedOrder(3, pool(pages)), RaggedOrder(9, pool(pages))])  # the other request has become one, too
+    own.block_table[[0, 1]] = own.block_table[[1, 0]]
+    own.seq_lens[[0, 1]] = own.seq_lens[[1, 0]]
+    check(orders)
+    own.seq_lens += 20 * BLOCK  # more than the tables were made for
+    check(orders)
 
 
 def test_what_is_not_as_expected_fails_the_ragged_requests(monkeypatch):
@@ -162,7 +208,7 @@ def test_where_caches_lie_apart_a_layer_keeps_its_own(monkeypatch):
     for number, name in enumerate(made._layers):
         made.exchange(name)
         assert made._layers[name].kv_cache == number
-        made.restore(name, "own")
+        made.restore(name, number)
         assert made._layers[name].kv_cache == number
     assert made.end_step() == set() and made.verdict == "shift, since they do not lie together; self-test passed"
     assert [bool(made.problems[layout]) for layout in RAGGED_LAYOUTS] == [True, False]
