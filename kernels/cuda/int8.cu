@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/int8.h"
 #include "kernels/cuda/packs.cuh"
+#include "kernels/cuda/rows.cuh"
 
 namespace kvern::int8 {
 namespace {
@@ -21,6 +22,9 @@ constexpr std::uint32_t kHeld = 16;
 constexpr std::uint32_t kHeldTokens = 8;
 /// Blocks that share a multiprocessor: while some wait for memory, others code.
 constexpr unsigned kBlocks = 6;
+/// Of those that encode: packs of 4-byte elements take twice the registers.
+template <class E>
+constexpr unsigned kEncodeBlocks = kWordElements<E> == 1 ? 4 : kBlocks;
 /// Elements that a thread loads at once: 8 or 16 bytes. Form::channel_group() is a multiple of it.
 constexpr std::uint32_t kVector = 4;
 /// Elements of a pack of a run, and the packs of a warp's run: lanes hold kRunHeld each.
@@ -44,22 +48,27 @@ using Waiting = std::conditional_t<
                        std::conditional_t<sizeof(T) == 4, std::uint32_t,
                                           std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint8_t>>>>;
 
-/// The elements of a plane, by token and channel.
 template <class E, std::uint32_t kCount>
-__device__ Pack<typename E::Raw, kCount> load(const typename E::Raw* plane, std::size_t element) {
-  return *reinterpret_cast<const Pack<typename E::Raw, kCount>*>(plane + element);
+__device__ Pack<typename E::Raw, kCount> load(const std::byte* pack) {
+  return *reinterpret_cast<const Pack<typename E::Raw, kCount>*>(pack);
 }
 
 template <class E>
+__device__ float value_of(typename E::Raw raw) {
+  float values[kWordElements<E>];
+  to_floats<E>(raw, values);
+  return values[0];
+}
+template <class E>
 __device__ std::uint32_t magnitude_bits(typename E::Raw raw) {
-  return __float_as_uint(E::to_float(raw)) & 0x7FFFFFFFU;
+  return __float_as_uint(value_of<E>(raw)) & 0x7FFFFFFFU;
 }
 
 template <class E, std::uint32_t kCount>
 __device__ void encode_pack(const Pack<typename E::Raw, kCount>& pack, const float (&inverses)[kCount],
                             std::int8_t* codes) {
   Pack<std::int8_t, kCount> coded;
-  for (std::uint32_t i = 0; i < kCount; ++i) coded.values[i] = encode(E::to_float(pack.values[i]), inverses[i]);
+  for (std::uint32_t i = 0; i < kCount; ++i) coded.values[i] = encode(value_of<E>(pack.values[i]), inverses[i]);
   *reinterpret_cast<Pack<std::int8_t, kCount>*>(codes) = coded;
 }
 
@@ -73,13 +82,13 @@ __device__ float finish_group(std::uint32_t magnitude, std::uint16_t* scale, std
 
 /// One block per token group of a plane and tile of channels: threads in x hold kCount channels each, threads in y take
 /// turns with the tokens. Groups of more than kHeld tokens per thread are read twice, the second time from the cache.
-template <class E, std::uint32_t kCount>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    encode_per_channel(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                       std::size_t section_stride, std::uint32_t* not_finite) {
+/// Threads beyond the last token or channel repeat it, which changes no magnitude, and store nothing.
+template <class E, std::uint32_t kCount, class Rows>
+__global__ void __launch_bounds__(kThreads, kEncodeBlocks<E>)
+    encode_per_channel(Form form, Rows rows, std::byte* sections, std::size_t section_stride,
+                       std::uint32_t* not_finite) {
   __shared__ std::uint32_t magnitudes[kThreads * kCount];  // [thread in y][channel]
   __shared__ float inverses[kWarp * kCount];
-  const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
   std::byte* section = sections + blockIdx.z * section_stride;
   auto* scales = reinterpret_cast<std::uint16_t*>(section);
   auto* codes = reinterpret_cast<std::int8_t*>(section + form.codes_offset());
@@ -87,18 +96,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const std::uint32_t last = min(first + form.group, form.tokens);
   const std::uint32_t width = blockDim.x * kCount;
   const std::uint32_t slot = threadIdx.x * kCount;
-  const std::uint32_t channel = blockIdx.y * width + slot;
-  const bool inside = channel < form.dim;
+  const bool inside = blockIdx.y * width + slot < form.dim;
+  const std::uint32_t channel = inside ? blockIdx.y * width + slot : form.dim - kCount;
   const std::uint32_t step = blockDim.y * kHeld;
+  const auto plane = rows.plane(blockIdx.z, channel * sizeof(typename E::Raw));
 
   using Elements = Pack<typename E::Raw, kCount>;
   Waiting<Elements> held[kHeld];
   const auto hold = [&](std::uint32_t from) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
-      const std::uint32_t token = from + threadIdx.y + i * blockDim.y;
-      if (inside && token < last)
-        held[i] = std::bit_cast<Waiting<Elements>>(load<E, kCount>(plane, std::size_t{token} * form.dim + channel));
+      const std::uint32_t token = min(from + threadIdx.y + i * blockDim.y, last - 1);
+      held[i] = std::bit_cast<Waiting<Elements>>(load<E, kCount>(plane.row(token)));
     }
   };
   std::uint32_t largest[kCount] = {};
@@ -106,7 +115,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     hold(from);
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
-      if (!inside || from + threadIdx.y + i * blockDim.y >= last) continue;
       const auto pack = std::bit_cast<Elements>(held[i]);
       for (std::uint32_t k = 0; k < kCount; ++k) largest[k] = max(largest[k], magnitude_bits<E>(pack.values[k]));
     }
@@ -135,11 +143,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 /// One warp per kHeldTokens tokens of a group of channels; a lane each finishes their groups.
-template <class E, std::uint32_t kCount>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    encode_per_token(Form form, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                     std::size_t section_stride, std::uint32_t* not_finite) {
-  const auto* plane = reinterpret_cast<const typename E::Raw*>(planes + blockIdx.z * plane_stride);
+template <class E, std::uint32_t kCount, class Rows>
+__global__ void __launch_bounds__(kThreads, kEncodeBlocks<E>)
+    encode_per_token(Form form, Rows rows, std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite) {
   std::byte* section = sections + blockIdx.z * section_stride;
   auto* scales = reinterpret_cast<std::uint16_t*>(section);
   auto* codes = reinterpret_cast<std::int8_t*>(section + form.codes_offset());
@@ -152,14 +158,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const std::uint32_t channel = first + lane * kCount;
   // Groups that are wider than a warp holds are read twice beyond that, the second time from the cache.
   constexpr std::uint32_t kStep = kWarp * kCount;
+  constexpr std::size_t kElementBytes = sizeof(typename E::Raw);
+  const auto plane = rows.plane(blockIdx.z, channel * kElementBytes);
 
   using Elements = Pack<typename E::Raw, kCount>;
   Waiting<Elements> held[kHeldTokens];
 #pragma unroll
   for (std::uint32_t t = 0; t < kHeldTokens; ++t) {
     if (t < tokens && channel < last) {
-      held[t] =
-          std::bit_cast<Waiting<Elements>>(load<E, kCount>(plane, std::size_t{first_token + t} * form.dim + channel));
+      held[t] = std::bit_cast<Waiting<Elements>>(load<E, kCount>(plane.row(first_token + t)));
     }
   }
   std::uint32_t magnitude = 0;  // of the group of the lane's token
@@ -170,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const auto own = std::bit_cast<Elements>(held[t]);
       for (std::uint32_t k = 0; k < kCount; ++k) largest = max(largest, magnitude_bits<E>(own.values[k]));
       for (std::uint32_t more = channel + kStep; more < last; more += kStep) {
-        const auto pack = load<E, kCount>(plane, std::size_t{first_token + t} * form.dim + more);
+        const auto pack = load<E, kCount>(plane.row(first_token + t) + (more - channel) * kElementBytes);
         for (std::uint32_t k = 0; k < kCount; ++k) largest = max(largest, magnitude_bits<E>(pack.values[k]));
       }
     }
@@ -190,7 +197,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const std::size_t row = std::size_t{first_token + t} * form.dim;
     encode_pack<E, kCount>(std::bit_cast<Elements>(held[t]), own, codes + row + channel);
     for (std::uint32_t more = channel + kStep; more < last; more += kStep) {
-      encode_pack<E, kCount>(load<E, kCount>(plane, row + more), own, codes + row + more);
+      const auto pack = load<E, kCount>(plane.row(first_token + t) + (more - channel) * kElementBytes);
+      encode_pack<E, kCount>(pack, own, codes + row + more);
     }
   }
 }
@@ -327,22 +335,20 @@ dim3 tile_threads(std::uint32_t packs) {
   return dim3(width, kThreads / width);
 }
 
-template <class E, std::uint32_t kCount>
-void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
-               std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
+template <class E, std::uint32_t kCount, class Rows>
+void encode_as(const Form& form, const Rows& rows, std::uint32_t count, std::byte* sections, std::size_t section_stride,
+               std::uint32_t* not_finite, cudaStream_t stream) {
   const bool has_gap = form.scales() * sizeof(std::uint16_t) < form.codes_offset();
   if (has_gap) fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
   if (form.per_channel) {
     const std::uint32_t packs = (form.dim + kCount - 1) / kCount;
     const dim3 threads = tile_threads(packs);
     const dim3 grid(form.groups(), (packs + threads.x - 1) / threads.x, count);
-    encode_per_channel<E, kCount>
-        <<<grid, threads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
+    encode_per_channel<E, kCount><<<grid, threads, 0, stream>>>(form, rows, sections, section_stride, not_finite);
   } else {
     constexpr std::uint32_t kTokens = kWarps * kHeldTokens;
     const dim3 grid((form.tokens + kTokens - 1) / kTokens, form.groups(), count);
-    encode_per_token<E, kCount>
-        <<<grid, kThreads, 0, stream>>>(form, planes, plane_stride, sections, section_stride, not_finite);
+    encode_per_token<E, kCount><<<grid, kThreads, 0, stream>>>(form, rows, sections, section_stride, not_finite);
   }
 }
 
@@ -383,16 +389,28 @@ void with_type(const Form& form, Run run) {
   if (form.dtype == DType::kBFloat16) with_count(BFloat16());
 }
 
+template <class Rows>
+Status encode_rows(const Form& form, const Rows& rows, std::uint32_t count, std::byte* sections,
+                   std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
+  if (Status status = check(form, count); !status) return status;
+  with_type(form, [&]<class E, std::uint32_t kCount>() {
+    encode_as<E, kCount>(form, rows, count, sections, section_stride, not_finite, stream);
+  });
+  return launched("int8 encode");
+}
+
 }  // namespace
 
 Status cuda_encode_planes(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                           std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite,
                           CUstream_st* stream) {
-  if (Status status = check(form, count); !status) return status;
-  with_type(form, [&]<class E, std::uint32_t kCount>() {
-    encode_as<E, kCount>(form, planes, plane_stride, count, sections, section_stride, not_finite, stream);
-  });
-  return launched("int8 encode");
+  const PlanarRows rows{planes, plane_stride, static_cast<std::uint32_t>(form.dim * dtype_bytes(form.dtype))};
+  return encode_rows(form, rows, count, sections, section_stride, not_finite, stream);
+}
+
+Status cuda_encode_pages(const Form& form, const PagedRows& rows, std::uint32_t count, std::byte* sections,
+                         std::size_t section_stride, std::uint32_t* not_finite, CUstream_st* stream) {
+  return encode_rows(form, rows, count, sections, section_stride, not_finite, stream);
 }
 
 Status cuda_decode_rows(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,

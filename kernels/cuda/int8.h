@@ -7,6 +7,9 @@
 #include "kernels/int8_arithmetic.h"
 
 struct CUstream_st;
+namespace kvern::cuda {
+struct PagedRows;
+}
 
 namespace kvern::int8 {
 
@@ -20,6 +23,10 @@ namespace kvern::int8 {
 Status cuda_encode_planes(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                           std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite,
                           CUstream_st* stream);
+
+/// The same of planes whose rows lie in pages (kernels/cuda/rows.cuh): the first form.tokens of count planes.
+Status cuda_encode_pages(const Form& form, const cuda::PagedRows& rows, std::uint32_t count, std::byte* sections,
+                         std::size_t section_stride, std::uint32_t* not_finite, CUstream_st* stream);
 
 /// Decodes tokens [begin, end) of sections to rows of the dtype without gaps, those of different sections rows_stride
 /// bytes apart. *bad_scale, zero before, becomes 1 when a scale is one that encoding cannot have made.

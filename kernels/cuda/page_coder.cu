@@ -7,11 +7,13 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels/codec_step.h"
 #include "kernels/cuda/int8.h"
 #include "kernels/cuda/page_moves.h"
 #include "kernels/cuda/quantise.h"
+#include "kernels/cuda/rows.cuh"
 
 namespace kvern {
 namespace {
@@ -87,6 +89,11 @@ class Coding {
   std::size_t section_bytes() const {
     if (plane_bytes_ == 0) return 0;
     return verbatim_ ? plane_bytes_ : int8_ ? int8_form_.section_bytes() : form_.section_bytes();
+  }
+  Status encode(const cuda::PagedRows& rows, std::uint32_t count, std::byte* sections, std::size_t stride,
+                std::uint32_t* bad, cudaStream_t stream) const {
+    return int8_ ? int8::cuda_encode_pages(int8_form_, rows, count, sections, stride, bad, stream)
+                 : quantise::cuda_encode_pages(form_, rows, count, sections, stride, bad, stream);
   }
   Status encode(const Planes& planes, std::uint32_t count, std::byte* sections, std::size_t stride, std::uint32_t* bad,
                 cudaStream_t stream) const {
@@ -187,22 +194,27 @@ class CudaPageCoder final : public PageCoder {
     if (sections.size() < coded.bytes()) return too_small();
     const bool raw = spec->name == "raw";
     if (Status status = coded_.reserve(raw ? 0 : coded.bytes()); !status) return status;
-    if (Status status = begin(cache, block_ids, planes.bytes()); !status) return status;
-    Status status = gather_planes(cache, block_ids, planes);
+    const bool gathers = raw || !encodes_from_pages(cache, shape);
+    if (Status status = begin(cache, block_ids, gathers ? planes.bytes() : 0); !status) return status;
+    Status status = gathers ? gather_planes(cache, block_ids, planes) : Status::ok();
     if (!raw) {
       const std::uint32_t count = shape.layers * shape.heads;
       if (coded.key_stride != keys.section_bytes() || coded.value_stride != values.section_bytes()) {
         // What lies between sections.
         then(status, [&] { return outcome(cudaMemsetAsync(coded_.data(), 0, coded.bytes(), stream_), "encode"); });
       }
-      then(status, [&] {
-        return keys.encode(key_planes(planes, shape), count, coded_.data(), coded.key_stride, bad_flag(), stream_);
-      });
-      if (shape.value_dim != 0) {
+      const auto encode = [&](Part part, const Coding& coding, std::byte* to, std::size_t stride) {
         then(status, [&] {
-          return values.encode(value_planes(planes, shape), count, coded_.data() + coded.key_bytes(),
-                               coded.value_stride, bad_flag(), stream_);
+          if (!gathers) {
+            return coding.encode(paged_rows(cache, block_ids, part), count, to, stride, bad_flag(), stream_);
+          }
+          const Planes rows = part == Part::kKey ? key_planes(planes, shape) : value_planes(planes, shape);
+          return coding.encode(rows, count, to, stride, bad_flag(), stream_);
         });
+      };
+      encode(Part::kKey, keys, coded_.data(), coded.key_stride);
+      if (shape.value_dim != 0) {
+        encode(Part::kValue, values, coded_.data() + coded.key_bytes(), coded.value_stride);
       }
     }
     then(status, [&] { return copy_out(raw ? planes_.data() : coded_.data(), coded, sections.data()); });
@@ -326,19 +338,38 @@ class CudaPageCoder final : public PageCoder {
   std::uint32_t* ids(const PagedCache& cache) const {
     return reinterpret_cast<std::uint32_t*>(parameters_.data() + kAlignment + cache.layers.size() * sizeof(PagedLayer));
   }
+  /// Whether the code kernels can read the rows where they lie.
+  static bool encodes_from_pages(const PagedCache& cache, const ShardShape& shape) {
+    constexpr std::uint64_t kLoadBytes = 16;
+    const std::uint64_t plane_bytes = std::max(shape.plane_bytes(Part::kKey), shape.plane_bytes(Part::kValue));
+    return address_bits(cache) % kLoadBytes == 0 && plane_bytes / kLoadBytes < cuda::Divisor::kEnd;
+  }
+  /// Once begin() has put there what they name.
+  cuda::PagedRows paged_rows(const PagedCache& cache, std::span<const std::uint32_t> block_ids, Part part) const {
+    return {.layers = layer_table(),
+            .pages = ids(cache) + block_ids.size(),
+            .page_tokens = cuda::Divisor(cache.page_tokens()),
+            .heads = cuda::Divisor(cache.heads),
+            .value = part == Part::kValue};
+  }
 
-  /// Room for planes; the flag (zero), the layers and the block ids to the device.
+  /// Room for planes; the flag (zero), the layers, the block ids and the numbers of the blocks' pages to the device.
   Status begin(const PagedCache& cache, std::span<const std::uint32_t> block_ids, std::size_t plane_bytes) {
     if (Status status = outcome(cudaSetDevice(device_), "CUDA device"); !status) return status;
     if (block_ids.empty()) return {Code::kInvalid, "there are no blocks"};
-    const std::size_t bytes = kAlignment + cache.layers.size() * sizeof(PagedLayer) + block_ids.size_bytes();
+    std::vector<std::uint32_t> numbers(block_ids.begin(), block_ids.end());
+    for (const std::uint32_t block : block_ids) {
+      for (std::uint32_t i = 0; i < cache.pages_per_block; ++i) numbers.push_back(block * cache.pages_per_block + i);
+    }
+    const std::size_t numbers_at = kAlignment + cache.layers.size() * sizeof(PagedLayer);
+    const std::size_t bytes = numbers_at + numbers.size() * sizeof(std::uint32_t);
     for (Status status : {planes_.reserve(plane_bytes), parameters_.reserve(bytes), host_parameters_.reserve(bytes),
                           host_flag_.reserve(kAlignment)}) {
       if (!status) return status;
     }
     std::memset(host_parameters_.data(), 0, kAlignment);
     std::memcpy(host_parameters_.data() + kAlignment, cache.layers.data(), cache.layers.size() * sizeof(PagedLayer));
-    std::memcpy(host_parameters_.data() + bytes - block_ids.size_bytes(), block_ids.data(), block_ids.size_bytes());
+    std::memcpy(host_parameters_.data() + numbers_at, numbers.data(), bytes - numbers_at);
     moved_.to_device += bytes;
     return outcome(cudaMemcpyAsync(parameters_.data(), host_parameters_.data(), bytes, cudaMemcpyHostToDevice, stream_),
                    "parameters");

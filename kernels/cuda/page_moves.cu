@@ -129,11 +129,7 @@ Status launch(const PageMove& move, CUstream_st* stream) {
   // The widest unit that all addresses are multiples of.
   std::uint64_t bits = move.keys.row_bytes | move.values.row_bytes | move.keys.plane_stride | move.values.plane_stride |
                        reinterpret_cast<std::uintptr_t>(move.keys.first) |
-                       reinterpret_cast<std::uintptr_t>(move.values.first);
-  for (const PagedLayer& each : cache.layers) {
-    bits |= reinterpret_cast<std::uintptr_t>(each.base) | each.page_stride_bytes | each.head_stride_bytes |
-            each.token_stride_bytes | each.value_offset_bytes;
-  }
+                       reinterpret_cast<std::uintptr_t>(move.values.first) | address_bits(cache);
   const auto with_unit = [&]<typename Unit>(Unit) {
     const std::uint64_t units = std::uint64_t{move.tokens} * row_bytes / sizeof(Unit);
     const dim3 grid(static_cast<unsigned>((units + kBlockUnits - 1) / kBlockUnits), last_head - head,
@@ -151,6 +147,15 @@ Status launch(const PageMove& move, CUstream_st* stream) {
 }
 
 }  // namespace
+
+std::uint64_t address_bits(const PagedCache& cache) {
+  std::uint64_t bits = 0;
+  for (const PagedLayer& each : cache.layers) {
+    bits |= reinterpret_cast<std::uintptr_t>(each.base) | each.page_stride_bytes | each.head_stride_bytes |
+            each.token_stride_bytes | each.value_offset_bytes;
+  }
+  return bits;
+}
 
 Status cuda_gather_pages(const PageMove& move, CUstream_st* stream) { return launch<Way::kGather>(move, stream); }
 Status cuda_scatter_pages(const PageMove& move, CUstream_st* stream) { return launch<Way::kScatter>(move, stream); }

@@ -31,6 +31,9 @@ struct PageMove {
   const std::uint32_t* bad;        ///< not 0: the rows are worthless, and scattering leaves pages as they are
 };
 
+/// What divides the bitwise or of the cache's addresses and strides and is a power of two divides all of them.
+std::uint64_t address_bits(const PagedCache& cache);
+
 /// Queue one launch. Block 0 is gathered from, but left alone by the others. kRefused when the chunk has more rows than
 /// a launch moves.
 Status cuda_gather_pages(const PageMove& move, CUstream_st* stream);

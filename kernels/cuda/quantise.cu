@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/codes.cuh"
 #include "kernels/cuda/quantise.h"
+#include "kernels/cuda/rows.cuh"
 
 namespace kvern::quantise {
 namespace {
@@ -35,18 +36,20 @@ struct Layout {
         groups(of.groups()),
         offsets_at(of.offsets_at()),
         first_at(of.first_at()),
-        second_at(of.second_at()) {}
+        second_at(of.second_at()),
+        row_packs(of.dim / kPackChannels) {}
 
   Form form;
   std::uint32_t groups;
   std::size_t offsets_at;
   std::size_t first_at;
   std::size_t second_at;
+  Divisor row_packs;
 };
 
 template <class E>
-__device__ const Elements<E>* packs_at(const std::byte* plane, std::size_t pack) {
-  return reinterpret_cast<const Elements<E>*>(plane) + pack;
+__device__ const Elements<E>& elements_at(const std::byte* pack) {
+  return *reinterpret_cast<const Elements<E>*>(pack);
 }
 /// The value of an element of a word.
 template <class E>
@@ -115,10 +118,10 @@ __device__ Factors finish_group(const Layout& layout, std::byte* section, std::s
 /// One block per token group of a plane and tile of channels: threads in x hold kPackChannels channels each, threads in
 /// y take turns with the tokens. Groups of more than kHeld tokens per thread are read twice, the second time from the
 /// cache. Threads beyond the last token or channel repeat it, which changes no extreme, and store nothing.
-template <class E, Kind kKind>
+template <class E, Kind kKind, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocks<E>)
-    encode_per_channel(Layout layout, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                       std::size_t section_stride, std::uint32_t* not_finite) {
+    encode_per_channel(Layout layout, Rows rows, std::byte* sections, std::size_t section_stride,
+                       std::uint32_t* not_finite) {
   __shared__ Elements<E> lows[kThreads];  // [thread in y][pack]
   __shared__ Elements<E> highs[kThreads];
   __shared__ Factors factors[kMaxTilePacks * kPackChannels];
@@ -132,14 +135,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>)
   const std::uint32_t pack = min(first_pack + threadIdx.x, row_packs - 1);
   const std::uint32_t step = blockDim.y * kHeld;
   const std::uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const std::size_t start = std::size_t{first} * row_packs + pack;
-  const Elements<E>* of_group = packs_at<E>(planes + blockIdx.z * plane_stride, start);
+  const auto plane = rows.plane(blockIdx.z, pack * sizeof(Elements<E>));
 
   Elements<E> held[kHeld];
   const auto hold = [&](std::uint32_t from) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kHeld; ++i) {
-      held[i] = of_group[min(from + threadIdx.y + i * blockDim.y, tokens - 1) * row_packs];
+      held[i] = elements_at<E>(plane.row(first + min(from + threadIdx.y + i * blockDim.y, tokens - 1)));
     }
   };
   Elements<E> low;
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>)
   if (!inside) return;
   Factors own[kPackChannels];
   for (std::uint32_t k = 0; k < kPackChannels; ++k) own[k] = factors[threadIdx.x * kPackChannels + k];
-  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, start);
+  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, std::size_t{first} * row_packs + pack);
   for (std::uint32_t from = 0; from < tokens; from += step) {
     if (tokens > step) hold(from);
 #pragma unroll
@@ -194,10 +196,10 @@ bool has_runs(const Form& form) {
 }
 
 /// One warp per run of kRunPacks packs: lane i holds every 32nd pack, and finishes every 32nd group.
-template <class E, Kind kKind>
+template <class E, Kind kKind, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocks<E>)
-    encode_runs(Layout layout, std::size_t packs, std::uint32_t log_group_packs, const std::byte* planes,
-                std::size_t plane_stride, std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite) {
+    encode_runs(Layout layout, std::size_t packs, std::uint32_t log_group_packs, Rows rows, std::byte* sections,
+                std::size_t section_stride, std::uint32_t* not_finite) {
   __shared__ Ends<E> ends[kWarps][kRunPacks];
   __shared__ Factors factors[kWarps][kRunPacks / kMinGroupPacks];
   const std::uint32_t warp = threadIdx.x / kWarp;
@@ -205,13 +207,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>)
   const std::size_t first = (std::size_t{blockIdx.x} * kWarps + warp) * kRunPacks;
   if (first >= packs) return;
   const auto count = static_cast<std::uint32_t>(min(packs - first, std::size_t{kRunPacks}));
-  const Elements<E>* run = packs_at<E>(planes + blockIdx.z * plane_stride, first);
+  const auto plane = rows.plane(blockIdx.z, 0);
   std::byte* section = sections + blockIdx.z * section_stride;
 
   Elements<E> held[kHeld];
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
-    held[i] = run[min(i * kWarp + lane, count - 1)];
+    const std::size_t pack = first + min(i * kWarp + lane, count - 1);
+    held[i] = elements_at<E>(plane.template pack<sizeof(Elements<E>)>(pack, layout.row_packs));
   }
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) ends[warp][i * kWarp + lane] = ends_of<E>(held[i]);
@@ -244,10 +247,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>)
 
 /// For groups that are no runs. One block per tile of tokens and whole groups of channels, threads as for channels;
 /// what they find in their packs lies in shared memory, and one thread per group puts it together.
-template <class E, Kind kKind>
+template <class E, Kind kKind, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocks<E>)
-    encode_per_token(Layout layout, const std::byte* planes, std::size_t plane_stride, std::byte* sections,
-                     std::size_t section_stride, std::uint32_t* not_finite) {
+    encode_per_token(Layout layout, Rows rows, std::byte* sections, std::size_t section_stride,
+                     std::uint32_t* not_finite) {
   __shared__ Ends<E> ends[kThreads * kHeld];                      // [token][pack]
   __shared__ Factors factors[kThreads * kHeld / kMinGroupPacks];  // [token][group]
   const Form& form = layout.form;
@@ -262,14 +265,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>)
   const std::uint32_t tile_packs = min(packs, row_packs - first_pack);
   const std::uint32_t groups = (tile_packs + group_packs - 1) / group_packs;
   const bool inside = threadIdx.x < tile_packs;
-  const std::size_t start = std::size_t{first} * row_packs + first_pack + threadIdx.x;
-  const Elements<E>* of_tile = packs_at<E>(planes + blockIdx.z * plane_stride, start);
+  const std::uint32_t own_pack = first_pack + threadIdx.x;
+  const auto plane = rows.plane(blockIdx.z, own_pack * sizeof(Elements<E>));
 
   Elements<E> held[kHeld];
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
     const std::uint32_t at = threadIdx.y + i * blockDim.y;
-    if (inside && at < tokens) held[i] = of_tile[at * row_packs];
+    if (inside && at < tokens) held[i] = elements_at<E>(plane.row(first + at));
   }
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
@@ -292,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<E>)
   }
   __syncthreads();
   if (!inside) return;
-  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, start);
+  const CodePlanes<std::byte> codes = codes_at<kKind>(layout, section, std::size_t{first} * row_packs + own_pack);
   const std::uint32_t group = threadIdx.x / group_packs;
 #pragma unroll
   for (std::uint32_t i = 0; i < kHeld; ++i) {
@@ -454,9 +457,9 @@ dim3 run_blocks(std::size_t packs, std::uint32_t count) {
   return dim3(static_cast<unsigned>((packs + kBlockPacks - 1) / kBlockPacks), 1, count);
 }
 
-template <class E, Kind kKind>
-void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
-               std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
+template <class E, Kind kKind, class Rows>
+void encode_as(const Form& form, const Rows& rows, std::uint32_t count, std::byte* sections, std::size_t section_stride,
+               std::uint32_t* not_finite, cudaStream_t stream) {
   if (has_gaps(form)) {
     fill_gaps<<<count, static_cast<unsigned>(Form::kAlignment), 0, stream>>>(form, sections, section_stride);
   }
@@ -465,19 +468,17 @@ void encode_as(const Form& form, const std::byte* planes, std::size_t plane_stri
   if (form.per_channel) {
     const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks), std::min(form.group, form.tokens));
     const dim3 grid(layout.groups, (packs + threads.x - 1) / threads.x, count);
-    encode_per_channel<E, kKind>
-        <<<grid, threads, 0, stream>>>(layout, planes, plane_stride, sections, section_stride, not_finite);
+    encode_per_channel<E, kKind><<<grid, threads, 0, stream>>>(layout, rows, sections, section_stride, not_finite);
   } else if (has_runs(form)) {
     const std::size_t all = std::size_t{form.tokens} * packs;
-    encode_runs<E, kKind><<<run_blocks(all, count), kThreads, 0, stream>>>(
-        layout, all, log_group_packs(form), planes, plane_stride, sections, section_stride, not_finite);
+    encode_runs<E, kKind><<<run_blocks(all, count), kThreads, 0, stream>>>(layout, all, log_group_packs(form), rows,
+                                                                           sections, section_stride, not_finite);
   } else {
     const std::uint32_t group_packs = form.group / kPackChannels;
     const dim3 threads = tile_threads(std::min(packs, kMaxTilePacks / group_packs * group_packs), form.tokens);
     const std::uint32_t tile_tokens = threads.y * kHeld;
     const dim3 grid((form.tokens + tile_tokens - 1) / tile_tokens, (packs + threads.x - 1) / threads.x, count);
-    encode_per_token<E, kKind>
-        <<<grid, threads, 0, stream>>>(layout, planes, plane_stride, sections, section_stride, not_finite);
+    encode_per_token<E, kKind><<<grid, threads, 0, stream>>>(layout, rows, sections, section_stride, not_finite);
   }
 }
 
@@ -518,16 +519,28 @@ void with_types(const Form& form, Run run) {
   if (form.dtype == DType::kBFloat16) with_kind(BFloat16());
 }
 
+template <class Rows>
+Status encode_rows(const Form& form, const Rows& rows, std::uint32_t count, std::byte* sections,
+                   std::size_t section_stride, std::uint32_t* not_finite, cudaStream_t stream) {
+  if (Status status = check(form, count); !status) return status;
+  with_types(form, [&]<class E, Kind kKind>() {
+    encode_as<E, kKind>(form, rows, count, sections, section_stride, not_finite, stream);
+  });
+  return launched("quantise encode");
+}
+
 }  // namespace
 
 Status cuda_encode_planes(const Form& form, const std::byte* planes, std::size_t plane_stride, std::uint32_t count,
                           std::byte* sections, std::size_t section_stride, std::uint32_t* not_finite,
                           CUstream_st* stream) {
-  if (Status status = check(form, count); !status) return status;
-  with_types(form, [&]<class E, Kind kKind>() {
-    encode_as<E, kKind>(form, planes, plane_stride, count, sections, section_stride, not_finite, stream);
-  });
-  return launched("quantise encode");
+  const PlanarRows rows{planes, plane_stride, static_cast<std::uint32_t>(form.dim * form.element_bytes())};
+  return encode_rows(form, rows, count, sections, section_stride, not_finite, stream);
+}
+
+Status cuda_encode_pages(const Form& form, const PagedRows& rows, std::uint32_t count, std::byte* sections,
+                         std::size_t section_stride, std::uint32_t* not_finite, CUstream_st* stream) {
+  return encode_rows(form, rows, count, sections, section_stride, not_finite, stream);
 }
 
 Status cuda_decode_rows(const Form& form, const std::byte* sections, std::size_t section_stride, std::uint32_t count,

@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,8 @@ struct Layout {
   bool heads_first;  ///< within a page: [head][token] rather than [token][head]
   bool parts_apart;  ///< all K pages before all V pages
   std::uint32_t pages_per_block;
+  std::uint32_t block_tokens = 16;
+  std::size_t padding_bytes = 0;  ///< behind every row, or both rows of a token where parts are not apart
 };
 
 /// The same pages in host and device memory, filled with numbers.
@@ -27,9 +31,8 @@ class Pages {
   Pages(const Layout& layout, DType dtype, std::uint32_t key_dim, std::uint32_t value_dim, std::uint32_t layers,
         std::uint32_t heads, std::uint64_t seed) {
     constexpr std::uint32_t kBlocks = 12;
-    constexpr std::uint32_t kBlockTokens = 16;
     cache_ = {.dtype = dtype,
-              .block_tokens = kBlockTokens,
+              .block_tokens = layout.block_tokens,
               .pages_per_block = layout.pages_per_block,
               .layer_begin = 0,
               .group_layers = layers,
@@ -40,9 +43,10 @@ class Pages {
               .value_dim = value_dim,
               .layers = {}};
     const std::size_t element = dtype_bytes(dtype);
-    const std::size_t page_tokens = kBlockTokens / layout.pages_per_block;
+    const std::size_t page_tokens = layout.block_tokens / layout.pages_per_block;
     const std::size_t pages = kBlocks * layout.pages_per_block;
-    const std::size_t row = (layout.parts_apart ? std::max(key_dim, value_dim) : key_dim + value_dim) * element;
+    const std::size_t row =
+        (layout.parts_apart ? std::max(key_dim, value_dim) : key_dim + value_dim) * element + layout.padding_bytes;
     const std::size_t page = page_tokens * heads * row;
     const std::size_t layer = pages * page * (layout.parts_apart ? 2 : 1);
     host_.resize(layer * layers);
@@ -69,6 +73,11 @@ class Pages {
   }
   const std::vector<std::byte>& host() const { return host_; }
   std::vector<std::byte> device() const { return device_->get(); }
+  /// Of both memories.
+  void put(std::size_t at, std::span<const std::byte> bytes) {
+    std::ranges::copy(bytes, host_.begin() + static_cast<std::ptrdiff_t>(at));
+    device_->put(at, bytes.data(), bytes.size());
+  }
   std::size_t layer_bytes() const { return layer_bytes_; }
 
  private:
@@ -127,8 +136,10 @@ std::vector<std::byte> container_of(PageCoder& coder, const PagedCache& cache, c
   return out;
 }
 
-constexpr Layout kLayouts[] = {
-    {"TokensThenHeads", false, true, 1}, {"HeadsThenTokens", true, false, 1}, {"SmallPages", false, false, 2}};
+// Rows at multiples of 4 bytes but not of 16 cannot be encoded where they lie.
+constexpr Layout kLayouts[] = {{"TokensThenHeads", false, true, 1},    {"HeadsThenTokens", true, false, 1},
+                               {"SmallPages", false, false, 2},        {"PagesOfTwelveTokens", true, true, 2, 24},
+                               {"PaddedRows", true, false, 1, 16, 16}, {"RowsOffSixteenBytes", true, false, 1, 16, 4}};
 
 class CudaPageCoderTest : public CudaTest, public ::testing::WithParamInterface<Layout> {
  protected:
@@ -165,6 +176,29 @@ TEST_P(CudaPageCoderTest, MakesTheContainersOfTheCpu) {
         ASSERT_TRUE(size) << size.error().message();
         EXPECT_TRUE(std::ranges::equal(out.first(*size), made)) << spec;
       }
+    }
+  }
+}
+
+TEST_P(CudaPageCoderTest, RefusesWhatIsNotFinite) {
+  const std::vector<std::uint32_t> ids{3, 1};
+  for (const Part part : {Part::kKey, Part::kValue}) {
+    Pages pages(GetParam(), DType::kBFloat16, 64, 64, 2, 2, 19);
+    const PagedLayer layer = pages.on_host().layers[1];
+    // The last element of the last token's row of the last head.
+    const std::uint64_t page = (std::uint64_t{ids.back()} + 1) * GetParam().pages_per_block - 1;
+    const std::uint64_t token = GetParam().block_tokens / GetParam().pages_per_block - 1;
+    const std::uint64_t row = page * layer.page_stride_bytes + layer.head_stride_bytes +
+                              token * layer.token_stride_bytes + (part == Part::kKey ? 0 : layer.value_offset_bytes);
+    constexpr std::array kInfinity{std::byte{0x80}, std::byte{0x7f}};
+    pages.put(pages.layer_bytes() + row + 63 * sizeof(std::uint16_t), kInfinity);
+    for (const char* spec : {"int8", "fp8", "int4"}) {
+      const auto codec = make_codec(spec).value();
+      const ContainerInfo info = info_of(pages.on_host(), 2, *codec);
+      std::vector<std::byte> sections(container_max_bytes(*codec, info));
+      EXPECT_EQ(coder_->encode(pages.on_device(), ids, *codec, sections).code(), Code::kInvalid) << spec;
+      // Blocks beside it can be encoded, and a failure is not remembered.
+      EXPECT_TRUE(coder_->encode(pages.on_device(), std::vector<std::uint32_t>{3, 2}, *codec, sections)) << spec;
     }
   }
 }

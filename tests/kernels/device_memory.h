@@ -44,6 +44,8 @@ class DeviceArray {
   T* data() const { return static_cast<T*>(data_); }
   void put(std::size_t at, const T* from, std::size_t count) {
     check_cuda(cudaMemcpy(data() + at, from, count * sizeof(T), cudaMemcpyHostToDevice));
+    // A copy from pageable memory may still be under way, and streams of coders do not wait for the default one.
+    check_cuda(cudaDeviceSynchronize());
   }
   std::vector<T> get(std::size_t at, std::size_t count) const {
     std::vector<T> values(count);
