@@ -9,8 +9,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -49,6 +51,31 @@ inline void check(cudaError_t error, const char* what) {
 inline double median(std::vector<double> values) {
   std::ranges::sort(values);
   return values[values.size() / 2];
+}
+
+/// What every benchmark with a daemon is told.
+struct DaemonOptions {
+  std::string kvernd = (fs::read_symlink("/proc/self/exe").parent_path() / "kvernd").string();
+  std::string json;
+  std::vector<std::string> daemon_flags;
+
+  void add_to(CLI::App& app) {
+    app.add_option("--kvernd", kvernd, "the daemon to start (beside this program)");
+    app.add_option("--json", json, "file for the results");
+    app.add_option("--daemon-flag", daemon_flags, "flags for the daemon, as --pipeline.device_threads=8");
+  }
+};
+
+/// Runs the benchmark; what it throws is printed, and makes the exit status 1.
+template <typename Run>
+int exit_status(const char* program, Run run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s: %s\n", program, error.what());
+    return 1;
+  }
 }
 
 /// A kvernd of its own, ended with this.

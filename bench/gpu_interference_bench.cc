@@ -18,15 +18,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-struct Options {
-  std::string kvernd;
-  std::string json;
+struct Options : DaemonOptions {
   std::string codec = "int4";
   double seconds = 0.5;
   std::uint32_t chunks = 16;
   std::vector<std::uint32_t> limits = {0, 64, 32, 16, 8, 4, 2};
   std::vector<double> gb_per_s = {2, 10, 0};
-  std::vector<std::string> daemon_flags;
 };
 
 using bench::check;
@@ -262,17 +259,14 @@ void Bench::beside_daemon(Engine& engine) {
 
 int main(int argc, char** argv) {
   Options options;
-  options.kvernd = (fs::read_symlink("/proc/self/exe").parent_path() / "kvernd").string();
   CLI::App app("What coding chunks costs a decode on the same GPU.");
-  app.add_option("--kvernd", options.kvernd, "the daemon to start (beside this program)");
-  app.add_option("--json", options.json, "file for the results");
+  options.add_to(app);
   app.add_option("--codec", options.codec, "codec of the chunks");
   app.add_option("--seconds", options.seconds, "length of each measurement");
-  app.add_option("--limits", options.limits, "multiprocessors for coders of this process, 0: all; none: \"\"");
+  app.add_option("--limits", options.limits, "multiprocessors for coders of this process, 0: all");
   app.add_option("--rates", options.gb_per_s, "raw GB/s to and from the daemon, 0: all it can");
-  app.add_option("--daemon-flag", options.daemon_flags, "flags for the daemon");
   CLI11_PARSE(app, argc, argv);
-  try {
+  return exit_status("gpu_interference_bench", [&] {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
     std::printf("%s\n", properties.name);
@@ -283,11 +277,7 @@ int main(int argc, char** argv) {
     bench.beside_coders(engine);
     bench.beside_daemon(engine);
     if (!options.json.empty()) std::ofstream(options.json) << bench.results.dump(1) << "\n";
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "gpu_interference_bench: %s\n", error.what());
-    return 1;
-  }
-  return 0;
+  });
 }
 
 }  // namespace

@@ -7,8 +7,8 @@ The model is SmolLM2-135M: that of FOLDER, or its configuration with random weig
 Agreement: a prompt of PROMPT tokens is read, and then, with every attention, the same COMPARED tokens after it are given
 one by one; how many of the likeliest next tokens are those that transformers finds with its own attention is counted,
 and how likely the given ones are is measured (mean negative log-likelihood; its exponential is the perplexity). With
-torch's plain attention in place of its flash, to tell how often rounding alone decides; with Kvern's over the full
-cache; and over what CAKE keeps of the prompt, for several shares of it: Kvern's kernels score and select per layer and
+torch's plain attention in place of its flash, and with attention in float64, to tell how often rounding alone decides;
+with Kvern's over the full cache, the outputs of which are compared with float64's, too; and over what CAKE keeps of the prompt, for several shares of it: Kvern's kernels score and select per layer and
 head, the kept rows are copied, and attention reads those and the rows of newer tokens. All layers keep the same number.
 Of a model, prompt and given tokens are --text (default: prompt.txt in its folder, or the GNU General Public License as
 Debian has it); with random weights they are random, and what torch decodes greedily.
@@ -80,12 +80,38 @@ def kept_tokens(library, queries, keys, count):
     return kept
 
 
+def prompt_attention(query, key, value):
+    """Of a prompt over its own rows, the first of the buffers."""
+    own = slice(query.shape[2])
+    return scaled_dot_product_attention(query, key[:, :, own], value[:, :, own], is_causal=True, enable_gqa=True)
+
+
+class Exact:
+    """Attention of single tokens in float64 over the buffers of a StaticCache, up to the position; rounded once."""
+
+    def __init__(self, position):
+        self.position = position
+
+    def output(self, query, key, value, scaling):
+        seen = slice(int(self.position) + 1)
+        sharing = query.shape[1] // key.shape[1]
+        keys, values = (rows[:, :, seen].double().repeat_interleave(sharing, 1) for rows in (key, value))
+        return (query.double() @ keys.transpose(2, 3) * scaling).softmax(-1) @ values
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+        prompt = query.shape[2] > 1
+        output = prompt_attention(query, key, value) if prompt else self.output(query, key, value, scaling)
+        return output.to(query.dtype).transpose(1, 2), None
+
+
 class Attention:
     """Attention of single tokens over the buffers of a StaticCache, of which positions hide what is not there yet. With
-    a share, prompts (of one sequence) are compacted to it, and their rows in the buffers are not read any more."""
+    a share, prompts (of one sequence) are compacted to it, and their rows in the buffers are not read any more. exact: what
+    outputs are compared with."""
 
-    def __init__(self, library, position, share=None):
-        self.library, self.position, self.share = library, position, share
+    def __init__(self, library, position, share=None, exact=None):
+        self.library, self.position, self.share, self.exact = library, position, share, exact
+        self.worst_error = 0.0  # of a layer and step, relative, before it is rounded
         self.plans, self.compact = {}, {}
 
     def compacted(self, query, key, value):
@@ -110,16 +136,17 @@ class Attention:
     def __call__(self, module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
         layer, tokens = module.layer_idx, query.shape[2]
         if tokens > 1:
-            key, value = key[:, :, :tokens], value[:, :, :tokens]
             if self.share is not None:
-                self.compact[layer] = tokens, self.compacted(query, key, value)
-            output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            return output.transpose(1, 2), None
+                self.compact[layer] = tokens, self.compacted(query, key[:, :, :tokens], value[:, :, :tokens])
+            return prompt_attention(query, key, value).transpose(1, 2), None
         queries = query.reshape(-1, 1, query.shape[-1]).contiguous()
         if layer not in self.plans:
             self.plans[layer] = self.plan(layer, queries, key, value)
-        output = self.plans[layer].run(queries, self.position)
-        return output.to(query.dtype).view(query.shape).transpose(1, 2), None
+        output = self.plans[layer].run(queries, self.position).view(query.shape)
+        if self.exact is not None:
+            exact = self.exact.output(query, key, value, scaling)
+            self.worst_error = max(self.worst_error, ((output - exact).norm() / exact.norm()).item())
+        return output.to(query.dtype).transpose(1, 2), None
 
 
 def torch_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
@@ -157,15 +184,19 @@ def text_tokens(folder, text):
     return ids[:, :PROMPT], ids[:, PROMPT : PROMPT + COMPARED]
 
 
-def agreements(model, prompt, given, fresh):
-    """A row per attention."""
+def agreements(model, prompt, given, fresh, position):
+    """A row per attention, and the largest error of Kvern's in a layer and step."""
     if given is None:
         given, _ = continued(model, prompt, "sdpa")
     expected, loss = continued(model, prompt, "sdpa", given=given)
     found = {"torch, full": (PROMPT, expected, loss)}
     with sdpa_kernel(SDPBackend.MATH):
         found["torch plain, full"] = (PROMPT, *continued(model, prompt, "sdpa", given=given))
-    found["kvern, full"] = (PROMPT, *continued(model, prompt, "kvern", fresh("kvern"), given))
+    exact = Exact(position)
+    AttentionInterface.register("float64", exact)
+    found["float64, full"] = (PROMPT, *continued(model, prompt, "float64", exact, given))
+    compared = fresh("kvern", exact=exact)
+    found["kvern, full"] = (PROMPT, *continued(model, prompt, "kvern", compared, given))
     for share in SHARES:
         tokens = continued(model, prompt, "kvern", fresh("kvern", share), given)
         found[f"kvern, CAKE {share:.1%}"] = (round(share * PROMPT), *tokens)
@@ -177,7 +208,8 @@ def agreements(model, prompt, given, fresh):
             {"attention": name, "entries": entries, "same_tokens": same, "tokens_compared": COMPARED, "nll": loss}
         )
         print(f"{name:20s} {entries:13d} {same:5d} of {COMPARED:3d} {loss:8.4f}", flush=True)
-    return rows
+    print(f"largest error of Kvern's attention against float64: {compared.worst_error:.1e}", flush=True)
+    return rows, compared.worst_error
 
 
 def filled_cache(model, batch, entries):
@@ -265,14 +297,14 @@ def main(words=None):
     model = model.to(DEVICE).eval()
     position = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
-    def fresh(name, share=None):
-        attention = Attention(library, position, share)
+    def fresh(name, share=None, exact=None):
+        attention = Attention(library, position, share, exact)
         AttentionInterface.register(name, attention)
         return attention
 
     report = {"device": torch.cuda.get_device_name(), "weights": "real" if arguments.model else "random"}
     with torch.inference_mode():
-        report["agreement"] = agreements(model, prompt, given, fresh)
+        report["agreement"], report["worst_error"] = agreements(model, prompt, given, fresh, position)
         report["rows"] = speeds(model, arguments.batches, arguments.tokens, fresh)
     if arguments.json:
         with open(arguments.json, "w") as file:

@@ -10,13 +10,10 @@
 namespace kvern::bench {
 namespace {
 
-struct Options {
-  std::string kvernd;
-  std::string json;
+struct Options : DaemonOptions {
   std::uint32_t chunks = 48;
   int rounds = 5;
   std::vector<std::string> codecs = {"raw", "int8", "int4"};
-  std::vector<std::string> daemon_flags;
 };
 
 /// Copies of so many bytes between the device and pinned memory, in pieces of a chunk; GB/s.
@@ -110,22 +107,13 @@ void run(const Options& options) {
 
 int main(int argc, char** argv) {
   Options options;
-  options.kvernd = (fs::read_symlink("/proc/self/exe").parent_path() / "kvernd").string();
   CLI::App app("Chunks between GPU pages and kvernd beside pinned copies.");
-  app.add_option("--kvernd", options.kvernd, "the daemon to start (beside this program)");
-  app.add_option("--json", options.json, "file for the results");
+  options.add_to(app);
   app.add_option("--chunks", options.chunks, "chunks of 32 MiB per store");
   app.add_option("--rounds", options.rounds, "rounds after the one that warms up");
   app.add_option("--codecs", options.codecs, "codecs to measure");
-  app.add_option("--daemon-flag", options.daemon_flags, "flags for the daemon, as --pipeline.device_threads=8");
   CLI11_PARSE(app, argc, argv);
-  try {
-    run(options);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "gpu_transfer_bench: %s\n", error.what());
-    return 1;
-  }
-  return 0;
+  return exit_status("gpu_transfer_bench", [&] { run(options); });
 }
 
 }  // namespace

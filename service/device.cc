@@ -20,7 +20,11 @@ OpenDevice cuda_devices(std::uint32_t multiprocessors) {
     if (!memory) return failure(memory.error());
     // One for all coders of the device, so that they share the limit.
     auto partition = CudaPartition::make((*memory)->number(), multiprocessors);
-    if (!partition) return failure(partition.error());
+    if (!partition) {
+      return failure(partition.error().code(),
+                     partition.error().message() +
+                         (multiprocessors != 0 ? "; pipeline.device_multiprocessors = 0 does without" : ""));
+    }
     log_info("chunks are coded on a device", {{"device", uuid}, {"multiprocessors", (*partition)->multiprocessors()}});
     return DeviceAccess{.memory = std::move(*memory),
                         .make_coder = [partition = std::move(*partition)] { return make_cuda_page_coder(partition); }};

@@ -68,8 +68,7 @@ Result<std::shared_ptr<const CudaPartition>> CudaPartition::make(int device, std
 
   const Driver& driver = Driver::get();
   const auto refused = [&](const char* what) {
-    return failure(Code::kRefused, std::string("the driver cannot set multiprocessors apart (") + what +
-                                       "): leave pipeline.device_multiprocessors at 0");
+    return failure(Code::kRefused, std::string("the driver cannot set multiprocessors apart (") + what + ")");
   };
   if (!driver.complete) return refused("it is older than CUDA 12.5");
   // The primary context, of which the partition is a part.
