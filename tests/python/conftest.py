@@ -29,8 +29,8 @@ def model(tmp_path):
     return mini_engine.write_checkpoint(tmp_path / "model")
 
 
-@pytest.fixture
-def engine(store, model, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["steps-in-turn", "steps-overlap"])
+def engine(request, store, model, monkeypatch):
     """Makes engines: engine(blocks=..., windows=..., ...)."""
     import mini_engine
     from vllm.distributed import parallel_state
@@ -41,6 +41,7 @@ def engine(store, model, monkeypatch):
         monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: rank)
 
     def make(folder=model, **options):
+        options.setdefault("asynchronous", request.param)
         return mini_engine.MiniEngine(folder, KvernConnector, set_rank=set_rank, **options)
 
     return make

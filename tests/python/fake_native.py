@@ -200,12 +200,29 @@ class PrefixMatcher:
         return len(self.claimed)
 
 
+class Stream:
+    """A GPU's queue of work. Jobs wait for what was queued on it before them."""
+
+    def __init__(self):
+        self.queued = self.done = 0
+        self.workers: list[TransferWorker] = []
+
+    def advance(self) -> None:
+        self.done += 1
+        for worker in self.workers:
+            worker.run()
+
+
 class TransferWorker:
+    stream = None  # of the engine that makes one
+
     def __init__(self, client, *, threads=1, max_queued_jobs=4096, load_timeout_ms=30_000, store_timeout_ms=30_000):
         self.client = client
         self.registered: dict[int, dict] = {}
-        self._jobs: list = []
+        self._jobs: list = []  # (queued work that it waits for, kind, job, ...)
         self._events: list = []
+        self.stream = type(self).stream or Stream()
+        self.stream.workers.append(self)
         self.cancelled: set[int] = set()
 
     def register_group(self, **arguments):
@@ -233,13 +250,16 @@ class TransferWorker:
             for head in range(facts["heads"]):
                 yield layer, head, (facts["layer_begin"] + layer, facts["head_begin"] + head)
 
+    def _add(self, kind: str, job: int, *arguments) -> None:
+        self._jobs.append((self.stream.queued, kind, job, *arguments))
+
     def submit_store(self, job, namespace, group, codec, hash_bytes, chunks, ready_event=0, traceparent=""):
         self.client.store.traceparents.append(("store", traceparent))
-        self._jobs.append(("store", job, namespace, group, hash_bytes, chunks))
+        self._add("store", job, namespace, group, hash_bytes, chunks)
 
     def submit_load(self, job, namespace, hash_bytes, pieces, ready_event=0, traceparent=""):
         self.client.store.traceparents.append(("load", traceparent))
-        self._jobs.append(("load", job, namespace, hash_bytes, pieces))
+        self._add("load", job, namespace, hash_bytes, pieces)
 
     def _run_store(self, job, namespace, group, hash_bytes, chunks):
         store, stored = self.client.store, []
@@ -260,7 +280,7 @@ class TransferWorker:
         self._events.append((job, "stored", stored, reason, 0.002, 100, 50))
 
     def submit_compaction(self, **arguments):
-        self._jobs.append(("compact", arguments.pop("job"), arguments))
+        self._add("compact", arguments.pop("job"), arguments)
 
     def _run_compaction(self, job, arguments):
         """Once all ranks have asked, keeps the last M rows of each plane. What a rank needs must have been stored by then."""
@@ -319,11 +339,12 @@ class TransferWorker:
                         done += size
         self._events.append((job, "loaded", [], "", 0.001, 100, 50))
 
-    def poll(self):
+    def run(self) -> None:
+        """All jobs whose time has come."""
         keep = []
-        for kind, job, *arguments in self._jobs:
-            if self.client.store.hold and job not in self.cancelled:
-                keep.append((kind, job, *arguments))
+        for event, kind, job, *arguments in self._jobs:
+            if event > self.stream.done or (self.client.store.hold and job not in self.cancelled):
+                keep.append((event, kind, job, *arguments))
             elif kind == "store":
                 self._run_store(job, *arguments)
             elif kind == "compact":
@@ -331,6 +352,9 @@ class TransferWorker:
             else:
                 self._run_load(job, *arguments)
         self._jobs = keep
+
+    def poll(self):
+        self.run()
         events, self._events = self._events, []
         return events
 

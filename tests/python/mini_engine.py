@@ -2,13 +2,20 @@
 
 The model writes into each KV row a number that follows from all tokens up to there, and before each step it checks every
 row that attention would read. A row that was not loaded, loaded wrongly, or overwritten too early fails the test.
+
+With asynchronous=True steps overlap as they do on GPUs: a step is scheduled and handed to the workers before the scheduler
+has seen what the one before it generated and what its workers reported; and the workers only queue the model's work, which
+is done when the step's results are taken.
 """
 
+import collections
+import dataclasses
 import json
 import pathlib
 import pickle
 import types
 
+import fake_native
 import torch
 from vllm import SamplingParams
 from vllm.config import (
@@ -27,7 +34,6 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -101,6 +107,17 @@ class AttentionLayer:
         return self.impl.forward(self, query.view(-1, self.num_heads, DIM), key, value, None, None, output=None)
 
 
+@dataclasses.dataclass
+class Scheduled:
+    """A request's part of a step: its tokens in [begin, end), and where their rows lie and what they must say."""
+
+    request: Request
+    begin: int
+    end: int
+    tables: tuple[list[int], ...]
+    states: list[int]
+
+
 class MiniEngine:
     def __init__(
         self,
@@ -118,9 +135,11 @@ class MiniEngine:
         events: bool = False,
         caching: bool = True,
         attention: bool = True,  # False: vLLM shows no attention layers
+        asynchronous: bool = False,
         set_rank=lambda rank: None,
         transfer: KVTransferConfig | None = None,
     ):
+        self.asynchronous = asynchronous
         self.block_size = block_size
         self.windows = windows
         self.ranks = ranks
@@ -166,8 +185,10 @@ class MiniEngine:
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         self.config.cache_config.num_gpu_blocks = blocks
+        self.config.scheduler_config.async_scheduling = asynchronous  # vLLM's CPU platform turns it off
         self.attention: list[dict[str, AttentionLayer]] = []  # of each rank
         self.pages, self.workers = [], []
+        self.stream = fake_native.TransferWorker.stream = fake_native.Stream()
         for rank in range(ranks):
             set_rank(rank)
             self.attention.append({names[0]: AttentionLayer(ranks) for names in self.layer_names} if attention else {})
@@ -181,7 +202,7 @@ class MiniEngine:
         hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         self.hasher = get_request_block_hasher(block_size, hash_fn)
-        self.scheduler = Scheduler(
+        self.scheduler = self.config.scheduler_config.get_scheduler_cls()(
             self.config, self.kv_cache_config, StructuredOutputManager(self.config), block_size, block_size,
             log_stats=True,
         )
@@ -190,6 +211,8 @@ class MiniEngine:
         self.events: list = []  # as vLLM publishes them: its own and the connector's
         self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
         self.steps = 0
+        self._running: collections.deque = collections.deque()  # steps whose results the scheduler has not seen
+        self._tokens: dict[str, list[int]] = {}  # request -> its tokens as the workers know them
         self.tells_failures_by_block = False  # as vLLM 0.29 does it
         self.numbers = 0
         self.compact_prompts: dict[str, list[int]] = {}  # handle -> the prompt that its cache was made of
@@ -201,7 +224,9 @@ class MiniEngine:
     def add(self, prompt: list[int], max_tokens: int = 4, params: dict | None = None, **options) -> Request:
         extra = {"extra_args": {"kv_transfer_params": params}} if params is not None else {}
         self.numbers += 1
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **extra)
+        sampling = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=options.pop("stop_token_ids", None), **extra
+        )
         if options.pop("skip_reading", False):
             sampling.skip_reading_prefix_cache = True
         sampling.prompt_logprobs = options.pop("prompt_logprobs", None)
@@ -223,7 +248,7 @@ class MiniEngine:
 
     def settle(self, limit: int = 100) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_requests():
+            if not self.scheduler.has_requests() and not self._running:
                 return
             self.step()
         raise AssertionError("the engine never comes to rest")
@@ -247,33 +272,61 @@ class MiniEngine:
     # ---------------------------------------------------------------- a step
 
     def step(self) -> None:
-        output = self.scheduler.schedule()
-        self.steps += 1
-        metadata = pickle.loads(pickle.dumps(output.kv_connector_metadata))
-        sampled = {}
-        for request_id, count in output.num_scheduled_tokens.items():
-            request = self.scheduler.requests[request_id]
-            end = request.num_computed_tokens  # schedule() has already moved it on
-            sampled[request_id] = (request, end - count, end)
-        outputs = []
-        for rank, worker in enumerate(self.workers):
-            outputs.append(self._rank_step(rank, worker, metadata, output, sampled))
-        result = outputs[0] if self.ranks == 1 else self.aggregator.aggregate(outputs)
-        core_outputs = self.scheduler.update_from_output(output, result)
-        for batch in core_outputs.values():
-            for one in batch.outputs:
+        """One turn of EngineCore.step() or, where steps overlap, of step_with_batch_queue()."""
+        if self.scheduler.has_requests():
+            output = self._launch()
+            if len(self._running) < self.config.max_concurrent_batches and output.total_num_scheduled_tokens:
+                return
+        if self._running:
+            self._take_results()
+
+    def preempt_all(self, **options) -> bool:
+        """vLLM can do it between steps alone: what runs is waited for."""
+        while self._running:
+            self._take_results()
+        return self.scheduler.reset_prefix_cache(reset_running_requests=True, **options)
+
+    def _take_results(self) -> None:
+        output, result, batch = self._running.popleft()
+        if self.asynchronous:
+            self._forward(batch)
+        for part in self.scheduler.update_from_output(output, result).values():
+            for one in part.outputs:
                 if one.finish_reason is not None:
                     self.finish_params[one.request_id] = one.kv_transfer_params
 
-    def _rank_step(self, rank, worker, metadata, output, sampled) -> ModelRunnerOutput:
-        worker.handle_preemptions(metadata)
-        worker.bind_connector_metadata(metadata)
-        self._attend(rank, sampled)
-        next_tokens = []
-        for request, begin, end in sampled.values():
-            self._forward(rank, request, begin, end)
-            done = end >= request.num_tokens
-            next_tokens.append([self._next_token(request, end)] if done else [])
+    def _launch(self):
+        """Schedules a step and hands it to all ranks."""
+        output = self.scheduler.schedule()
+        self.steps += 1
+        metadata = pickle.loads(pickle.dumps(output.kv_connector_metadata))
+        batch = []
+        for request_id, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[request_id]
+            end = request.num_computed_tokens  # schedule() has already moved it on
+            if request.num_tokens >= end:
+                self._tokens[request_id] = list(request.all_token_ids)
+            assert len(self._tokens[request_id]) >= end, f"{request_id}: a token is read before it is generated"
+            tables = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+            tables = tuple(list(table) for table in tables)
+            batch.append(Scheduled(request, end - count, end, tables, self._states_of(request, end)))
+            self.forwarded[request_id] = self.forwarded.get(request_id, 0) + count
+        self.stream.queued += 1
+        next_tokens = [
+            [] if one.request.is_prefill_chunk else [self._next_token(one.request, one.end)] for one in batch
+        ]
+        for rank, worker in enumerate(self.workers):
+            worker.handle_preemptions(metadata)
+            worker.bind_connector_metadata(metadata)
+            self._attend(rank, batch)
+        if not self.asynchronous:
+            self._forward(batch)
+        outputs = [self._finish_rank_step(worker, output, batch, next_tokens) for worker in self.workers]
+        result = outputs[0] if self.ranks == 1 else self.aggregator.aggregate(outputs)
+        self._running.append((output, result, batch))
+        return output
+
+    def _finish_rank_step(self, worker, output, batch: list[Scheduled], next_tokens) -> ModelRunnerOutput:
         worker.start_load_kv(None)
         worker.wait_for_save()
         if self.tells_failures_by_block:
@@ -290,7 +343,7 @@ class MiniEngine:
             kv_connector_worker_meta=pickle.loads(pickle.dumps(worker.build_connector_worker_meta())),
         )
         worker.clear_connector_metadata()
-        ids = list(sampled)
+        ids = [one.request.request_id for one in batch]
         return ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
@@ -300,18 +353,17 @@ class MiniEngine:
 
     # ---------------------------------------------------------------- the model
 
-    def _attend(self, rank: int, sampled) -> None:
+    def _attend(self, rank: int, batch: list[Scheduled]) -> None:
         """Hands each layer the batch's queries as vLLM does: rows of all requests, in an order that nobody is told."""
-        batch = list(sampled.values())[::-1]
         if not batch or not self.attention[rank]:
             return
-        queries, starts, lengths = [], [0], []
-        for request, begin, end in batch:
-            states = self._states(request.all_token_ids[:end])
-            queries += [query_row(state).chunk(self.ranks)[rank] for state in states[begin:end]]
+        queries, starts, lengths, tables = [], [0], [], []
+        for one in batch[::-1]:
+            states = self._states(self._tokens[one.request.request_id][: one.end])
+            queries += [query_row(state).chunk(self.ranks)[rank] for state in states[one.begin : one.end]]
             starts.append(len(queries))
-            lengths.append(end)
-        tables = [self.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0] for request, _, _ in batch]
+            lengths.append(one.end)
+            tables.append(one.tables[0])
         width = max(map(len, tables))
         metadata = types.SimpleNamespace(
             query_start_loc=torch.tensor(starts),
@@ -331,7 +383,7 @@ class MiniEngine:
 
     def _states_of(self, request: Request, end: int) -> list[int]:
         """What the rows of the request must say. Behind a handle they are the last of the prompt's own."""
-        states = self._states(request.all_token_ids[:end])
+        states = self._states(self._tokens[request.request_id][:end])
         prompt = self.compact_prompts.get(request.cache_salt)
         if prompt is not None:
             slots = int(request.cache_salt.split(".")[2])
@@ -339,31 +391,35 @@ class MiniEngine:
         return states
 
     def _next_token(self, request: Request, end: int) -> int:
-        return self._states(request.all_token_ids[:end])[-1] % 500
+        tokens = self._tokens[request.request_id]
+        token = self._states(tokens[:end])[-1] % 500
+        if end == len(tokens):
+            tokens.append(token)
+        return token
 
-    def _forward(self, rank: int, request: Request, begin: int, end: int) -> None:
-        tables = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
-        states = self._states_of(request, end)
-        pages, size = self.pages[rank], self.block_size
-        heads = pages.shape[1]
-        if rank == 0:
-            self.forwarded[request.request_id] = self.forwarded.get(request.request_id, 0) + end - begin
-        for group, window in enumerate(self.windows):
-            table = tables[group]
-            first = max(0, begin - window + 1) if window else 0
-            for head in range(heads):
-                for position in range(first, begin):
-                    block = table[position // size]
-                    assert block != 0, f"{request.request_id}: position {position} of group {group} is in the null block"
-                    found = pages[block, head, position % size]
-                    wanted = token_row(states[position], group, rank * heads + head)
-                    assert torch.equal(found, wanted), (
-                        f"{request.request_id}: wrong KV at position {position} of group {group}, block {block}: "
-                        f"{found.tolist()} is not {wanted.tolist()}"
-                    )
-                for position in range(begin, end):
-                    block = table[position // size]
-                    if block:
-                        pages[block, head, position % size] = token_row(states[position], group, rank * heads + head)
+    def _forward(self, batch: list[Scheduled]) -> None:
+        """The model's work on a step's rows, in the pages of all ranks."""
+        for rank, pages in enumerate(self.pages):
+            for one in batch:
+                for group, window in enumerate(self.windows):
+                    self._compute(rank, pages, one, group, window)
+        self.stream.advance()
 
-
+    def _compute(self, rank: int, pages, one: Scheduled, group: int, window: int) -> None:
+        table, name, size = one.tables[group], one.request.request_id, self.block_size
+        first = max(0, one.begin - window + 1) if window else 0
+        for head in range(pages.shape[1]):
+            for position in range(first, one.begin):
+                block = table[position // size]
+                assert block != 0, f"{name}: position {position} of group {group} is in the null block"
+                found = pages[block, head, position % size]
+                wanted = token_row(one.states[position], group, rank * pages.shape[1] + head)
+                assert torch.equal(found, wanted), (
+                    f"{name}: wrong KV at position {position} of group {group}, block {block}: "
+                    f"{found.tolist()} is not {wanted.tolist()}"
+                )
+            for position in range(one.begin, one.end):
+                block = table[position // size]
+                if block:
+                    row = token_row(one.states[position], group, rank * pages.shape[1] + head)
+                    pages[block, head, position % size] = row

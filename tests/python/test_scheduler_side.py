@@ -334,12 +334,33 @@ def test_a_preempted_request_is_restored_from_the_store(engine):
     while len(request.output_token_ids) < 30:
         one.step()
     before = one.forwarded[request.request_id]
-    one.scheduler.reset_prefix_cache(reset_running_requests=True)
+    one.preempt_all()
     one.run(request)
     # 480 of 530 tokens came back; the rest and the further tokens were computed.
     assert one.forwarded[request.request_id] - before <= 530 - 480 + 31
     assert request.num_preemptions == 1
     assert_at_rest(one)
+
+
+def test_requests_that_stop_early_while_others_load_into_their_blocks(engine):
+    """A stop token is seen a step late where steps overlap: the request is computed once more, in blocks that it gave back."""
+    roomy, tight = engine(blocks=200), engine(blocks=30)
+    prompts = [prompt_of(290 + 7 * seed, seed) for seed in range(1, 9)]
+    wanted = []
+    for prompt in prompts:
+        tokens = tokens_of(roomy.generate(prompt, max_tokens=9))
+        stop = tokens[5]
+        wanted.append((stop, tokens[: tokens.index(stop) + 1]))
+    for _ in range(2):
+        requests = [
+            tight.add(prompt, max_tokens=40, stop_token_ids=[stop]) for prompt, (stop, _) in zip(prompts, wanted)
+        ]
+        tight.run(*requests)
+        assert [tokens_of(request) for request in requests] == [tokens for _, tokens in wanted]
+        tight.settle()
+        tight.forget()
+    assert sum(computed(tight, request) for request in requests) < 8 * 32, "the prompts were loaded"
+    assert_at_rest(tight)
 
 
 # ---------------------------------------------------------------- loads that do not end well
@@ -661,7 +682,7 @@ def test_a_request_that_is_recomputed_after_a_reset_is_stored(engine, store):
     for _ in range(30):
         one.step()
     chunks = set(store.chunks)
-    assert one.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    assert one.preempt_all(reset_connector=True)
     one.run(request)
     assert len(set(store.chunks) - chunks) >= 2
     assert_at_rest(one)
