@@ -7,6 +7,7 @@
 #include "connector/client.h"
 #include "connector/shard_message.h"
 #include "kernels/compaction.h"
+#include "kernels/rope.h"
 #include "kernels/slot_pages.h"
 #include "transport/compact_handle.h"
 #include "transport/wire.h"
@@ -85,6 +86,12 @@ Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t pr
   auto plan = CompactionPlan::make(spec, prompt_tokens, layout, page_tokens);
   if (!plan) return failure(plan.error());
   return CompactionTerms{std::move(plan->chain.spec), plan->slots, plan->query_rows, plan->layout};
+}
+
+Result<KeyRotation> key_rotation(std::string_view fact) {
+  const auto rotation = rope::Parameters::parse(fact);
+  if (!rotation) return failure(rotation.error());
+  return KeyRotation{rotation->style == rope::Style::kInterleaved, rotation->inverse_frequencies()};
 }
 
 Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> slot_places(

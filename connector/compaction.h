@@ -30,6 +30,14 @@ struct CompactionTerms {
 Result<CompactionTerms> compaction_terms(std::string_view spec, std::uint32_t prompt_tokens,
                                          SlotLayout layout = SlotLayout::kRectangular, std::uint32_t page_tokens = 0);
 
+/// How keys turn by their positions; for those who test that a model does it so.
+struct KeyRotation {
+  bool interleaved = false;         ///< pairs are elements 2i and 2i + 1, else i and i + the number of pairs
+  std::vector<double> frequencies;  ///< of each pair, radians per position
+};
+/// From the fact `rotation`. kInvalid with the reason, also for rotations that no daemon can move keys by.
+Result<KeyRotation> key_rotation(std::string_view fact);
+
 /// Where the pages of a compact cache lie: [layer][page] -> (layer, block of the request), see slot_pages().
 Result<std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>> slot_places(
     SlotLayout layout, std::span<const std::uint32_t> pages_of_layers, std::uint32_t blocks);

@@ -131,6 +131,12 @@ Result<Parameters> Parameters::from(const CodecStep& step) {
   return p;
 }
 
+Result<Parameters> Parameters::parse(std::string_view text) {
+  const auto step = CodecStep::parse("unrotate(" + std::string(text) + ")");
+  if (!step) return failure(step.error());
+  return from(*step);
+}
+
 std::string Parameters::to_string() const {
   std::string text = std::string("style=") + (style == Style::kNeox ? "neox" : "interleaved") +
                      ",theta=" + decimal_text(theta) + ",dim=" + std::to_string(rotary_dim);

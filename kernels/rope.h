@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/dtype.h"
@@ -44,6 +45,8 @@ struct Parameters {
   /// From the parameters of a codec step (style, theta, dim, scaling, factor, original, low, high, fast, slow,
   /// truncate). Refuses (kInvalid) rotations that depend on the length of the prompt.
   static Result<Parameters> from(const CodecStep& step);
+  /// The same from what stands in the parentheses of such a step, which is how the fact `rotation` is written.
+  static Result<Parameters> parse(std::string_view text);
   /// The inverse: what the scaling uses, in a fixed order, as it stands in the parentheses of a step.
   std::string to_string() const;
 

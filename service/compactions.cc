@@ -67,9 +67,7 @@ Result<std::optional<rope::Parameters>> rotation_of(const Namespace& space, std:
         refused("the keys cannot be moved to the positions of the slots: this model does not turn them, or "
                 "how is not known (fact rotation)"));
   }
-  const auto step = CodecStep::parse("unrotate(" + text + ")");
-  if (!step) return failure(step.error());
-  auto rotation = rope::Parameters::from(*step);
+  auto rotation = rope::Parameters::parse(text);
   if (!rotation) return failure(rotation.error());
   if (rotation->rotary_dim > space.shape.key_dim) return failure(refused("the rotation is larger than the keys"));
   return std::optional(*rotation);

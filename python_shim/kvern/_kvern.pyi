@@ -13,6 +13,9 @@ PROTOCOL_VERSION: int
 def compaction_plan(
     spec: str, prompt_tokens: int, layout: str = "rectangular", page_tokens: int = 0
 ) -> tuple[str, int, int, str]: ...
+# Of a fact `rotation`: whether pairs are neighbours (else they lie a half apart), and of each pair the radians per position.
+# Raises ValueError with the reason for rotations that no daemon can move keys by.
+def rotation_frequencies(rotation: str) -> tuple[bool, list[float]]: ...
 # Where the pages of a compact cache lie: [layer][page] -> (layer, block of the request) (kernels/slot_pages.h). Raises
 # ValueError when they do not fit the blocks.
 def slot_pages(layout: str, pages_of_layers: list[int], blocks: int) -> list[list[tuple[int, int]]]: ...

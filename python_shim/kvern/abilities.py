@@ -15,12 +15,15 @@ class Abilities:
         self._patience_seconds = patience_seconds
         self._clock = clock
         self._capture: dict[int, str] = {}  # rank -> why it cannot capture queries, "": it can
+        self._moving: dict[int, str] = {}  # rank -> why the keys cannot be moved, "": they can
         # layout of ragged compact caches -> rank -> why it cannot read them, "": it can
         self._layouts: dict[str, dict[int, str]] = {layout: {} for layout in RAGGED_LAYOUTS}
 
     def take(self, rank: int, report: RankReport) -> None:
         if report.no_capture is not None:
             self._capture[rank] = report.no_capture
+        if report.no_moving is not None:
+            self._moving[rank] = report.no_moving
         for layout, problem in (report.no_layout or {}).items():
             self._layouts[layout][rank] = problem
 
@@ -30,6 +33,11 @@ class Abilities:
         if problem is None:
             return known, "the workers have not said whether they can capture queries"
         return known, problem and f"queries cannot be captured on this engine: {problem}"
+
+    def moving(self, asked_since: float) -> tuple[bool, str]:
+        """Whether the daemon can move the model's keys to the positions of the slots."""
+        known, problem = self._all_of(self._moving, asked_since)
+        return known, "the workers have not said how the model turns its keys" if problem is None else problem
 
     def layout(self, layout: str, asked_since: float) -> tuple[bool, str]:
         """Whether compact caches can be read whose layers keep different numbers of slots, in this layout."""

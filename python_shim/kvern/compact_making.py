@@ -72,6 +72,13 @@ class CompactMaking:
 
     def may_match(self, state: RequestState, request, local_tokens: int) -> bool:
         """Whether it is settled what will be made, if anything; False: ask again."""
+        state.first_asked = state.first_asked or self._clock()
+        known, problem = self._abilities.moving(state.first_asked)
+        if not known:
+            return False
+        if problem:
+            self._refuse(state, problem)
+            return True
         if state.making.layout != "rectangular" and not self._knows_layout(state, request):
             return False
         return state.making is None or self._leaves_queries(state, request, local_tokens)
@@ -83,7 +90,6 @@ class CompactMaking:
 
     def _knows_layout(self, state: RequestState, request) -> bool:
         """Whether it is settled how the layers of the cache differ, or that they do not; False: ask again."""
-        state.first_asked = state.first_asked or self._clock()
         known, layout, problem = self._abilities.best_layout(state.first_asked)
         if known and layout != state.making.layout:
             how = "claim the slots of the largest layer" if layout == "shift" else "get the same slots for all layers"
@@ -104,7 +110,6 @@ class CompactMaking:
             request.skip_reading_prefix_cache = False
         if not making.query_rows:
             return True
-        state.first_asked = state.first_asked or self._clock()
         known, problem = self._abilities.capture(state.first_asked)
         if not known:
             return False

@@ -122,6 +122,11 @@ class Options:
     rewrite: bool = _option(
         False, _parse_bool, "requests may bring the whole prompt of a compact cache; its tokens give way to slots"
     )
+    trust_rotation: bool = _option(
+        False,
+        _parse_bool,
+        "make compact caches even where it could not be tested that the model turns its keys as its configuration says",
+    )
     profiles: str = _option("", _parse_folder, "folder of model profiles (`kvern calibrate`); absent: $KVERN_PROFILES")
     store_generated: bool = _option(True, _parse_bool, "store complete chunks of generated tokens too")
     threads: int = _option(0, _parse_count(0, 64), "transfer threads of each worker; 0: 1, or 2 on more than 4 cores")

@@ -101,6 +101,7 @@ class RankReport:
     stored: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # job -> chunks that others can read
     refusal: str = ""  # why this rank can neither load nor store, ever
     no_capture: str | None = None  # once: why this rank cannot capture queries; "": it can
+    no_moving: str | None = None  # once: why keys of this model cannot be moved to other positions; "": they can
     no_layout: dict[str, str] | None = None  # once: layout -> why this rank cannot read such compact caches; "": it can
 
 

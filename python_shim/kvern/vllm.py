@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from kvern import compactions, compat, groups, identity
+from kvern import compactions, compat, groups, identity, rotation_check
 from kvern.config import OptionError, Options
 from kvern.groups import Geometry, Refused
 from kvern.guard import guarded, log_once, logger
@@ -220,6 +220,7 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
             layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
             self._worker.register_kv_caches(kv_caches, layers, self._vllm_config)
             self._worker.test_ragged(self._step_with)
+            self._worker.test_rotation(rotation_check.engine_model(), layers, self._vllm_config)
 
     @contextlib.contextmanager
     def _step_with(self, ragged):

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kvern import compat, layout, tracing
+from kvern import compat, identity, layout, tracing
 from kvern.capture import QueryCapture
 from kvern.config import Options
 from kvern.groups import Geometry, Refused
@@ -22,6 +22,7 @@ from kvern.metadata import (
     StoreOrder,
 )
 from kvern.ragged_attention import RaggedAttention
+from kvern.rotation_check import RotationCheck
 from kvern.stats import Recorder
 
 # Orders wait this long for their namespace to be registered with the daemon.
@@ -68,6 +69,7 @@ class WorkerSide:
         self._stores: dict[int, StoreOrder] = {}
         self._capture: QueryCapture | None = None
         self._ragged: RaggedAttention | None = None
+        self._no_moving = "this worker has no cache"
         self._abilities_told = False
         self._compactions: dict[int, tuple[CompactOrder, list]] = {}  # store job -> what waits for its end
         self._compacting: dict[int, list] = {}  # job -> queries that the native side may still read
@@ -134,6 +136,33 @@ class WorkerSide:
             self._ragged.self_test(run_step)
             self._client.describe("query_capture", self._capture.problem or "self-test passed")
             self._client.describe("layer_budgets", self._ragged.verdict)
+
+    @guarded()
+    def test_rotation(self, model, attention_layers: dict, vllm_config) -> None:
+        """model: the engine's; None where it could not be found."""
+        if self._transfer is None:
+            return
+        if len(self._geometry.groups) > 1:
+            self._no_moving = ""  # such models have no compact caches, for another reason
+            return
+        self._no_moving = "it could not be tested how the model turns its keys"
+        group, config = self._geometry.groups[0], vllm_config.model_config
+        check = RotationCheck(
+            model,
+            {name: attention_layers.get(name) for name in group.layer_names},
+            identity.rotation(config.hf_text_config, group.key_dim, getattr(config, "architectures", None) or []),
+            self._native.rotation_frequencies,
+            vllm_config,
+            self._geometry.pipeline_parallel,
+        )
+        trusted = self._options.trust_rotation and not check.certain
+        self._no_moving = "" if trusted else check.problem
+        if trusted and check.problem:
+            log_once(logging.WARNING, "Kvern: %s; kvern.trust_rotation is set, and compact caches are made.", check.problem)
+        else:
+            check.log()
+        verdict = "not tested, but trusted" if check.problem else "keys turn as configured, self-test passed"
+        self._client.describe("key_rotation", self._no_moving or verdict)
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -379,6 +408,7 @@ class WorkerSide:
         if not self._abilities_told:
             self._abilities_told = True
             report.no_capture = self._capture.problem if self._capture is not None else "this worker has no cache to watch"
+            report.no_moving = self._no_moving
             no_cache = dict.fromkeys(RAGGED_LAYOUTS, "this worker has no cache")
             report.no_layout = dict(self._ragged.problems) if self._ragged is not None else no_cache
         elif not report.gathered and not report.stored and not report.refusal:

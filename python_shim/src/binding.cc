@@ -556,6 +556,14 @@ void bind_compaction(nb::module_& module) {
       },
       nb::arg("spec"), nb::arg("prompt_tokens"), nb::arg("layout") = "rectangular", nb::arg("page_tokens") = 0);
   module.def(
+      "rotation_frequencies",
+      [](const std::string& rotation) {
+        auto turns = key_rotation(rotation);
+        if (!turns) throw std::invalid_argument(turns.error().message());
+        return std::make_pair(turns->interleaved, std::move(turns->frequencies));
+      },
+      nb::arg("rotation"));
+  module.def(
       "slot_pages",
       [](const std::string& layout, const std::vector<std::uint32_t>& pages_of_layers, std::uint32_t blocks) {
         auto places = slot_places(slot_layout_of(layout), pages_of_layers, blocks);

@@ -160,3 +160,46 @@ def retrained(model: pathlib.Path, seed: int) -> pathlib.Path:
                 save_file(tensors, path, metadata={"format": "pt"})
             partial.rename(folder)
     return folder
+
+
+# Architectures that turn their keys each in a way of its own: class of the configuration and of the model in transformers,
+# and what the configuration says beside the sizes.
+ARCHITECTURES = {
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),  # scales keys before they are turned
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"partial_rotary_factor": 0.5}),  # turns a part of each
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", {"partial_rotary_factor": 0.5}),  # and neighbouring pairs
+    "cohere": ("CohereConfig", "CohereForCausalLM", {"tie_word_embeddings": True}),  # neighbouring pairs
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {}),  # turns nothing in every fourth layer
+    "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {}),  # scales keys after they were turned
+}
+
+
+def random_of(architecture: str, seed: int = 1) -> pathlib.Path:
+    """Four layers of eight query and four KV heads of 64."""
+
+    def build():
+        import torch
+        import transformers
+
+        config, model, more = ARCHITECTURES[architecture]
+        sizes = dict(
+            vocab_size=RANDOM_VOCABULARY,
+            hidden_size=512,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        made = getattr(transformers, model)(getattr(transformers, config)(**sizes | more))
+        for name, parameter in made.named_parameters():
+            if parameter.dim() == 1 and "norm" in name:  # no two alike, as in trained models
+                parameter.data.copy_(torch.linspace(0.5, 1.5, len(parameter)))
+        return made
+
+    return _make(architecture, seed, build)

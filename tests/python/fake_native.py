@@ -73,6 +73,14 @@ def compaction_plan(spec, prompt_tokens, layout="rectangular", page_tokens=0):
     return spec.replace(" ", "").replace(",ragged", ",ragged" if layout != "rectangular" else ""), slots, window, layout
 
 
+def rotation_frequencies(rotation):
+    facts = dict(part.split("=") for part in rotation.split(","))
+    if "scaling" in facts:
+        raise ValueError("unrotate: keys turn by the length of the prompt")
+    dim = int(facts["dim"])
+    return facts["style"] == "interleaved", [float(facts["theta"]) ** (-2 * pair / dim) for pair in range(dim // 2)]
+
+
 def slot_pages(layout, pages_of_layers, blocks):
     """As kernels/slot_pages.h has it."""
     layers = len(pages_of_layers)

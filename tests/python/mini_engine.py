@@ -107,6 +107,30 @@ class AttentionLayer:
         return self.impl.forward(self, query.view(-1, self.num_heads, DIM), key, value, None, None, output=None)
 
 
+class Model(torch.nn.Module):
+    """What runs when the connector calls the model: one rank's layers, whose keys are turned as Llama's are. turns: layer
+    number -> another function (keys [token, head, dim], positions) -> keys, or None where it turns nothing."""
+
+    def __init__(self, layers: dict[str, AttentionLayer], turns: dict):
+        super().__init__()
+        self._layers, self._turns = layers, turns
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, positions):
+        for number, layer in enumerate(self._layers.values()):
+            random = torch.Generator().manual_seed(number)
+            table = torch.randn(512, layer.num_kv_heads, DIM, generator=random)
+            keys = self._turns.get(number, turned)(table[input_ids], positions)
+            query = torch.zeros(len(input_ids), layer.num_heads * DIM)
+            layer(query, keys, keys)
+
+
+def turned(keys, positions, theta: float = 10000.0):
+    angles = positions[:, None, None] * theta ** (-torch.arange(0, DIM, 2) / DIM)
+    first, second = keys.chunk(2, dim=-1)
+    return torch.cat((first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()), dim=-1)
+
+
 @dataclasses.dataclass
 class Scheduled:
     """A request's part of a step: its tokens in [begin, end), and where their rows lie and what they must say."""
@@ -135,11 +159,13 @@ class MiniEngine:
         events: bool = False,
         caching: bool = True,
         attention: bool = True,  # False: vLLM shows no attention layers
+        turns: dict | None = None,  # see Model
         asynchronous: bool = False,
         set_rank=lambda rank: None,
         transfer: KVTransferConfig | None = None,
     ):
         self.asynchronous = asynchronous
+        self._turns = turns or {}
         self.block_size = block_size
         self.windows = windows
         self.ranks = ranks
@@ -218,6 +244,10 @@ class MiniEngine:
         self.compact_prompts: dict[str, list[int]] = {}  # handle -> the prompt that its cache was made of
         self.forwarded: dict[str, int] = {}  # request -> tokens that were computed rather than loaded
         self.finish_params: dict[str, dict | None] = {}
+
+    def get_model(self) -> Model:
+        """As vLLM's model runner has it, of the rank that is set up last."""
+        return Model(self.attention[-1], self._turns)
 
     # ---------------------------------------------------------------- requests
 

@@ -191,7 +191,7 @@ def test_a_prefix_that_leaves_enough_is_used(engine, store):
 
 
 def test_an_engine_that_shows_no_attention_layers_makes_what_needs_no_queries(engine):
-    one = engine(attention=False)
+    one = engine(attention=False, options={"kvern.trust_rotation": True})
     refused = told(one, one.generate(prompt_of(300), params=compact("snapkv(slots=100,window=40)")))
     assert refused["state"] == "refused" and "queries cannot be captured" in refused["reason"]
     assert told(one, one.generate(prompt_of(300, seed=2), params=compact()))["state"] == "pending"
@@ -248,6 +248,7 @@ def test_an_engine_that_cannot_make_one_says_so(engine, options, reason):
 def test_without_a_daemon_the_request_is_served_and_told(engine, store):
     store.state = "connecting"
     one = engine(options={"kvern.setup_timeout_ms": 0})
+    one.generate(prompt_of(10), max_tokens=1)
     request = one.generate(prompt_of(300), params=compact())
     assert len(tokens_of(request)) == 4 and "daemon" in told(one, request)["reason"]
 
@@ -398,7 +399,9 @@ def assert_failed(one, request):
 
 @pytest.fixture(params=["fail", "recompute"])
 def one(engine, request):
-    return engine(policy=request.param, options={"kvern.setup_timeout_ms": 0})
+    made = engine(policy=request.param, options={"kvern.setup_timeout_ms": 0})
+    made.generate(prompt_of(10), max_tokens=1)  # the workers tell with the first step what they can do
+    return made
 
 
 def break_digit(handle: str) -> str:
