@@ -102,7 +102,6 @@ def start_or_join(options: Options) -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
                 close_fds=True,
             )
         # The next engine must find the socket rather than start a second daemon.
@@ -169,4 +168,8 @@ def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = ID
 
 
 if __name__ == "__main__":
+    # What stops the engine does not stop the daemon, which others may use by then. But no session of its own: Linux shares
+    # the processors out by session (autogroup), and its version 6.18 lets other sessions wait for up to a minute while the
+    # ranks of a tensor-parallel engine spin.
+    os.setpgrp()
     sys.exit(keep(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

@@ -80,6 +80,14 @@ def test_the_first_engine_starts_it_and_others_join(folder):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_it_outlives_what_stops_the_engine_and_shares_its_session(folder):
+    embedded.start_or_join(Options())
+    (line,) = starts(folder)
+    daemon = int(line.split()[0])
+    assert os.getpgid(daemon) != os.getpgid(0)
+    assert os.getsid(daemon) == os.getsid(0), "Linux may let other sessions starve"
+
+
 def test_it_takes_at_most_half_of_the_free_shared_memory(folder, monkeypatch):
     embedded.start_or_join(Options(embedded_dram=1 << 50))
     free = os.statvfs("/dev/shm")
