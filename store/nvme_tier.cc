@@ -18,7 +18,7 @@ constexpr std::uint64_t kBatchBytes = std::uint64_t{64} << 20;
 constexpr std::size_t kReadBytes = std::size_t{1} << 20;
 // Objects that leave the index under one hold of the lock.
 constexpr std::size_t kEraseAtOnce = 256;
-constexpr int kOpenTries = 2;
+constexpr std::size_t kOpenTries = 2;
 constexpr std::chrono::milliseconds kReaderInterval{100};
 
 constexpr std::uint64_t kSmallestRegion = std::uint64_t{64} << 10;
@@ -561,18 +561,22 @@ void NvmeTier::apply(std::uint32_t region, const LogEntry& entry) {
   }
 }
 
+/// Regions are reclaimed when a new header is written, and not before: a medium that takes nothing costs nothing that
+/// is on it. kOpenTries: the next region's header may lie on a bad block; then it is given up with the one behind it.
 Status NvmeTier::make_room() {
+  if (const auto full = log_->open_region()) {
+    std::lock_guard lock(mutex_);
+    index_.close(*full);
+  }
   Status status;
-  for (int tries = 0; tries < kOpenTries; ++tries) {
-    if (const auto full = log_->open_region()) {
-      std::lock_guard lock(mutex_);
-      index_.close(*full);
-    }
-    reclaim(log_->next_region());
-    status = log_->open_next();
+  std::vector<std::uint32_t> regions;
+  while (regions.size() < kOpenTries && regions.size() + 1 < log_->regions()) {
+    regions.push_back(log_->next_region(regions.size()));
+    status = log_->open_next(regions.size() - 1);
     if (!status) continue;
+    for (const std::uint32_t region : regions) reclaim(region);
     choose_rewrites();
-    break;
+    return status;
   }
   return status;
 }

@@ -344,22 +344,34 @@ void RegionLog::close_region() {
   group.wait();
 }
 
-Status RegionLog::open_next() {
+Status RegionLog::open_next(std::size_t skip) {
   if (open_) close_region();
-  const std::uint32_t region = next_region();
-  (free_.empty() ? order_ : free_).pop_front();
-  order_.push_back(region);
-  sequences_[region] = next_sequence_++;
+  std::vector<std::uint32_t> taken;
+  for (std::size_t i = 0; i <= skip; ++i) taken.push_back(next_region(i));
+  const std::uint32_t region = taken.back();
   const Place& at = places_[region];
-  header_ = {log_, at.number, sequences_[region], sequences_[order_.front()], 0};
-  fill_random(&header_.salt, sizeof header_.salt);
+  // Not given again, since the header may lie on a medium that reported an error.
+  const std::uint64_t first_sequence = std::exchange(next_sequence_, next_sequence_ + taken.size());
+  const std::uint64_t sequence = first_sequence + skip;
+  const auto oldest =
+      std::ranges::find_if(order_, [&](std::uint32_t each) { return std::ranges::find(taken, each) == taken.end(); });
+  RegionHeader header{log_, at.number, sequence, oldest == order_.end() ? sequence : sequences_[*oldest], 0};
+  fill_random(&header.salt, sizeof header.salt);
   const AlignedBuffer block(kBlockAlignment);
-  link_ = encode(header_, block.span());
+  const std::uint64_t link = encode(header, block.span());
   Status status;
   IoGroup group(io_, idle_);
   group.write(at.file, at.offset, block.span(), config_.sync, status);
   group.wait();
   if (!status) return status;
+  for (std::size_t i = 0; i <= skip; ++i) {
+    std::erase(free_, taken[i]);
+    std::erase(order_, taken[i]);
+    order_.push_back(taken[i]);
+    sequences_[taken[i]] = first_sequence + i;
+  }
+  header_ = header;
+  link_ = link;
   open_ = region;
   position_ = kBlockAlignment;
   batches_ = 0;

@@ -106,13 +106,16 @@ class RegionLog {
 
   /// The region that is written, if one is open.
   std::optional<std::uint32_t> open_region() const { return open_; }
-  /// The one that open_next() will take.
-  std::uint32_t next_region() const { return free_.empty() ? order_.front() : free_.front(); }
+  /// The one that open_next() will take. skip: so many whose turn is before, less than regions().
+  std::uint32_t next_region(std::size_t skip = 0) const {
+    return skip < free_.size() ? free_[skip] : order_[skip - free_.size()];
+  }
   /// What the tables of next_region() name, as far as they can be read; nothing when it is a free one.
   std::vector<LogEntry> read_next_region();
-  /// Closes the open region and opens next_region(), of which nobody may read any more. On an error none is open, and
-  /// the region will be tried again when its turn comes.
-  Status open_next();
+  /// Closes the open region and opens next_region(skip). What that held, and those that were passed over, is not found
+  /// by recovery any more, nor may it be by others. They are void together: a region that stayed behind younger ones
+  /// would bring back what these had erased. On an error none is open and nothing else has changed.
+  Status open_next(std::size_t skip = 0);
 
   /// Moves the line into the batch, which is not written yet, if there is room for it in the open region.
   bool add(LogBatch& batch, LogLine& line);

@@ -594,6 +594,41 @@ TEST(NvmeTier, ADeviceThatTakesNothingFailsWritesAndKeepsReading) {
   EXPECT_EQ(find(*tier, object.query()).bytes, 0U) << "but for now";
 }
 
+/// Writes objects until all regions have been used; returns those that are found.
+std::vector<NvmeObject> fill_all_regions(NvmeTier& tier) {
+  std::vector<NvmeObject> objects;
+  for (std::uint64_t prompt = 1; tier.nvme_stats().regions_reclaimed < 2; ++prompt) {
+    objects.push_back({.prompt = prompt, .pages = 12});
+    EXPECT_TRUE(write(tier, objects.back().object()));
+  }
+  std::erase_if(objects, [&](const NvmeObject& each) { return find(tier, each.query()).bytes == 0; });
+  EXPECT_GT(objects.size(), 20U);
+  return objects;
+}
+
+TEST(NvmeTier, ADeviceThatTakesNothingForLongCostsNothingThatIsOnIt) {
+  TempFolder folder;
+  const NvmeConfig config = small_log(folder.file("log"));
+  auto faults = std::make_shared<BlockFaults>();
+  auto tier = open_tier(config, faulty(faults));
+  const std::vector<NvmeObject> objects = fill_all_regions(*tier);
+  faults->set([](const BlockRequest& request) {
+    return BlockFault{.error = request.kind == BlockRequest::Kind::kRead ? 0 : ENOSPC};
+  });
+  for (std::uint64_t prompt = 1000; prompt < 1100; ++prompt) {
+    EXPECT_FALSE(write(*tier, NvmeObject{.prompt = prompt, .pages = 12}.object()));
+  }
+  for (const auto& object : objects) EXPECT_TRUE(holds(*tier, object));
+  tier = nullptr;
+  tier = open_tier(config);
+  for (const auto& object : objects) EXPECT_TRUE(holds(*tier, object)) << "after a restart";
+  // It goes on where it was: the oldest region gives way, and no other.
+  const std::uint64_t reclaimed = tier->nvme_stats().regions_reclaimed;
+  EXPECT_TRUE(write(*tier, NvmeObject{.prompt = 2000, .pages = 12}.object()));
+  EXPECT_LE(tier->nvme_stats().regions_reclaimed, reclaimed + 1);
+  EXPECT_TRUE(holds(*tier, objects.back()));
+}
+
 TEST(NvmeTier, AMediumThatCannotBeReadAtTheStartRefusesWrites) {
   TempFolder folder;
   auto faults = std::make_shared<BlockFaults>();
