@@ -259,6 +259,10 @@ def rotation(text_config, key_dim: int, architectures: list[str]) -> str:
     return ",".join(f"{name}={value}" for name, value in parts.items())
 
 
+def rotation_of(model_config, key_dim: int) -> str:
+    return rotation(model_config.hf_text_config, key_dim, getattr(model_config, "architectures", None) or [])
+
+
 def namespace_facts(vllm_config, geometry: Geometry, weights: str, hash_seed: str) -> dict[str, str]:
     """The facts of the model itself; with_adapter and with_epoch add to them."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
@@ -290,7 +294,7 @@ def namespace_facts(vllm_config, geometry: Geometry, weights: str, hash_seed: st
     }
     if any(kind in facts["rope"] for kind in _LENGTH_DEPENDENT_ROPE):
         facts["extra.max_model_len"] = str(model_config.max_model_len)
-    turns = rotation(text_config, first.key_dim, getattr(model_config, "architectures", None) or [])
+    turns = rotation_of(model_config, first.key_dim)
     if turns:
         facts["rotation"] = turns
     if getattr(model_config, "quantization", None):

@@ -218,9 +218,20 @@ class KvernConnector(KVConnectorBase_V1, compat.SupportsHMA):
     def register_kv_caches(self, kv_caches: dict) -> None:
         if self._worker is not None:
             layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
+            # First: the ranks run the model together, and one of them may fail at what follows.
+            observed = self._observe_rotation(layers)
             self._worker.register_kv_caches(kv_caches, layers, self._vllm_config)
             self._worker.test_ragged(self._step_with)
-            self._worker.test_rotation(rotation_check.engine_model(), layers, self._vllm_config)
+            self._worker.test_rotation(observed)
+
+    @guarded(rotation_check.Observed())
+    def _observe_rotation(self, layers: dict) -> rotation_check.Observed:
+        group = self._worker.rotated_group
+        if group is None:
+            return rotation_check.Observed()
+        rotation = identity.rotation_of(self._vllm_config.model_config, group.key_dim)
+        wanted = {name: layers.get(name) for name in group.layer_names}
+        return rotation_check.observe(rotation_check.engine_model(), wanted, rotation, self._vllm_config)
 
     @contextlib.contextmanager
     def _step_with(self, ragged):

@@ -7,10 +7,10 @@ import time
 
 import torch
 
-from kvern import compat, identity, layout, tracing
+from kvern import compat, layout, tracing
 from kvern.capture import QueryCapture
 from kvern.config import Options
-from kvern.groups import Geometry, Refused
+from kvern.groups import Geometry, Group, Refused
 from kvern.guard import guarded, log_once
 from kvern.metadata import (
     RAGGED_LAYOUTS,
@@ -22,7 +22,7 @@ from kvern.metadata import (
     StoreOrder,
 )
 from kvern.ragged_attention import RaggedAttention
-from kvern.rotation_check import RotationCheck
+from kvern.rotation_check import Observed, RotationCheck
 from kvern.stats import Recorder
 
 # Orders wait this long for their namespace to be registered with the daemon.
@@ -137,32 +137,28 @@ class WorkerSide:
             self._client.describe("query_capture", self._capture.problem or "self-test passed")
             self._client.describe("layer_budgets", self._ragged.verdict)
 
+    @property
+    def rotated_group(self) -> Group | None:
+        """Whose keys compact caches move; models with several groups have no compact caches."""
+        return self._geometry.groups[0] if len(self._geometry.groups) == 1 else None
+
     @guarded()
-    def test_rotation(self, model, attention_layers: dict, vllm_config) -> None:
-        """model: the engine's; None where it could not be found."""
+    def test_rotation(self, observed: Observed) -> None:
         if self._transfer is None:
             return
-        if len(self._geometry.groups) > 1:
-            self._no_moving = ""  # such models have no compact caches, for another reason
+        if self.rotated_group is None:
+            self._no_moving = ""  # there is another reason
             return
         self._no_moving = "it could not be tested how the model turns its keys"
-        group, config = self._geometry.groups[0], vllm_config.model_config
-        check = RotationCheck(
-            model,
-            {name: attention_layers.get(name) for name in group.layer_names},
-            identity.rotation(config.hf_text_config, group.key_dim, getattr(config, "architectures", None) or []),
-            self._native.rotation_frequencies,
-            vllm_config,
-            self._geometry.pipeline_parallel,
-        )
-        trusted = self._options.trust_rotation and not check.certain
-        self._no_moving = "" if trusted else check.problem
-        if trusted and check.problem:
+        check = RotationCheck(observed, self._native.rotation_frequencies)
+        trusted = bool(check.problem) and not check.certain and self._options.trust_rotation
+        if trusted:
             log_once(logging.WARNING, "Kvern: %s; kvern.trust_rotation is set, and compact caches are made.", check.problem)
         else:
             check.log()
-        verdict = "not tested, but trusted" if check.problem else "keys turn as configured, self-test passed"
-        self._client.describe("key_rotation", self._no_moving or verdict)
+        self._no_moving = "" if trusted else check.problem
+        verdict = "not tested, but trusted" if trusted else check.problem or "keys turn as configured, self-test passed"
+        self._client.describe("key_rotation", verdict)
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason

@@ -1,5 +1,8 @@
 """Engines test at their start how the model turns its keys, and make no compact caches where it is otherwise."""
 
+import types
+
+import fake_native
 import mini_engine
 import pytest
 import torch
@@ -83,6 +86,41 @@ def test_the_layers_run_their_own_attention_afterwards(engine, monkeypatch):
     one = engine()
     for layer in one.attention[0].values():
         assert "forward" not in vars(layer.impl)
+
+
+def test_ranks_run_the_model_together_whatever_befalls_one_of_them(engine, store, monkeypatch):
+    runs = []
+    forward = mini_engine.Model.forward
+    monkeypatch.setattr(mini_engine.Model, "forward", lambda *given, **named: runs.append(1) or forward(*given, **named))
+    store.refuse_layout = "not this one"
+    engine(ranks=2)
+    assert len(runs) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"lora_config": object()}, "adapters"),
+        ({"parallel_config": types.SimpleNamespace(data_parallel_size=2, is_moe_model=True)}, "experts"),
+        ({"parallel_config": types.SimpleNamespace(data_parallel_size=2, is_moe_model=None)}, "experts"),
+    ],
+)
+def test_a_model_that_must_not_be_run_now_is_not(change, reason):
+    facts = {"lora_config": None, "parallel_config": types.SimpleNamespace(data_parallel_size=1), **change}
+
+    def model(**_):
+        raise AssertionError("it was run")
+
+    observed = rotation_check.observe(model, {}, "style=neox,theta=10000,dim=4", types.SimpleNamespace(**facts))
+    assert reason in observed.problem
+    check = rotation_check.RotationCheck(observed, fake_native.rotation_frequencies)
+    assert check.problem and not check.certain
+
+
+def test_a_model_without_a_rotation_is_refused_for_certain():
+    observed = rotation_check.observe(None, {}, "", types.SimpleNamespace())
+    check = rotation_check.RotationCheck(observed, fake_native.rotation_frequencies)
+    assert "does not turn its keys" in check.problem and check.certain
 
 
 def test_a_rotation_that_no_daemon_undoes_is_refused(engine, model):
