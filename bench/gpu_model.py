@@ -8,8 +8,9 @@ Agreement: a prompt of PROMPT tokens is read, and then, with every attention, th
 one by one; how many of the likeliest next tokens are those that transformers finds with its own attention is counted,
 and how likely the given ones are is measured (mean negative log-likelihood; its exponential is the perplexity). With
 torch's plain attention in place of its flash, and with attention in float64, to tell how often rounding alone decides;
-with Kvern's over the full cache, the outputs of which are compared with float64's, too; and over what CAKE keeps of the prompt, for several shares of it: Kvern's kernels score and select per layer and
-head, the kept rows are copied, and attention reads those and the rows of newer tokens. All layers keep the same number.
+with Kvern's over the full cache, the outputs of which are compared with float64's, too; and over what CAKE keeps of the
+prompt, for several shares of it: Kvern's kernels score and select per layer and head, the kept rows are copied, and
+attention reads those and the rows of newer tokens. All layers keep the same number.
 Of a model, prompt and given tokens are --text (default: prompt.txt in its folder, or the GNU General Public License as
 Debian has it); with random weights they are random, and what torch decodes greedily.
 

@@ -73,15 +73,19 @@ class CompactMaking:
     def may_match(self, state: RequestState, request, local_tokens: int) -> bool:
         """Whether it is settled what will be made, if anything; False: ask again."""
         state.first_asked = state.first_asked or self._clock()
-        known, problem = self._abilities.moving(state.first_asked)
-        if not known:
-            return False
-        if problem:
-            self._refuse(state, problem)
-            return True
+        able = self._is_able(state, self._abilities.moving)
+        if not able:
+            return able is False
         if state.making.layout != "rectangular" and not self._knows_layout(state, request):
             return False
         return state.making is None or self._leaves_queries(state, request, local_tokens)
+
+    def _is_able(self, state: RequestState, ability) -> bool | None:
+        """ability: of Abilities. False: it is not, and the wish is refused; None: not known yet."""
+        known, problem = ability(state.first_asked)
+        if known and problem:
+            self._refuse(state, problem)
+        return not problem if known else None
 
     def put_off(self, state: RequestState, request) -> None:
         """The request is asked about again."""
@@ -110,12 +114,9 @@ class CompactMaking:
             request.skip_reading_prefix_cache = False
         if not making.query_rows:
             return True
-        known, problem = self._abilities.capture(state.first_asked)
-        if not known:
-            return False
-        if problem:
-            self._refuse(state, problem)
-            return True
+        able = self._is_able(state, self._abilities.capture)
+        if not able:
+            return able is False
         if making.prompt_tokens - local_tokens < making.query_rows:
             making.skip_local = True
             return False

@@ -22,7 +22,8 @@ _FIRST_STEP = 3  # positions between the tokens of the first pass
 # Of a pair's error, over its size: where vLLM keeps cosines and sines in 16 bits they are off by up to 0.4 %.
 _TOLERANCE = {torch.float32: 0.01}
 _TOLERANCE_16_BIT = 0.05
-_RUN_SCALINGS = ("linear", "llama3", "yarn")  # others than these, and none, no daemon moves keys by
+# By others than these, and none, no daemon moves keys. The native binding knows that, too, but one rank may be without it.
+_RUN_SCALINGS = ("linear", "llama3", "yarn")
 
 
 class _NotRun(Exception):
@@ -159,9 +160,14 @@ class RotationCheck:
                 )
                 return
 
+    @property
+    def refusal(self) -> str:
+        """The problem, and what an operator can do about it."""
+        return self.problem if self.certain else f"{self.problem}; kvern.trust_rotation makes compact caches all the same"
+
     def log(self) -> None:
         if self.problem:
-            log_once(logging.WARNING, "Kvern: compact caches are refused: %s.", self.problem)
+            log_once(logging.WARNING, "Kvern: compact caches are refused: %s.", self.refusal)
         else:
             log_once(logging.INFO, "Kvern: the model turns its keys as its configuration says (self-test passed).")
 

@@ -69,7 +69,7 @@ class WorkerSide:
         self._stores: dict[int, StoreOrder] = {}
         self._capture: QueryCapture | None = None
         self._ragged: RaggedAttention | None = None
-        self._no_moving = "this worker has no cache"
+        self._no_moving = "this worker has not tested how the model turns its keys"
         self._abilities_told = False
         self._compactions: dict[int, tuple[CompactOrder, list]] = {}  # store job -> what waits for its end
         self._compacting: dict[int, list] = {}  # job -> queries that the native side may still read
@@ -149,14 +149,13 @@ class WorkerSide:
         if self.rotated_group is None:
             self._no_moving = ""  # there is another reason
             return
-        self._no_moving = "it could not be tested how the model turns its keys"
         check = RotationCheck(observed, self._native.rotation_frequencies)
         trusted = bool(check.problem) and not check.certain and self._options.trust_rotation
         if trusted:
             log_once(logging.WARNING, "Kvern: %s; kvern.trust_rotation is set, and compact caches are made.", check.problem)
         else:
             check.log()
-        self._no_moving = "" if trusted else check.problem
+        self._no_moving = "" if trusted or not check.problem else check.refusal
         verdict = "not tested, but trusted" if trusted else check.problem or "keys turn as configured, self-test passed"
         self._client.describe("key_rotation", verdict)
 

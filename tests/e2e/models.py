@@ -46,6 +46,22 @@ def _make(name: str, seed: int, build) -> pathlib.Path:
     return folder
 
 
+def _sizes(heads: int = 8, kv_heads: int = 4, **more) -> dict:
+    """What a configuration says of four layers with heads of 64; more: changes and additions."""
+    sizes = dict(
+        vocab_size=RANDOM_VOCABULARY,
+        hidden_size=heads * 64,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    return sizes | more
+
+
 # Scalings of the rotation whose angles do not depend on the prompt's length.
 ROTATIONS = {
     "llama3": {
@@ -71,20 +87,8 @@ def random_llama(heads: int = 8, kv_heads: int = 4, seed: int = 1, rope: str | N
     def build():
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=RANDOM_VOCABULARY,
-                hidden_size=heads * 64,
-                intermediate_size=512,
-                num_hidden_layers=4,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads,
-                head_dim=64,
-                max_position_embeddings=8192,
-                tie_word_embeddings=False,
-                **({"rope_parameters": ROTATIONS[rope]} if rope else {}),
-            )
-        )
+        turns = {"rope_parameters": ROTATIONS[rope]} if rope else {}
+        return LlamaForCausalLM(LlamaConfig(**_sizes(heads, kv_heads, **turns)))
 
     return _make(f"llama-{heads}q{kv_heads}kv{f'-{rope}' if rope else ''}", seed, build)
 
@@ -97,18 +101,10 @@ def random_gemma3(seed: int = 1) -> pathlib.Path:
 
         return Gemma3ForCausalLM(
             Gemma3TextConfig(
-                vocab_size=RANDOM_VOCABULARY,
-                hidden_size=256,
-                intermediate_size=512,
-                num_hidden_layers=6,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=64,
+                **_sizes(4, 2, num_hidden_layers=6),
                 query_pre_attn_scalar=64,
                 sliding_window=128,
                 layer_types=["sliding_attention"] * 5 + ["full_attention"],
-                max_position_embeddings=8192,
-                tie_word_embeddings=False,
             )
         )
 
@@ -121,19 +117,7 @@ def kv_heavy(seed: int = 1) -> pathlib.Path:
     def build():
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=RANDOM_VOCABULARY,
-                hidden_size=512,
-                intermediate_size=512,
-                num_hidden_layers=4,
-                num_attention_heads=16,
-                num_key_value_heads=16,
-                head_dim=64,
-                max_position_embeddings=32768,
-                tie_word_embeddings=False,
-            )
-        )
+        return LlamaForCausalLM(LlamaConfig(**_sizes(16, 16, hidden_size=512, max_position_embeddings=32768)))
 
     return _make("llama-kv-heavy", seed, build)
 
@@ -182,21 +166,8 @@ def random_of(architecture: str, seed: int = 1) -> pathlib.Path:
         import transformers
 
         config, model, more = ARCHITECTURES[architecture]
-        sizes = dict(
-            vocab_size=RANDOM_VOCABULARY,
-            hidden_size=512,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
-            max_position_embeddings=8192,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        made = getattr(transformers, model)(getattr(transformers, config)(**sizes | more))
+        settings = _sizes(pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+        made = getattr(transformers, model)(getattr(transformers, config)(**settings))
         for name, parameter in made.named_parameters():
             if parameter.dim() == 1 and "norm" in name:  # no two alike, as in trained models
                 parameter.data.copy_(torch.linspace(0.5, 1.5, len(parameter)))

@@ -17,32 +17,24 @@ def daemon(stage):
 
 
 @pytest.fixture
-def bench_of(stage):
-    made = []
-
-    def make(architecture: str) -> Bench:
-        made.append(Bench(stage, random_of(architecture)))
-        return made[0]
-
-    yield make
-    for bench in made:
-        bench.engine.stop()
-        bench.close()
+def bench(stage, architecture):
+    bench = Bench(stage, random_of(architecture))
+    yield bench
+    bench.engine.stop()
+    bench.close()
 
 
 @pytest.mark.parametrize(
     "architecture", [pytest.param("qwen3", marks=full), pytest.param("phi3", marks=full), "glm4", pytest.param("cohere", marks=full)]
 )
-def test_keys_are_moved_as_the_model_turns_them(bench_of, architecture):
-    bench = bench_of(architecture)
+def test_keys_are_moved_as_the_model_turns_them(bench, architecture):
     bench.watches = False
     bench.check(SPEC, tokens(architecture, length=700), tokens(architecture, "suffix", length=9))
 
 
 @pytest.mark.parametrize("architecture", ["smollm3", pytest.param("hunyuan", marks=full)])
-def test_a_model_whose_keys_cannot_be_moved_is_told_so(bench_of, architecture):
+def test_a_model_whose_keys_cannot_be_moved_is_told_so(bench, architecture):
     """vLLM runs both through transformers, and their configurations do not tell."""
-    bench = bench_of(architecture)
     output = bench.engine.generate(
         tokens(architecture, length=300), max_tokens=3, kv_transfer_params=compact.wish(SPEC)
     )

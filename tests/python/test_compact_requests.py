@@ -248,7 +248,7 @@ def test_an_engine_that_cannot_make_one_says_so(engine, options, reason):
 def test_without_a_daemon_the_request_is_served_and_told(engine, store):
     store.state = "connecting"
     one = engine(options={"kvern.setup_timeout_ms": 0})
-    one.generate(prompt_of(10), max_tokens=1)
+    one.generate(prompt_of(10), max_tokens=1)  # the workers tell with the first step what they can do
     request = one.generate(prompt_of(300), params=compact())
     assert len(tokens_of(request)) == 4 and "daemon" in told(one, request)["reason"]
 

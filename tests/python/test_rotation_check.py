@@ -80,6 +80,7 @@ def test_a_model_that_cannot_be_run_is_trusted_only_where_told(engine, monkeypat
         assert answer["state"] == "pending"
     else:
         assert "it could not be tested how the model turns its keys" in answer["reason"]
+        assert "kvern.trust_rotation" in answer["reason"]
 
 
 def test_the_layers_run_their_own_attention_afterwards(engine, monkeypatch):
