@@ -3,8 +3,8 @@
 compact.<model>.<budget>.slots_ratio       slots of the full cache over slots claimed
 compact.<model>.<budget>.decode_speedup    seconds of a decode step over the full cache, over those over the compact one
 compact.<model>.<budget>.decode_limit      the same as bytes read in a step would have it: weights and KV
-compact.smollm2.<budget>.capacity_ratio    requests that run at once in the same KV memory, over those of the full cache
-compact.smollm2.<budget>.capacity_limit    prompt tokens over slots, rounded up to whole blocks
+compact.<model>.<budget>.capacity_ratio    requests that run at once in the same KV memory, over those of the full cache
+compact.<model>.<budget>.capacity_limit    prompt tokens over slots, rounded up to whole blocks
 compact.handover_over_prefill              end of prefill to first token from the compact cache, over the prefill
 compact.handover.<part>_s                  its parts: made (stored and compacted), decode (load and one step)
 compact.tokens_per_s                       prompt tokens that the daemon compacts a second, the error's measurement included
@@ -39,6 +39,8 @@ STEPS = 24  # decode steps of one measurement
 REPEATS = 3
 READY_SECONDS = 300
 HANDOVER_TOKENS = 4000
+ROOM = 8  # full caches that the engine has memory for where requests are counted
+KV_GIB = 4  # at least as much
 EXCHANGE_TOKENS = (900, 1000, 1100, 1200)
 DTYPE_BYTES = 2
 BLOCK_TOKENS = 32
@@ -68,7 +70,7 @@ def cases() -> list[Case]:
 
 
 @contextlib.contextmanager
-def engine_of(case: Case, address: str, **options):
+def engine_of(case: Case, address: str, kv_gib: int = 2, **options):
     longest = max(map(len, case.prompts))
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
@@ -78,7 +80,7 @@ def engine_of(case: Case, address: str, **options):
             threads=2,
             dtype="bfloat16",
             max_model_len=longest + 256,
-            environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
+            environment={"VLLM_CPU_KVCACHE_SPACE": str(kv_gib)},
             **options,
         )
         try:
@@ -209,13 +211,15 @@ def at_once(engine: Engine, requests: list[dict]) -> int:
 
 
 def capacity(case: Case, address: str, compactions: Compactions) -> dict:
-    """In memory for two full caches. No two requests share a block: full ones by their salts, compact ones by their handles."""
-    (prompt,) = case.prompts
+    """In memory for ROOM full caches. No two requests share a block: full ones by their salts, compact ones by their handles."""
+    prompt, results = case.prompts[0], {}
     blocks_of = lambda held: -(-(held + STEPS) // BLOCK_TOKENS)  # noqa: E731
-    blocks = 2 * blocks_of(len(prompt))
-    results = {}
-    with engine_of(case, address, num_gpu_blocks_override=blocks + 1, max_num_seqs=128) as engine:
-        full = at_once(engine, [full_request(prompt) | {"salt": str(i)} for i in range(3)])
+    blocks = ROOM * blocks_of(len(prompt))
+    with engine_of(case, address, KV_GIB, num_gpu_blocks_override=blocks + 1, max_num_seqs=512) as engine:
+        whole = [full_request(prompt) | {"salt": str(i)} for i in range(ROOM + 1)]
+        for one in whole[:ROOM]:
+            run(engine, [one], 1)  # in turn, for else the first has ended before the last is prefilled
+        full = at_once(engine, whole)
         for budget in BUDGETS:
             output, _ = make(engine, compactions, prompt, f"snapkv(budget={budget})")
             slots = output.kv_transfer_params["kvern"]["compact"]["slots"]
@@ -225,6 +229,8 @@ def capacity(case: Case, address: str, compactions: Compactions) -> dict:
             compact = at_once(engine, [compact_request(one, one.tokens) for one in made])
             results[f"compact.{case.name}.{budget}.capacity_ratio"] = compact / full
             results[f"compact.{case.name}.{budget}.capacity_limit"] = len(prompt) / (-(-slots // BLOCK_TOKENS) * BLOCK_TOKENS)
+            for one in made:
+                compactions.delete(handle_of(one))
     return results
 
 
@@ -237,6 +243,5 @@ def measure(address: str) -> dict:
                 if case.name == "smollm2":
                     results |= handover(case, engine, compactions)
                     results |= exchange(engine, compactions)
-            if case.name == "smollm2":
-                results |= capacity(case, address, compactions)
+            results |= capacity(case, address, compactions)
     return results

@@ -171,8 +171,8 @@ def e2e() -> dict:
 
 
 def compact() -> dict:
-    say("compact caches in a real engine: slots, decode steps, hand-over, capacity (some minutes)")
-    with daemon({"store.dram_bytes": "3GiB"}) as running:
+    say("compact caches in a real engine: slots, decode steps, hand-over, capacity (half an hour)")
+    with daemon({"store.dram_bytes": "6GiB"}) as running:
         return measure_compact(running.address)
 
 
