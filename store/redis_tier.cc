@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
 #include <stdexcept>
 #include <utility>
 
@@ -12,6 +11,7 @@
 #include "store/redis_cluster.h"
 #include "store/redis_object.h"
 #include "store/remote_key.h"
+#include "store/transfer_queue.h"
 #include "store/write_budget.h"
 
 namespace kvern {
@@ -92,6 +92,7 @@ struct RedisTier::Work {
     std::stop_token token;
     Done done;
     std::unique_ptr<OnCancel> on_cancel = {};
+    std::uint64_t turn = 0;  ///< in the queue
     std::shared_ptr<RedisCall> call = {};
     bool ended = false;
   };
@@ -110,7 +111,6 @@ struct RedisTier::Work {
   struct Write {
     TierObject object;
     Done done;
-    std::int64_t since_ns = 0;
   };
   struct Erase {
     std::vector<ChunkKey> keys;
@@ -141,12 +141,12 @@ struct RedisTier::Work {
   void take(Find& find, std::size_t cell, std::size_t block, const RespValue& reply);
   void finish(Find& find, Result<std::vector<TierHit>> hits);
 
-  void send(Write write);
-  void store(Write write, const std::string& name, std::string manifest, std::size_t old_pieces);
+  void start(const std::shared_ptr<Write>& write);
+  void send(const std::shared_ptr<Write>& write);
+  void store(const std::shared_ptr<Write>& write, const std::string& name, std::string manifest,
+             std::size_t old_pieces);
+  void sent(const Write& write, Status status);
   void finish(const Write& write, Status status);
-  void pump();
-  void pump_writes();
-  void drop_old_writes();
 
   void go_on(const std::shared_ptr<Erase>& erase);
   void start(const std::shared_ptr<Scan>& scan);
@@ -171,11 +171,7 @@ struct RedisTier::Work {
   ThreadPool resolver;
   std::unique_ptr<RedisCluster> cluster;  ///< made and let go by the loop's thread
   bool closed = false;
-  std::deque<std::shared_ptr<Read>> waiting_reads;
-  std::deque<Write> waiting_writes;
-  std::size_t reads_under_way = 0, writes_under_way = 0;
-  bool pumping = false;
-  std::optional<std::uint64_t> age_timer;
+  TransferQueue queue;
 };
 
 RedisTier::Work::Work(RedisTierConfig tier_config, const Clock& clock)
@@ -183,7 +179,8 @@ RedisTier::Work::Work(RedisTierConfig tier_config, const Clock& clock)
       ttl(config.ttl_seconds == 0 ? "" : std::to_string(config.ttl_seconds)),
       budget(config.write_queue_bytes),
       loop("kvern-redis", clock),
-      resolver("kvern-redis-dns", 1, kResolverQueue) {
+      resolver("kvern-redis-dns", 1, kResolverQueue),
+      queue(loop, "Redis", {config.concurrent_reads, config.concurrent_writes, config.write_queue_age_ns}) {
   settings = {.user = config.user,
               .password = config.password,
               .tls = nullptr,
@@ -201,9 +198,8 @@ RedisTier::Work::Work(RedisTierConfig tier_config, const Clock& clock)
 
 void RedisTier::Work::close() {
   closed = true;
+  queue.close(closing());
   cluster.reset();  // ends what was sent
-  for (const auto& read : std::exchange(waiting_reads, {})) finish(*read, closing());
-  for (const auto& write : std::exchange(waiting_writes, {})) finish(write, closing());
 }
 
 void RedisTier::Work::execute(RedisLane lane, const std::string& name, std::vector<RedisRequest> requests,
@@ -294,25 +290,19 @@ void RedisTier::Work::finish(Find& find, Result<std::vector<TierHit>> hits) {
 // ---- read: the pieces, between two looks at the manifest
 
 void RedisTier::Work::start(const std::shared_ptr<Read>& read) {
-  if (closed) return finish(*read, closing());
   if (read->token.stop_requested()) return finish(*read, cancelled());
   read->on_cancel = std::make_unique<OnCancel>(read->token, [this, weak = std::weak_ptr(read)] {
     static_cast<void>(loop.post([this, weak] {
-      const auto cancelled_read = weak.lock();
-      if (cancelled_read == nullptr || cancelled_read->ended) return;
-      if (cancelled_read->call != nullptr) {
-        RedisCluster::abandon(*cancelled_read->call);
-        cancelled_read->call.reset();
-        --reads_under_way;
-      } else {
-        std::erase(waiting_reads, cancelled_read);
+      const auto late = weak.lock();
+      if (late == nullptr || late->ended) return;
+      if (!queue.withdraw(late->turn)) {
+        RedisCluster::abandon(*std::exchange(late->call, nullptr));
+        queue.read_ended();
       }
-      finish(*cancelled_read, cancelled());
-      pump();
+      finish(*late, cancelled());
     }));
   });
-  waiting_reads.push_back(read);
-  pump();
+  read->turn = queue.read([this, read] { send(read); }, [this, read](Status why) { finish(*read, std::move(why)); });
 }
 
 void RedisTier::Work::send(const std::shared_ptr<Read>& read) {
@@ -339,10 +329,9 @@ void RedisTier::Work::send(const std::shared_ptr<Read>& read) {
   }
   call->requests.push_back(redis_command({"GET", redis_manifest_key(name)}));
   call->done = [this, read](const Result<std::vector<RespValue>>& replies) {
-    --reads_under_way;
     read->call.reset();  // which holds the read
     finish(*read, replies ? judge(*read, *replies) : replies.error());
-    pump();
+    queue.read_ended();
   };
   read->call = call;
   cluster->execute(call);
@@ -406,47 +395,16 @@ void RedisTier::Work::refresh_ttl(const std::string& name, std::size_t pieces) {
 
 // ---- write
 
-void RedisTier::Work::pump() {
-  if (std::exchange(pumping, true)) return;  // what ends at once must not nest
-  while (!closed && reads_under_way < config.concurrent_reads && !waiting_reads.empty()) {
-    const auto read = std::move(waiting_reads.front());
-    waiting_reads.pop_front();
-    ++reads_under_way;
-    send(read);
-  }
-  pump_writes();
-  pumping = false;
-}
-
-void RedisTier::Work::pump_writes() {
-  while (!closed && waiting_reads.empty() && writes_under_way < config.concurrent_writes && !waiting_writes.empty()) {
-    Write write = std::move(waiting_writes.front());
-    waiting_writes.pop_front();
-    ++writes_under_way;
-    send(std::move(write));
-  }
-  if (age_timer || waiting_writes.empty() || closed) return;
-  age_timer = loop.at(waiting_writes.front().since_ns + config.write_queue_age_ns, [this] {
-    age_timer.reset();
-    drop_old_writes();
-    pump();
-  });
-}
-
-void RedisTier::Work::drop_old_writes() {
-  while (!waiting_writes.empty() && waiting_writes.front().since_ns + config.write_queue_age_ns <= loop.now_ns()) {
-    const Write write = std::move(waiting_writes.front());
-    waiting_writes.pop_front();
-    finish(write, {Code::kBusy, "Redis takes writes more slowly than they come; this one has waited too long"});
-  }
+void RedisTier::Work::start(const std::shared_ptr<Write>& write) {
+  queue.write([this, write] { send(write); }, [this, write](Status why) { finish(*write, std::move(why)); });
 }
 
 /// Looks first: what another daemon has stored already need not cross the network again.
-void RedisTier::Work::send(Write write) {
-  const std::string name = name_of(write.object.key);
-  RedisManifest manifest{.bytes = write.object.bytes(), .checksums = {}};
+void RedisTier::Work::send(const std::shared_ptr<Write>& write) {
+  const std::string name = name_of(write->object.key);
+  RedisManifest manifest{.bytes = write->object.bytes(), .checksums = {}};
   for (std::uint64_t at = 0; at < manifest.bytes; at += kRedisPieceBytes) {
-    manifest.checksums.push_back(checksum_of(slice(write.object.pieces, at, kRedisPieceBytes)));
+    manifest.checksums.push_back(checksum_of(slice(write->object.pieces, at, kRedisPieceBytes)));
   }
   std::vector<std::string> keys;
   for (std::size_t i = 0; i < manifest.pieces(); ++i) keys.push_back(redis_piece_key(name, i));
@@ -454,30 +412,23 @@ void RedisTier::Work::send(Write write) {
   exists.insert(exists.end(), keys.begin(), keys.end());
   std::vector<RedisRequest> requests{redis_command({"GET", redis_manifest_key(name)}),
                                      redis_command(std::span<const std::string_view>(exists))};
-  auto shared = std::make_shared<Write>(std::move(write));
   execute(RedisLane::kWrite, name, std::move(requests),
-          [this, shared, name, encoded = manifest.encode(),
+          [this, write, name, encoded = manifest.encode(),
            pieces = manifest.pieces()](const Result<std::vector<RespValue>>& replies) {
-            if (!replies) {
-              --writes_under_way;
-              finish(*shared, replies.error());
-              return pump();
-            }
+            if (!replies) return sent(*write, replies.error());
             const RespValue& there = replies->front();
             if (there.type == RespValue::Type::kBulk && there.text == encoded &&
                 replies->back().integer == static_cast<std::int64_t>(pieces)) {
               refresh_ttl(name, pieces);
-              --writes_under_way;
-              finish(*shared, Status::ok());
-              return pump();
+              return sent(*write, Status::ok());
             }
             const auto old = RedisManifest::decode(there.text);
-            store(std::move(*shared), name, encoded, old ? old->pieces() : 0);
+            store(write, name, encoded, old ? old->pieces() : 0);
           });
 }
 
-void RedisTier::Work::store(Write write, const std::string& name, std::string manifest, std::size_t old_pieces) {
-  auto shared = std::make_shared<Write>(std::move(write));
+void RedisTier::Work::store(const std::shared_ptr<Write>& write, const std::string& name, std::string manifest,
+                            std::size_t old_pieces) {
   const auto kept_manifest = std::make_shared<std::string>(std::move(manifest));
   const auto set = [&](const std::string& key, ByteParts body) {
     return ttl.empty() ? redis_command({"SET", key}, std::move(body))
@@ -488,23 +439,26 @@ void RedisTier::Work::store(Write write, const std::string& name, std::string ma
   call->slot = redis_slot(name);
   call->transaction = true;
   call->timeout_ns = config.operation_timeout_ns;
-  call->hold = std::make_shared<std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>>(
-      shared->object.hold, kept_manifest);
+  call->hold = std::make_shared<std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>>(write->object.hold,
+                                                                                                     kept_manifest);
   call->requests.push_back(redis_command({"MULTI"}));
-  const std::uint64_t bytes = shared->object.bytes();
+  const std::uint64_t bytes = write->object.bytes();
   std::size_t piece = 0;
   for (std::uint64_t at = 0; at < bytes; at += kRedisPieceBytes) {
-    call->requests.push_back(set(redis_piece_key(name, piece++), slice(shared->object.pieces, at, kRedisPieceBytes)));
+    call->requests.push_back(set(redis_piece_key(name, piece++), slice(write->object.pieces, at, kRedisPieceBytes)));
   }
   call->requests.push_back(set(redis_manifest_key(name), {std::as_bytes(std::span(*kept_manifest))}));
   for (; piece < old_pieces; ++piece) call->requests.push_back(redis_command({"UNLINK", redis_piece_key(name, piece)}));
   call->requests.push_back(redis_command({"EXEC"}));
-  call->done = [this, shared](const Result<std::vector<RespValue>>& replies) {
-    --writes_under_way;
-    finish(*shared, replies ? confirmed(*replies) : replies.error());
-    pump();
+  call->done = [this, write](const Result<std::vector<RespValue>>& replies) {
+    sent(*write, replies ? confirmed(*replies) : replies.error());
   };
   cluster->execute(call);
+}
+
+void RedisTier::Work::sent(const Write& write, Status status) {
+  finish(write, std::move(status));
+  queue.write_ended();
 }
 
 void RedisTier::Work::finish(const Write& write, Status status) {
@@ -613,6 +567,7 @@ void RedisTier::Work::look_at(const std::shared_ptr<Scan>& scan, const std::vect
                               const PageDone& page) {
   const auto hits = std::make_shared<std::vector<TierHit>>();
   const auto take = [this, hits](const std::string& key, const RespValue& reply) {
+    if (key.size() < 2) return;  // the pattern does not fit it: whoever answers is no Redis
     const auto name = parse_remote_object_name(config.prefix, std::string_view(key).substr(1, key.size() - 2));
     const auto manifest = RedisManifest::decode(reply.text);
     if (name && manifest) hits->push_back({.key = *name, .bytes = manifest->bytes});
@@ -659,13 +614,7 @@ void RedisTier::do_write(TierObject object, Done done) {
     return done({Code::kBusy, "the redis tier's write queue is full"});
   }
   auto write = std::make_shared<Work::Write>(Work::Write{.object = std::move(object), .done = std::move(done)});
-  const bool posted = work_->loop.post([work = work_.get(), write] {
-    write->since_ns = work->loop.now_ns();
-    if (work->closed) return work->finish(*write, closing());
-    work->waiting_writes.push_back(std::move(*write));
-    work->pump();
-  });
-  if (!posted) work_->finish(*write, closing());
+  if (!work_->loop.post([work = work_.get(), write] { work->start(write); })) work_->finish(*write, closing());
 }
 
 void RedisTier::do_erase(std::vector<ChunkKey> keys, Done done) {

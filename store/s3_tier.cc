@@ -12,6 +12,7 @@
 #include "store/http_client.h"
 #include "store/remote_key.h"
 #include "store/stream_socket.h"
+#include "store/transfer_queue.h"
 #include "store/write_budget.h"
 
 namespace kvern {
@@ -91,13 +92,13 @@ struct S3Tier::Work {
     std::stop_token token;
     Done done;
     std::unique_ptr<OnCancel> on_cancel = {};
+    std::uint64_t turn = 0;  ///< in the queue
     std::shared_ptr<S3Call> call = {};
     bool ended = false;
   };
   struct Write {
     TierObject object;
     Done done;
-    std::int64_t since_ns = 0;
     std::string key = {};
     // Of an upload in parts:
     std::string upload = {};
@@ -138,16 +139,15 @@ struct S3Tier::Work {
   static Status judge(const Read& read, const Result<HttpResponse>& response);
   void finish(Read& read, Status status);
 
+  void start(const std::shared_ptr<Write>& write);
   void send(const std::shared_ptr<Write>& write);
   void put(const std::shared_ptr<Write>& write);
   void put_in_parts(const std::shared_ptr<Write>& write);
   void put_parts(const std::shared_ptr<Write>& write);
   void complete(const std::shared_ptr<Write>& write);
   void abort(const std::shared_ptr<Write>& write);
-  void finish(const std::shared_ptr<Write>& write, Status status);
-  void pump();
-  void pump_writes();
-  void drop_old_writes();
+  void sent(Write& write, Status status);
+  void finish(Write& write, Status status);
   std::uint64_t part_bytes_of(std::uint64_t object_bytes) const;
 
   void go_on(const std::shared_ptr<Erase>& erase);
@@ -163,10 +163,8 @@ struct S3Tier::Work {
   S3Client client;
   bool closed = false;
   std::deque<Probe> waiting_probes;
-  std::deque<std::shared_ptr<Read>> waiting_reads;
-  std::deque<std::shared_ptr<Write>> waiting_writes;
-  std::size_t probes_under_way = 0, reads_under_way = 0, writes_under_way = 0;
-  std::optional<std::uint64_t> age_timer;
+  std::size_t probes_under_way = 0;
+  TransferQueue queue;
 };
 
 S3Tier::Work::Work(S3TierConfig tier_config, const Clock& clock)
@@ -178,17 +176,14 @@ S3Tier::Work::Work(S3TierConfig tier_config, const Clock& clock)
                   .max_connections = config.concurrent_probes + config.concurrent_reads +
                                      config.concurrent_writes * config.parts_at_once + config.concurrent_erases,
                   .connect_timeout_ns = config.connect_timeout_ns}),
-      client(loop, http, config.bucket, config.retries) {}
+      client(loop, http, config.bucket, config.retries),
+      queue(loop, "S3", {config.concurrent_reads, config.concurrent_writes, config.write_queue_age_ns}) {}
 
 void S3Tier::Work::close() {
   closed = true;
+  queue.close(closing());
   client.close();
   for (auto& probe : std::exchange(waiting_probes, {})) finish(*probe.find, failure(closing()));
-  for (const auto& read : std::exchange(waiting_reads, {})) finish(*read, closing());
-  for (const auto& write : std::exchange(waiting_writes, {})) {
-    ++writes_under_way;
-    finish(write, closing());
-  }
 }
 
 std::shared_ptr<S3Call> S3Tier::Work::make_call(std::string method, std::string key, std::int64_t timeout_ns) const {
@@ -291,24 +286,19 @@ void S3Tier::Work::finish(Find& find, Result<std::vector<TierHit>> hits) {
 // ---- read: one range
 
 void S3Tier::Work::start(const std::shared_ptr<Read>& read) {
-  if (closed) return finish(*read, closing());
   if (read->token.stop_requested()) return finish(*read, cancelled());
   read->on_cancel = std::make_unique<OnCancel>(read->token, [this, weak = std::weak_ptr(read)] {
     static_cast<void>(loop.post([this, weak] {
       const auto late = weak.lock();
       if (late == nullptr || late->ended) return;
-      if (late->call != nullptr) {
-        client.cancel(late->call);
-        --reads_under_way;
-      } else {
-        std::erase(waiting_reads, late);
+      if (!queue.withdraw(late->turn)) {
+        client.cancel(std::exchange(late->call, nullptr));
+        queue.read_ended();
       }
       finish(*late, cancelled());
-      pump();
     }));
   });
-  waiting_reads.push_back(read);
-  pump();
+  read->turn = queue.read([this, read] { send(read); }, [this, read](Status why) { finish(*read, std::move(why)); });
 }
 
 void S3Tier::Work::send(const std::shared_ptr<Read>& read) {
@@ -317,10 +307,9 @@ void S3Tier::Work::send(const std::shared_ptr<Read>& read) {
       "bytes=" + std::to_string(read->offset) + "-" + std::to_string(read->offset + read->into.size() - 1);
   call->into = read->into;
   call->done = [this, read](const Result<HttpResponse>& response) {
-    --reads_under_way;
     read->call.reset();
     finish(*read, judge(*read, response));
-    pump();
+    queue.read_ended();
   };
   read->call = call;
   client.call(call);
@@ -355,38 +344,8 @@ void S3Tier::Work::finish(Read& read, Status status) {
 
 // ---- write
 
-void S3Tier::Work::pump() {
-  while (!closed && reads_under_way < config.concurrent_reads && !waiting_reads.empty()) {
-    const auto read = std::move(waiting_reads.front());
-    waiting_reads.pop_front();
-    ++reads_under_way;
-    send(read);
-  }
-  pump_writes();
-}
-
-void S3Tier::Work::pump_writes() {
-  while (!closed && waiting_reads.empty() && writes_under_way < config.concurrent_writes && !waiting_writes.empty()) {
-    const auto write = std::move(waiting_writes.front());
-    waiting_writes.pop_front();
-    ++writes_under_way;
-    send(write);
-  }
-  if (age_timer || waiting_writes.empty() || closed) return;
-  age_timer = loop.at(waiting_writes.front()->since_ns + config.write_queue_age_ns, [this] {
-    age_timer.reset();
-    drop_old_writes();
-    pump();
-  });
-}
-
-void S3Tier::Work::drop_old_writes() {
-  while (!waiting_writes.empty() && waiting_writes.front()->since_ns + config.write_queue_age_ns <= loop.now_ns()) {
-    const auto write = std::move(waiting_writes.front());
-    waiting_writes.pop_front();
-    ++writes_under_way;
-    finish(write, {Code::kBusy, "S3 takes writes more slowly than they come; this one has waited too long"});
-  }
+void S3Tier::Work::start(const std::shared_ptr<Write>& write) {
+  queue.write([this, write] { send(write); }, [this, write](Status why) { finish(*write, std::move(why)); });
 }
 
 /// Looks first: what another daemon has stored already need not cross the network again.
@@ -394,9 +353,9 @@ void S3Tier::Work::send(const std::shared_ptr<Write>& write) {
   write->key = key_of(write->object.key);
   auto call = make_call("HEAD", write->key, config.write_timeout_ns);
   call->done = [this, write](const Result<HttpResponse>& response) {
-    if (!response) return finish(write, response.error());
+    if (!response) return sent(*write, response.error());
     const std::uint64_t bytes = write->object.bytes();
-    if (good(response) && number(response->header("content-length")) == bytes) return finish(write, Status::ok());
+    if (good(response) && number(response->header("content-length")) == bytes) return sent(*write, Status::ok());
     if (bytes <= config.part_bytes) return put(write);
     put_in_parts(write);
   };
@@ -409,7 +368,7 @@ void S3Tier::Work::put(const std::shared_ptr<Write>& write) {
   call->body = write->object.pieces;
   call->hold = write->object.hold;
   call->done = [this, write](const Result<HttpResponse>& response) {
-    finish(write, good(response) ? Status::ok() : trouble_of(response, "an upload"));
+    sent(*write, good(response) ? Status::ok() : trouble_of(response, "an upload"));
   };
   client.call(call);
 }
@@ -423,10 +382,10 @@ void S3Tier::Work::put_in_parts(const std::shared_ptr<Write>& write) {
   call->query = {{"uploads", ""}};
   call->headers["content-type"] = "application/octet-stream";
   call->done = [this, write](const Result<HttpResponse>& response) {
-    if (!good(response)) return finish(write, trouble_of(response, "the start of an upload"));
+    if (!good(response)) return sent(*write, trouble_of(response, "the start of an upload"));
     auto ids = xml_texts(response->text, "UploadId");
     if (ids.size() != 1 || ids.front().empty()) {
-      return finish(write, {Code::kUnavailable, "S3 starts an upload without naming it"});
+      return sent(*write, {Code::kUnavailable, "S3 starts an upload without naming it"});
     }
     write->upload = std::move(ids.front());
     const std::uint64_t part = part_bytes_of(write->object.bytes());
@@ -476,7 +435,7 @@ void S3Tier::Work::complete(const std::shared_ptr<Write>& write) {
   call->done = [this, write](const Result<HttpResponse>& response) {
     // S3 begins to answer with 200 before it knows whether it succeeds.
     const auto errors = good(response) ? xml_texts(response->text, "Code") : std::vector<std::string>();
-    if (good(response) && errors.empty()) return finish(write, Status::ok());
+    if (good(response) && errors.empty()) return sent(*write, Status::ok());
     write->trouble = errors.empty() ? trouble_of(response, "the end of an upload")
                                     : Status(Code::kUnavailable, "S3 ends an upload with " + errors.front());
     abort(write);
@@ -490,16 +449,19 @@ void S3Tier::Work::abort(const std::shared_ptr<Write>& write) {
   call->query = {{"uploadId", write->upload}};
   call->done = [](const Result<HttpResponse>&) {};
   client.call(call);
-  finish(write, write->trouble);
+  sent(*write, write->trouble);
 }
 
-void S3Tier::Work::finish(const std::shared_ptr<Write>& write, Status status) {
-  --writes_under_way;
-  write->object.hold.reset();
-  const auto done = std::move(write->done);
+void S3Tier::Work::sent(Write& write, Status status) {
+  finish(write, std::move(status));
+  queue.write_ended();
+}
+
+void S3Tier::Work::finish(Write& write, Status status) {
+  write.object.hold.reset();
+  const auto done = std::move(write.done);
   done(std::move(status));
-  budget.give_back(write->object.bytes());  // last: who drains has heard of it
-  if (!closed) loop.later([this] { pump(); });
+  budget.give_back(write.object.bytes());  // last: who drains has heard of it
 }
 
 // ---- erase
@@ -593,14 +555,7 @@ void S3Tier::do_read(const TierHit& hit, std::uint64_t offset, std::span<std::by
 void S3Tier::do_write(TierObject object, Done done) {
   if (!work_->budget.take(object.bytes())) return done({Code::kBusy, "the s3 tier's write queue is full"});
   auto write = std::make_shared<Work::Write>(Work::Write{.object = std::move(object), .done = std::move(done)});
-  const bool posted = work_->loop.post([work = work_.get(), write] {
-    write->since_ns = work->loop.now_ns();
-    work->waiting_writes.push_back(write);
-    work->pump();
-  });
-  if (posted) return;
-  work_->budget.give_back(write->object.bytes());
-  write->done(closing());
+  if (!work_->loop.post([work = work_.get(), write] { work->start(write); })) work_->finish(*write, closing());
 }
 
 void S3Tier::do_erase(std::vector<ChunkKey> keys, Done done) {
