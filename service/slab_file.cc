@@ -114,8 +114,14 @@ void SlabFile::reserve_rest() {
   while (usable_bytes() < memory_.bytes().size() && !stopping_.load()) {
     const Status reserved = reserve_piece();
     if (reserved) continue;
-    log_error("the DRAM tier stays smaller: its file cannot be reserved further",
-              {{"bytes", usable_bytes()}, {"file", path_}, {"why", reserved.message()}});
+    log_error(
+        "the DRAM tier stays smaller: somebody else has filled its file system; lower [store] dram_bytes or "
+        "enlarge that, and restart",
+        {{"bytes", usable_bytes()},
+         {"wanted_bytes", memory_.bytes().size()},
+         {"file", path_},
+         {"why", reserved.message()}});
+    stays_smaller_.store(true, std::memory_order_release);
     return;
   }
   log_info("the DRAM tier is reserved", {{"bytes", usable_bytes()}, {"in_huge_pages", huge_page_bytes()}});

@@ -29,8 +29,10 @@ class SlabFile {
   std::span<std::byte> bytes() const { return memory_.bytes(); }
   std::span<std::byte> map_bytes() const { return map_.bytes(); }
   Result<UniqueFd> read_only_fd() const { return memory_.read_only_fd(); }
-  /// [0, usable_bytes()) can be written. Grows to the whole, unless somebody else fills tmpfs meanwhile.
+  /// [0, usable_bytes()) can be written. Grows to the whole, unless somebody else fills tmpfs meanwhile: then it
+  /// stays smaller.
   std::uint64_t usable_bytes() const { return usable_bytes_.load(std::memory_order_acquire); }
+  bool stays_smaller() const { return stays_smaller_.load(std::memory_order_acquire); }
   /// Of those, what is in huge pages.
   std::uint64_t huge_page_bytes() const { return huge_page_bytes_.load(std::memory_order_relaxed); }
 
@@ -45,6 +47,7 @@ class SlabFile {
   SharedMemory map_;
   std::atomic<std::uint64_t> usable_bytes_{0};
   std::atomic<std::uint64_t> huge_page_bytes_{0};
+  std::atomic<bool> stays_smaller_{false};
   std::atomic<bool> stopping_{false};
   std::thread reserver_;
 };

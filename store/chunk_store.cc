@@ -530,7 +530,8 @@ void ChunkStore::State::drop_shards(std::uint32_t chunk) {
 void ChunkStore::State::drop_incomplete(const NamespaceSet& namespaces, std::int64_t shards_before_ns) {
   std::erase_if(pending, [&](const auto& item) {
     const auto& [key, entry] = item;
-    if (!entry.tickets.empty() || !namespaces.contains(key.namespace_id)) return false;
+    // Without a chunk it is that of a shard that is being added: making room for its number has come here.
+    if (!entry.chunk || !entry.tickets.empty() || !namespaces.contains(key.namespace_id)) return false;
     if (entry.last_shard_ns > shards_before_ns) return false;
     drop_shards(*entry.chunk);
     return true;
@@ -546,7 +547,7 @@ bool ChunkStore::State::evict_until(EvictionPolicy& order, std::uint64_t bytes, 
   drop_incomplete(NamespaceSet::all(), clock.now_ns() - config.incomplete_ttl_ns);
   let_expire();
   std::vector<std::uint32_t> candidates;
-  std::uint64_t left = counters.chunks - retention.size();
+  std::uint64_t left = std::min<std::uint64_t>(order.tree().size(), counters.chunks - retention.size());
   while (!enough()) {
     candidates.clear();
     std::uint64_t candidate_bytes = 0;
@@ -1438,6 +1439,11 @@ std::vector<TenantStats> ChunkStore::tenants() const {
 void ChunkStore::set_removal_listener(RemovalListener listener) {
   std::lock_guard lock(state_->mutex);
   state_->listener = listener ? std::make_shared<const RemovalListener>(std::move(listener)) : nullptr;
+}
+
+void ChunkStore::cut_off(std::uint64_t offset) {
+  const std::lock_guard lock(state_->mutex);
+  state_->slab.cut_off(offset);
 }
 
 ChunkStoreStats ChunkStore::stats() const {

@@ -247,6 +247,9 @@ class ChunkStore {
   /// Those that have quotas.
   std::vector<TenantStats> tenants() const;
 
+  /// The slab's memory cannot be had from this offset on, after all: the store is that much smaller from now on.
+  void cut_off(std::uint64_t offset);
+
   void set_removal_listener(RemovalListener listener);
   ChunkStoreStats stats() const;
   /// Keys of all complete chunks with their block hashes (the snapshot for KV events, kvernctl inspect).

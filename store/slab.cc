@@ -113,7 +113,8 @@ struct Slab::State {
     bool is_free() const { return previous_free != kUsed; }
   };
 
-  std::uint32_t capacity_pages = 0;
+  std::uint32_t capacity_pages = 0;       // those of cut_off() left out
+  std::uint32_t reachable_pages = kNone;  // what lies behind them is cut off
   std::uint64_t used_pages = 0;
   PiecewiseVector<Block> blocks;
   std::vector<std::uint32_t> spare_blocks;
@@ -141,7 +142,14 @@ struct Slab::State {
     return id;
   }
 
+  // What is cut off of the block is neither free nor used from now on.
   void link_free(std::uint32_t id) {
+    if (blocks[id].page + blocks[id].pages > reachable_pages) {
+      const bool wholly = blocks[id].page >= reachable_pages;
+      const std::uint32_t gone = wholly ? id : cut(id, reachable_pages - blocks[id].page);
+      capacity_pages -= blocks[gone].pages;
+      if (wholly) return;
+    }
     Block& block = blocks[id];
     const Bin bin = bin_of(block.pages);
     std::uint32_t& head = heads[bin.level][bin.step];
@@ -309,6 +317,23 @@ std::pair<Extent, Extent> Slab::split(const Extent& extent, std::uint64_t head_b
   const std::uint32_t tail = s.cut(head, static_cast<std::uint32_t>(head_bytes / kAlignment));
   s.used_by_page.insert(s.blocks[tail].page, tail, s.page_of());
   return {{extent.offset, head_bytes}, {extent.offset + head_bytes, extent.bytes - head_bytes}};
+}
+
+void Slab::cut_off(std::uint64_t offset) {
+  State& s = *state_;
+  s.reachable_pages = static_cast<std::uint32_t>(std::min<std::uint64_t>(s.reachable_pages, offset / kAlignment));
+  std::vector<std::uint32_t> reaching;
+  for (const auto& level : s.heads) {
+    for (std::uint32_t id : level) {
+      for (; id != kNone; id = s.blocks[id].next_free) {
+        if (s.blocks[id].page + s.blocks[id].pages > s.reachable_pages) reaching.push_back(id);
+      }
+    }
+  }
+  for (const std::uint32_t id : reaching) {
+    s.unlink_free(id);
+    s.link_free(id);
+  }
 }
 
 std::uint64_t Slab::capacity_bytes() const { return state_->capacity_pages * kAlignment; }

@@ -39,6 +39,10 @@ class Slab {
   /// extent.bytes.
   std::pair<Extent, Extent> split(const Extent& extent, std::uint64_t head_bytes);
 
+  /// Memory from this offset on cannot be had after all: what is free of it, or is released later, is never allocated
+  /// again, and no part of the capacity.
+  void cut_off(std::uint64_t offset);
+
   std::uint64_t capacity_bytes() const;
   std::uint64_t used_bytes() const;  ///< rounded up to kAlignment
   std::uint64_t largest_free_bytes() const;

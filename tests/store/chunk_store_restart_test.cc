@@ -252,6 +252,27 @@ TEST(ChunkObject, IsPublishedAsAWholeAndFreedShardByShard) {
   EXPECT_EQ(f.store.begin_load(100).error().code(), Code::kRefused);
 }
 
+// The chunk that comes up has no number yet while room for one is made, long after the host was started.
+TEST(ChunkObject, ComesUpWhereAllChunkNumbersAreTaken) {
+  StoreFixture f({.slab_bytes = 64 * 4096, .chunk_capacity = 2, .index_slots = 64});
+  f.clock.advance(std::chrono::hours(1));
+  for (std::uint64_t prompt = 0; prompt < 2; ++prompt) ASSERT_TRUE(store_chunk(f.store, {.prompt = prompt}).value());
+  const ChunkSpec risen{.prompt = 5};
+  const auto object = object_of(std::vector<ChunkSpec>{risen});
+  const auto ticket = f.store.begin_load(object.size());
+  ASSERT_TRUE(ticket.has_value());
+  std::ranges::copy(object, f.store.bytes(*ticket).begin());
+  const auto reader = ContainerReader::parse(std::span(object));
+  ASSERT_TRUE(reader.has_value());
+  const std::vector<LoadedShard> shards{{reader->info(), 0, reader->size_bytes()}};
+  ASSERT_TRUE(f.store.publish_load(*ticket, shards, 1));
+  EXPECT_TRUE(holds_exactly(f.store, risen));
+  EXPECT_FALSE(f.has({.prompt = 0}));
+  EXPECT_TRUE(holds_exactly(f.store, {.prompt = 1}));
+  EXPECT_EQ(f.store.stats().chunks, 2U);
+  EXPECT_EQ(f.store.stats().incomplete_chunks, 0U);
+}
+
 TEST(ChunkObject, DamagedNamesTakeTheirChunkAway) {
   StoreFixture f(StoreFixture::pages(64));
   const ChunkSpec damaged{.prompt = 1}, good{.prompt = 2};

@@ -196,6 +196,23 @@ TEST(ChunkStore, EvictsToMakeRoomInTheIndexAndForChunkNumbers) {
   EXPECT_EQ(few.store.stats().chunks, 2U);
 }
 
+TEST(ChunkStore, WithoutThePartThatCannotBeHadItGoesOnAsASmallerOne) {
+  StoreFixture f(StoreFixture::pages(16));
+  for (std::uint64_t prompt = 0; prompt < 4; ++prompt) ASSERT_TRUE(f.put({.prompt = prompt}));
+  f.store.cut_off(8 * 4096);
+  EXPECT_EQ(f.store.stats().capacity_bytes, 8U * 4096);
+  for (std::uint64_t prompt = 10; prompt < 40; ++prompt) {
+    const auto info = ChunkSpec{.prompt = prompt}.info();
+    const auto ticket = f.store.begin_write(info, 4096);
+    ASSERT_TRUE(ticket) << "something has left for it";
+    EXPECT_LT(ticket->extent.offset, 8U * 4096);
+    testing::write_names(f.store.bytes(*ticket), info);
+    ASSERT_TRUE(f.store.publish(*ticket, info, 4096));
+  }
+  EXPECT_EQ(f.store.stats().chunks, 8U);
+  EXPECT_GT(f.store.stats().evicted_chunks, 0U);
+}
+
 TEST(ChunkStore, ALongerChunkTakesOverFromAShorterOne) {
   StoreFixture f(StoreFixture::pages(16));
   std::vector<std::string> reasons;

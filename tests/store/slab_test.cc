@@ -17,15 +17,24 @@ constexpr std::uint64_t kPage = Slab::kAlignment;
 
 std::uint64_t rounded(std::uint64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-// Where free bytes lie, computed from what is used.
-std::uint64_t largest_gap(const std::map<std::uint64_t, Extent>& used, std::uint64_t capacity) {
+// Where free bytes lie in front of the reach, computed from what is used.
+std::uint64_t largest_gap(const std::map<std::uint64_t, Extent>& used, std::uint64_t reach) {
   std::uint64_t largest = 0;
   std::uint64_t end = 0;
   for (const auto& [offset, extent] : used) {
-    largest = std::max(largest, offset - end);
-    end = offset + rounded(extent.bytes);
+    largest = std::max(largest, std::min(offset, reach) - end);
+    end = std::min(offset + rounded(extent.bytes), reach);
   }
-  return std::max(largest, capacity - end);
+  return std::max(largest, reach - end);
+}
+
+std::uint64_t used_behind(const std::map<std::uint64_t, Extent>& used, std::uint64_t reach) {
+  std::uint64_t bytes = 0;
+  for (const auto& [offset, extent] : used) {
+    const std::uint64_t end = offset + rounded(extent.bytes);
+    bytes += std::max(end, reach) - std::max(offset, reach);
+  }
+  return bytes;
 }
 
 TEST(Slab, RefusesCapacitiesThatItCannotKeepBooksOf) {
@@ -98,6 +107,24 @@ TEST(Slab, ShrinkingGivesTheEndBack) {
   EXPECT_EQ(slab.largest_free_bytes(), 16 * kPage);
 }
 
+TEST(Slab, WhatIsCutOffIsNeverAllocatedAgain) {
+  Slab slab(10 * kPage);
+  const auto kept = slab.allocate(2 * kPage);
+  const auto reaching = slab.allocate(4 * kPage);
+  ASSERT_TRUE(kept && reaching);
+  slab.cut_off(5 * kPage + 100);
+  EXPECT_EQ(slab.capacity_bytes(), 6 * kPage) << "one page behind it is still in use";
+  EXPECT_FALSE(slab.allocate(1).has_value());
+  slab.release(*reaching);
+  EXPECT_EQ(slab.capacity_bytes(), 5 * kPage);
+  EXPECT_EQ(slab.largest_free_bytes(), 3 * kPage);
+  EXPECT_FALSE(slab.allocate(4 * kPage).has_value());
+  slab.release(*kept);
+  EXPECT_EQ(slab.used_bytes(), 0U);
+  EXPECT_TRUE(slab.allocate(5 * kPage).has_value());
+  EXPECT_FALSE(slab.allocate(1).has_value());
+}
+
 // What eviction relies on: a slab full of equal chunks takes another one where one went.
 TEST(Slab, AFreedPlaceTakesAnotherOfTheSameSize) {
   for (std::uint64_t pages : {1U, 31U, 33U, 65U, 127U, 1023U}) {
@@ -122,15 +149,20 @@ using Operation = std::tuple<std::uint8_t, std::uint32_t, std::uint32_t>;
 RC_GTEST_PROP(Slab, AgreesWithANaiveModel, (const std::vector<Operation>& operations)) {
   const auto capacity_pages = *rc::gen::inRange<std::uint64_t>(1, 3000);
   Slab slab(capacity_pages * kPage);
+  const auto cut_at = *rc::gen::inRange<std::uint64_t>(0, 2 * capacity_pages) * kPage;
+  std::uint64_t reach = capacity_pages * kPage;
   std::map<std::uint64_t, Extent> used;
   std::uint64_t used_bytes = 0;
   const auto pick = [&](std::uint32_t which) {
     return std::next(used.begin(), static_cast<std::ptrdiff_t>(which % used.size()));
   };
   for (const auto& [action, size, which] : operations) {
-    if (action % 4 < 2 || used.empty()) {
+    if (action % 16 == 15) {
+      slab.cut_off(cut_at);
+      reach = std::min(reach, cut_at);
+    } else if (action % 4 < 2 || used.empty()) {
       const std::uint64_t bytes = 1 + size % (rounded(capacity_pages * kPage / (1 + which % 50)));
-      const std::uint64_t gap = largest_gap(used, capacity_pages * kPage);
+      const std::uint64_t gap = largest_gap(used, reach);
       const auto extent = slab.allocate(bytes);
       if (!extent) {
         RC_ASSERT(gap < rounded(bytes) + rounded(bytes) / 32 + kPage);
@@ -139,7 +171,7 @@ RC_GTEST_PROP(Slab, AgreesWithANaiveModel, (const std::vector<Operation>& operat
       RC_ASSERT(extent->bytes == bytes);
       RC_ASSERT(extent->offset % kPage == 0);
       const auto after = used.lower_bound(extent->offset);
-      const std::uint64_t next_begin = after == used.end() ? slab.capacity_bytes() : after->first;
+      const std::uint64_t next_begin = std::min(reach, after == used.end() ? reach : after->first);
       const std::uint64_t previous_end =
           after == used.begin() ? 0 : std::prev(after)->first + rounded(std::prev(after)->second.bytes);
       RC_ASSERT(previous_end <= extent->offset);
@@ -159,12 +191,14 @@ RC_GTEST_PROP(Slab, AgreesWithANaiveModel, (const std::vector<Operation>& operat
       RC_ASSERT((it->second == Extent{it->first, bytes}));
     }
     RC_ASSERT(slab.used_bytes() == used_bytes);
-    RC_ASSERT(slab.largest_free_bytes() == largest_gap(used, capacity_pages * kPage));
+    RC_ASSERT(slab.largest_free_bytes() == largest_gap(used, reach));
+    RC_ASSERT(slab.capacity_bytes() == reach + used_behind(used, reach));
   }
   for (const auto& [offset, extent] : used) slab.release(extent);
   RC_ASSERT(slab.used_bytes() == 0U);
-  RC_ASSERT(slab.largest_free_bytes() == slab.capacity_bytes());
-  RC_ASSERT(slab.allocate(slab.capacity_bytes()).has_value());
+  RC_ASSERT(slab.capacity_bytes() == reach);
+  RC_ASSERT(slab.largest_free_bytes() == reach);
+  RC_ASSERT(slab.allocate(reach).has_value() == (reach > 0));
 }
 
 }  // namespace
