@@ -167,14 +167,16 @@ Status Demoter::carry_out(const DemotionOrder& order, Transcoder& transcoder) {
   if (status && order.error_max < 1 && !(error <= order.error_max)) {
     status = Status(Code::kExpired, "it came out with an error of " + std::to_string(error));
   }
+  std::uint64_t bytes_after = 0;
+  for (const LoadedShard& shard : new_forms) bytes_after += shard.bytes;
+  if (status && bytes_after >= bytes_before)
+    status = Status(Code::kRefused, order.codec_spec + " does not make it smaller");
   if (!status) {
     store_.abort(*ticket);
     return status;
   }
   status = store_.replace(*ticket, order, new_forms);
   if (!status) return status;
-  std::uint64_t bytes_after = 0;
-  for (const LoadedShard& shard : new_forms) bytes_after += shard.bytes;
   observer_.demoted(order.codec_spec, bytes_before, bytes_after, error,
                     static_cast<double>(clock_.now_ns() - started_ns) * 1e-9);
   return status;

@@ -422,6 +422,16 @@ void NvmeTier::run() {
     rewrite_next();
   }
   if (committing) commit(*committing);
+  // What the last commits could not write and nobody will try again.
+  for (std::unique_lock lock(mutex_); !queue_.empty();) {
+    Write write = std::move(queue_.front());
+    queue_.pop_front();
+    forget_write(write);
+    ++stats_.failed_writes;
+    lock.unlock();
+    end_write(write, {Code::kUnavailable, "the NVMe tier is closing"});
+    lock.lock();
+  }
 }
 
 void NvmeTier::recover() {

@@ -158,6 +158,8 @@ void TieredStore::State::load(std::size_t place, const TierHit& hit, std::stop_t
 
 void TieredStore::State::read(std::size_t number, const TierHit& hit, std::stop_token cancel) {
   const std::uint64_t flushes_before = flushes.load();
+  // What a flush that is under way has not come to yet would arrive behind it.
+  if (flushing.load() > 0) return finish_load(hit.key, Status(Code::kNotFound, "it is being flushed"));
   const auto ticket = dram.begin_load(hit.bytes, hit.key.namespace_id);
   if (!ticket) return finish_load(hit.key, ticket.error());
   if (usable_bytes && ticket->extent.offset + ticket->extent.bytes > usable_bytes()) {
@@ -188,12 +190,12 @@ Status TieredStore::State::publish(Place& place, std::size_t number, const TierH
                                    std::uint64_t flushes_before) {
   const auto shards = verify_object(dram.bytes(ticket), hit.key);
   Status status = status_of(shards);
-  if (status && (flushing.load() > 0 || flushes.load() != flushes_before))
-    status = Status(Code::kNotFound, "it was flushed meanwhile");
+  const auto flushed = [&] { return flushing.load() > 0 || flushes.load() != flushes_before; };
+  if (status && flushed()) status = Status(Code::kNotFound, "it was flushed meanwhile");
   if (status) {
     status = dram.publish_load(ticket, *shards, bit_of(number));
-    // Looked at after it can be found: an erase() that comes later finds it itself.
-    if (status && is_erasing(hit.key)) {
+    // Looked at after it can be found: an erase() or flush() that comes later finds it itself.
+    if (status && (is_erasing(hit.key) || flushed())) {
       dram.drop(hit.key);
       status = Status(Code::kNotFound, "it was erased meanwhile");
     }
@@ -224,8 +226,8 @@ void TieredStore::State::finish_load(const ChunkKey& key, const Status& status) 
 }
 
 void TieredStore::State::save(const ChunkKey& key, std::uint8_t wanted, const SpanPtr& parent) {
-  if (flushing.load() > 0 || !begin_task()) return;
   const std::uint64_t flushes_before = flushes.load();
+  if (flushing.load() > 0 || !begin_task()) return;
   {
     std::unique_lock lock(mutex);
     if (erasing.contains(key)) {

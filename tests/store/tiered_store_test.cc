@@ -103,6 +103,26 @@ TEST(TieredStore, AsksNobodyWhenDramHasAll) {
   EXPECT_EQ(f.fast->finds, 0U);
 }
 
+TEST(TieredStore, WhatIsBroughtUpDuringAFlushDoesNotOutliveIt) {
+  TieredFixture f;
+  f.put(*f.fast, f.cell(0));
+  f.slow->immediate = false;
+  std::optional<Status> flushed;
+  f.store->flush({.namespaces = namespace_of(1), .prefix = block_hash(1, 1)},
+                 [&](const FlushedChunks&, const Status& lower) { flushed = lower; });
+  EXPECT_FALSE(flushed.has_value());
+  f.put(*f.fast, f.cell(0));  // as if the erasure had not come to it yet
+  const auto prefetch = f.prefetch(kChunkBlocks);
+  EXPECT_EQ(f.fast->reads, 1U) << "the flush's own";
+  EXPECT_FALSE(prefetch->pending());
+  while (f.slow->run()) continue;
+  ASSERT_TRUE(flushed.has_value());
+  f.executor.run_all();
+  while (f.slow->run()) continue;
+  EXPECT_FALSE(prefetch->pending());
+  EXPECT_EQ(f.matched(kChunkBlocks), 0U);
+}
+
 TEST(TieredStore, ReadsNothingBehindAGap) {
   TieredFixture f;
   f.put(*f.fast, f.cell(0));
@@ -110,7 +130,7 @@ TEST(TieredStore, ReadsNothingBehindAGap) {
   const auto prefetch = f.prefetch(12);
   f.executor.run_all();
   EXPECT_FALSE(prefetch->pending());
-  EXPECT_EQ(f.fast->reads, 1U);
+  EXPECT_EQ(f.fast->reads, 1U) << "the flush's own";
   EXPECT_EQ(f.matched(12), 4U);
 }
 
@@ -172,7 +192,7 @@ TEST(TieredStore, TwoLookUpsShareOneRead) {
   f.executor.run_all();
   EXPECT_FALSE(one->pending());
   EXPECT_FALSE(two->pending());
-  EXPECT_EQ(f.fast->reads, 1U);
+  EXPECT_EQ(f.fast->reads, 1U) << "the flush's own";
 }
 
 TEST(TieredStore, ACancelledLookUpDoesNotTakeAnothersChunkAway) {
