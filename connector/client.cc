@@ -100,11 +100,23 @@ struct LocalMemory {
 std::string host_of(const std::string& address) {
   const std::size_t begin = address.find("://");
   const std::string rest = begin == std::string::npos ? address : address.substr(begin + 3);
-  return rest.substr(0, rest.rfind(':'));
+  std::string host = rest.substr(0, rest.rfind(':'));
+  const bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';  // an IPv6 address
+  return bracketed ? host.substr(1, host.size() - 2) : host;
 }
 
 bool may_use_ucx(const ClientConfig& config) {
   return config.data_plane == "ucx" || !config.address.starts_with("unix://");
+}
+
+/// A thread or a descriptor that the system refuses is a connection that failed, and not the engine's end.
+template <typename Function>
+auto without_throwing(Function function) -> decltype(function()) {
+  try {
+    return function();
+  } catch (const std::exception& error) {
+    return failure(Code::kUnavailable, error.what());
+  }
 }
 
 wire::DataPlaneKind plane_kind(const std::string& name) {
@@ -432,7 +444,8 @@ std::string Client::State::serve(std::shared_ptr<const Session> current) {
   auto next_beat = last_answer + heartbeat_interval;
   auto next_events = last_answer;
   while (!stop_requested()) {
-    if (!current->alive()) return "the daemon at " + config.address + " is gone or has ended the session";
+    if (!current->alive())
+      return "the daemon at " + config.address + " is gone, does not answer or has ended the session";
     auto now = SteadyClock::now();
     if (now >= next_beat) {
       const Status status = beat(*current);
@@ -480,7 +493,7 @@ std::string Client::State::serve(std::shared_ptr<const Session> current) {
 void Client::State::run() {
   milliseconds delay{config.backoff_min_ms};
   while (!stop_requested()) {
-    auto connected = connect();
+    auto connected = without_throwing([this] { return connect(); });
     std::string why;
     bool refused = false;
     if (connected) {
@@ -495,7 +508,8 @@ void Client::State::run() {
       tell_user("connected to " + config.address + ", data plane " + std::string(fresh->data_plane->name()));
       told_problem.clear();
       delay = milliseconds(config.backoff_min_ms);
-      why = serve(fresh);
+      const auto served = without_throwing([&]() -> Result<std::string> { return serve(fresh); });
+      why = served ? *served : served.error().message();
       end_session(*fresh);
     } else {
       why = connected.error().message();

@@ -34,6 +34,9 @@ PagedCache cache_of(const GroupPages& pages) {
   return cache;
 }
 
+// A daemon that did not answer in time, or has too much to do, is asked again after so long.
+constexpr std::chrono::seconds kAskAgain{10};
+
 }  // namespace
 
 Result<std::shared_ptr<const EngineDevice>> cuda_engine_device(const std::byte* pointer) {
@@ -51,12 +54,16 @@ DeviceGroup::DeviceGroup(const GroupPages& pages)
 
 Result<std::uint64_t> DeviceGroup::pages_id(const Session& session, std::chrono::milliseconds timeout) {
   const std::lock_guard lock(mutex_);
-  if (registered_ && session_number_ == session.number) return *registered_;
+  const bool known = registered_ && session_number_ == session.number;
+  if (known && (*registered_ || std::chrono::steady_clock::now() < ask_again_)) return *registered_;
   auto result = register_with(session, timeout);
   // A session that is gone says nothing of the next one.
   if (!result && !session.alive()) return result;
   session_number_ = session.number;
   registered_ = result;
+  const bool passes = !result && (result.error().code() == Code::kUnavailable || result.error().code() == Code::kBusy);
+  ask_again_ = passes ? std::chrono::steady_clock::now() + kAskAgain : std::chrono::steady_clock::time_point::max();
+  if (passes) return result;
   if (!result && !std::exchange(told_, true)) {
     std::fprintf(
         stderr, "kvern: the daemon cannot reach the pages of group %u on %s, they are copied by the engine: %s\n",

@@ -36,7 +36,7 @@ class DeviceGroup {
   explicit DeviceGroup(const GroupPages& pages);
 
   /// The number that the daemon knows the pages by; registers them at the first call in each session. The refusal
-  /// comes back as the failure, every time, and is told once.
+  /// comes back as the failure, every time, and is told once; a daemon that was too slow is asked again after a while.
   Result<std::uint64_t> pages_id(const Session& session, std::chrono::milliseconds timeout);
 
   const PagedCache& cache() const { return cache_; }
@@ -55,6 +55,7 @@ class DeviceGroup {
   std::mutex mutex_;                      ///< held while registering: others wait for the answer
   std::uint64_t session_number_ = 0;
   std::optional<Result<std::uint64_t>> registered_;  ///< in the session of that number
+  std::chrono::steady_clock::time_point ask_again_;  ///< after a failure
   bool told_ = false;
   std::mutex coder_mutex_;
   std::unique_ptr<PageCoder> coder_;

@@ -135,14 +135,15 @@ Status EventFeed::fetch_snapshot(const Session& session, int handle, std::uint32
     request.mutable_snapshot()->set_namespace_id(namespace_id->bytes.data(), namespace_id->bytes.size());
     request.mutable_snapshot()->set_limit(kSnapshotLimit);
     wire::ControlReply reply;
+    // What could not be had is asked for again: nothing is known, not that there is nothing.
     if (Status status = call(session, request, &reply, timeout_ms); !status) {
-      if (session_ended(status)) return status;
-    } else {
-      for (const wire::ChunkDescription& chunk : reply.snapshot().chunks()) {
-        auto hashes = split_hashes(chunk.block_hashes(), chunk.hash_bytes());
-        if (!hashes) continue;
-        snapshot.chunks.push_back({static_cast<std::uint16_t>(chunk.group()), std::move(*hashes), chunk.tokens()});
-      }
+      return session_ended(status) ? status : Status::ok();
+    }
+    snapshot.complete = !reply.snapshot().truncated();
+    for (const wire::ChunkDescription& chunk : reply.snapshot().chunks()) {
+      auto hashes = split_hashes(chunk.block_hashes(), chunk.hash_bytes());
+      if (!hashes) continue;
+      snapshot.chunks.push_back({static_cast<std::uint16_t>(chunk.group()), std::move(*hashes), chunk.tokens()});
     }
   }
   const std::lock_guard lock(mutex_);

@@ -35,6 +35,7 @@ struct HeldBlocks {
 struct NamespaceSnapshot {
   int handle = 0;
   std::vector<HeldBlocks> chunks;
+  bool complete = true;  ///< false: there are more, which the daemon does not name
 };
 
 /// What the scheduler side tells routers about the store: removals since the last call and snapshots. Callers never

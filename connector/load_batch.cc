@@ -18,7 +18,8 @@ using SteadyClock = std::chrono::steady_clock;
 /// A piece usually lies in one chunk; each round finds the chunk that holds the last block which is still missing.
 constexpr int kMaxRounds = 16;
 
-/// How long after its deadline the daemon's answer is awaited: until it comes the pages belong to the daemon.
+/// How long after its deadline the daemon's answer is awaited: until it comes the pages, or leases, are the daemon's to
+/// dispose of.
 constexpr std::chrono::milliseconds kAnswerGrace{5000};
 
 /// Bytes that are pulled ahead of the chunk that is being decoded: enough to keep a network busy while one chunk of
@@ -218,7 +219,7 @@ Status fetch_and_decode(const LoadContext& context, std::uint16_t group, std::sp
     fetch->add_items()->set_block_hash(hash.data(), hash.size());
   }
   wire::HotReply reply;
-  Status status = context.session.channel->call(request, &reply, time_left(context));
+  Status status = context.session.channel->call(request, &reply, time_left(context) + kAnswerGrace);
   if (status) status = to_status(reply.status());
   if (!status) return status;
   const auto& items = reply.fetched().items();
@@ -306,7 +307,7 @@ Status load_by_daemon(const LoadContext& context, std::vector<Remaining>& all, L
   }
   for (const auto& entry : by_group) {
     const std::uint16_t group = entry.first;
-    const auto pages_id = context.device(group)->pages_id(context.session, time_left(context));
+    const auto pages_id = context.device(group)->pages_id(context.session, time_left(context) / 2);
     if (!pages_id) continue;
     if (Status status = load_pages(context, *pages_id, entry.second, loaded); !status) return status;
     std::erase_if(all, [&](const Remaining& rest) { return rest.piece->group == group; });

@@ -148,7 +148,7 @@ struct TransferWorker::State {
   void end_load(const std::shared_ptr<Load>& load);
   void zero_pages(const Load& load);
   void fail_load_locked(const LoadJob& job, std::string reason);
-  bool run_store_batch(const std::shared_ptr<Store>& store);
+  bool run_store_batch(const std::shared_ptr<Store>& store, bool closing);
   std::vector<std::uint32_t> next_batch(const Store& store, bool staged) const;
   void end_gathering(const std::shared_ptr<Store>& store);
   void commit(const std::shared_ptr<Store>& store, const std::vector<GatheredChunk>& gathered);
@@ -189,8 +189,9 @@ void TransferWorker::State::run_jobs() {
     }
     std::optional<SteadyClock::time_point> next;
     if (auto store = take_store_locked(&next)) {
+      const bool closing = stopping;
       lock.unlock();
-      const bool more = run_store_batch(store);
+      const bool more = run_store_batch(store, closing);
       if (!more) end_gathering(store);
       lock.lock();
       if (more) stores.push_front(std::move(store));
@@ -385,11 +386,13 @@ std::vector<std::uint32_t> TransferWorker::State::next_batch(const Store& store,
 }
 
 /// True when there is more to gather (now or once there is room).
-bool TransferWorker::State::run_store_batch(const std::shared_ptr<Store>& store) {
+bool TransferWorker::State::run_store_batch(const std::shared_ptr<Store>& store, bool closing) {
   GatheredBatch batch;
   Status status;
   const bool late = SteadyClock::now() >= store->deadline;
-  if (late) {
+  if (closing) {
+    status = {Code::kUnavailable, "the worker is closing"};
+  } else if (late) {
     status = {Code::kBusy, "staging had no room in time"};
   } else if (!store->session->alive()) {
     status = {Code::kExpired, "the session ended during the store"};

@@ -177,8 +177,7 @@ Status DeviceService::store(std::shared_ptr<DevicePages> pages, std::shared_ptr<
             // The engine counts on its pages being read by then: what was read later may be somebody else's.
             const auto gathered = [&]() -> Status {
               use.reset();
-              if (deadline_ns == 0 || parts_.clock.now_ns() < deadline_ns) return Status::ok();
-              return {Code::kUnavailable, "not finished in time"};
+              return is_late(deadline_ns) ? Status(Code::kUnavailable, "not finished in time") : Status::ok();
             };
             container = encode_pages(coder, pages->cache(), block_ids, codec, info, out, gathered, &parts_.encoders);
             return status_of(container);
@@ -204,8 +203,9 @@ Status DeviceService::load(LoadRequest request, std::function<void(const Status&
     Status status = load_now(request, &loaded);
     if (status) {
       parts_.metrics.device_loaded_bytes.Increment(static_cast<double>(loaded.raw_bytes));
-    } else {
-      // Nothing that was written in part may stay: a NaN in a page that is given to others poisons them.
+    } else if (!is_late(request.deadline_ns)) {
+      // Nothing that was written in part may stay: a NaN in a page that is given to others poisons them. Once it is
+      // late the client has given up, has zeroed the pages itself, and others may have them.
       const Status zeroed = request.pages->device().with_coder([&](PageCoder& coder) {
         const auto use = request.pages->use();
         return use ? coder.zero(request.pages->cache(), request.block_ids) : Status::ok();
@@ -219,6 +219,10 @@ Status DeviceService::load(LoadRequest request, std::function<void(const Status&
   });
 }
 
+bool DeviceService::is_late(std::int64_t deadline_ns) const {
+  return deadline_ns != 0 && parts_.clock.now_ns() >= deadline_ns;
+}
+
 Status DeviceService::load_now(const LoadRequest& request, Loaded* loaded) {
   const auto& ids = request.block_ids;
   std::size_t begin = 0;
@@ -227,9 +231,7 @@ Status DeviceService::load_now(const LoadRequest& request, Loaded* loaded) {
     while (begin < end && ids[begin] == 0) ++begin;
     while (begin < end && ids[end - 1] == 0) --end;
     if (begin == end) return Status::ok();
-    if (request.deadline_ns != 0 && parts_.clock.now_ns() >= request.deadline_ns) {
-      return {Code::kUnavailable, "not finished in time"};
-    }
+    if (is_late(request.deadline_ns)) return {Code::kUnavailable, "not finished in time"};
     if (Status status = load_piece(request, begin, &end, loaded); !status) return status;
   }
   return {Code::kNotFound, "the blocks of one piece are spread over too many chunks"};

@@ -79,6 +79,7 @@ class DeviceService {
 
  private:
   Result<std::shared_ptr<Device>> device(const std::string& uuid);
+  bool is_late(std::int64_t deadline_ns) const;
   Status load_now(const LoadRequest& request, Loaded* loaded);
   Status load_piece(const LoadRequest& request, std::size_t begin, std::size_t* end, Loaded* loaded);
 

@@ -216,7 +216,11 @@ Status Channel::call(wire::HotRequest& request, wire::HotReply* reply, std::chro
     return Status(Code::kInvalid, "a request of " + std::to_string(bytes) + " bytes is larger than " +
                                       std::to_string(kMaxMessageBytes) + ": send fewer items at once");
   }
-  return do_call(request, reply, timeout);
+  Status status = do_call(request, reply, timeout);
+  // What the daemon grants when it comes to it would be nobody's: it ends with the session.
+  const bool grants = request.has_reserve() || request.has_fetch();
+  if (grants && status.code() == Code::kUnavailable && alive()) close();
+  return status;
 }
 
 std::unique_ptr<Channel> make_ring_channel(const SegmentView& segment, UniqueFd doorbell,

@@ -18,7 +18,8 @@ class Channel {
  public:
   virtual ~Channel() = default;
   /// Sends the request (its id is overwritten) and waits for the answer. kUnavailable when the daemon is gone or does
-  /// not answer in time, kExpired when the session was ended. The reply's own status is left to the caller.
+  /// not answer in time, kExpired when the session was ended. The reply's own status is left to the caller. A Reserve
+  /// or Fetch without an answer closes the channel: what it may be given later is given back with the session.
   Status call(wire::HotRequest& request, wire::HotReply* reply, std::chrono::milliseconds timeout);
   /// False once the daemon is gone or the session expired: nothing will be answered any more.
   virtual bool alive() const = 0;

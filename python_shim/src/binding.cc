@@ -260,7 +260,7 @@ void bind_client(nb::module_& module) {
              for (const HeldBlocks& chunk : snapshot->chunks) {
                chunks.append(nb::make_tuple(chunk.group, to_list(chunk.hashes), chunk.tokens));
              }
-             return nb::make_tuple(snapshot->handle, chunks);
+             return nb::make_tuple(snapshot->handle, chunks, snapshot->complete);
            })
       .def(
           "describe",

@@ -236,7 +236,9 @@ TEST_F(DeviceServiceTest, PublishesNothingThatWasReadTooLate) {
   EXPECT_FALSE(fixture.store.pin(space, 0, hash_of(1, 0)));
   auto load = load_request(*id, 1, 5);
   load.mutable_load_pages()->set_deadline_ns(fixture.clock.now_ns());
+  const auto before = block(5);
   EXPECT_FALSE(to_status(ask(load).pages_loaded().items(0).status()));
+  EXPECT_EQ(block(5), before) << "others may have it";
 }
 
 TEST_F(DeviceServiceTest, NobodyTouchesThePagesOfASessionThatHasEnded) {

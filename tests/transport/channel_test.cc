@@ -231,6 +231,26 @@ TEST(RingChannel, LateAnswerGoesToNobody) {
   EXPECT_TRUE(channel->alive());
 }
 
+TEST(RingChannel, AGrantThatComesTooLateEndsWithTheSession) {
+  Kept kept;
+  LambdaHandler handler([&](std::uint64_t, wire::HotRequest, HotReplyFunction reply) { kept.keep(std::move(reply)); });
+  const TestSession session(1);
+  RingServer server({}, handler);
+  server.add(1, session.view, session.doorbell.get());
+  for (const bool reserve : {true, false}) {
+    const auto channel = session.channel();
+    wire::HotRequest request;
+    if (reserve) {
+      request.mutable_reserve();
+    } else {
+      request.mutable_fetch();
+    }
+    wire::HotReply reply;
+    EXPECT_EQ(channel->call(request, &reply, 5ms).code(), Code::kUnavailable);
+    EXPECT_FALSE(channel->alive());
+  }
+}
+
 /// Runs calls that nobody answers on some threads, then does something, and returns what the calls came back with.
 std::vector<Code> codes_of_waiting_calls(const std::function<void(const TestSession&, Channel&)>& then) {
   constexpr std::size_t kThreads = 5;
