@@ -11,6 +11,8 @@ namespace kvern {
 namespace {
 
 constexpr std::uint32_t kProbeTimeoutMs = 10'000;
+// What lies beside the DRAM tier in its folder, its index above all, takes less than this part of it.
+constexpr std::uint64_t kIndexShare = 20;
 
 /// Findings, a sentence each. A fault makes the exit code 1, advice does not.
 class Findings {
@@ -81,8 +83,8 @@ void check_memory(const nlohmann::json& status, Findings& findings) {
   const std::string sizes = directory + " has " + mib(size_bytes) + ", the DRAM tier takes " + mib(slab_bytes);
   if (slab_bytes > size_bytes) {
     findings.fault(sizes + ": enlarge it (emptyDir sizeLimit, --shm-size) or lower [store] dram_bytes");
-  } else if (slab_bytes + (slab_bytes >> 2) > size_bytes) {
-    findings.advice(sizes + ": sessions need staging memory beside it; leave a quarter free");
+  } else if (slab_bytes + slab_bytes / kIndexShare > size_bytes) {
+    findings.advice(sizes + ": its index lies beside it; leave a twentieth free");
   } else {
     findings.good(sizes);
   }

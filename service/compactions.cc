@@ -130,6 +130,13 @@ Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, c
   return order;
 }
 
+/// Not cut within a character: what is no UTF-8 cannot be sent.
+std::string beginning_of(const std::string& text, std::size_t most_bytes) {
+  std::size_t end = std::min(text.size(), most_bytes);
+  while (end < text.size() && end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80U) --end;
+  return text.substr(0, end);
+}
+
 }  // namespace
 
 std::vector<ChunkKey> Compactions::Entry::keys_of(const std::vector<BlockHash>& hashes) const {
@@ -290,13 +297,13 @@ void Compactions::turn_away(const CompactionAsker& asker, const Namespace& space
     std::lock_guard lock(mutex_);
     if (stopping_ || entries_.contains(handle.text)) return;
   }
-  const auto entry =
-      make_entry(asker, space, handle, request.spec().substr(0, kMaxSpecBytes), request.group(), request.hash_bytes());
+  const auto entry = make_entry(asker, space, handle, beginning_of(request.spec(), kMaxSpecBytes), request.group(),
+                                request.hash_bytes());
   erase_chunks(entry->source_keys());
   const std::int64_t seconds = handle.expires_at - parts_.unix_seconds();
   if (seconds <= 0 || seconds > limits_.max_ttl_seconds) return;
   entry->report().set_state(wire::COMPACTION_FAILED);
-  entry->report().set_reason(why.message().substr(0, kMaxReasonBytes));
+  entry->report().set_reason(beginning_of(why.message(), kMaxReasonBytes));
   {
     std::lock_guard lock(mutex_);
     if (entries_.size() >= limits_.max_handles) return;
@@ -484,7 +491,7 @@ bool Compactions::finish(const std::shared_ptr<Entry>& entry, const Result<Compa
       report.mutable_layer_slots()->Assign(outcome->layer_slots.begin(), outcome->layer_slots.end());
     } else {
       report.set_state(wire::COMPACTION_FAILED);
-      report.set_reason(outcome.error().message().substr(0, kMaxReasonBytes));
+      report.set_reason(beginning_of(outcome.error().message(), kMaxReasonBytes));
     }
     keep(entry->handle.digits, manifest);
     std::lock_guard lock(mutex_);
@@ -676,7 +683,7 @@ void Compactions::give_up(const std::string& handle) {
   std::vector<ChunkKey> keys;
   {
     std::lock_guard files(files_mutex_);
-    std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     const auto found = entries_.find(handle);
     if (found == entries_.end() || !found->second->pending() || found->second->handed_over) return;
     Entry& entry = *found->second;
@@ -686,8 +693,11 @@ void Compactions::give_up(const std::string& handle) {
     query_bytes_ -= entry.query_bytes;
     entry.parts.clear();
     entry.order.reset();
-    keep(entry.handle.digits, entry.manifest);
     answers = take_waiters_locked(handle, entry.manifest.report());
+    const auto digits = entry.handle.digits;
+    const auto manifest = entry.manifest;
+    lock.unlock();
+    keep(digits, manifest);
   }
   parts_.metrics.compaction_ended(CompactionEnd::kFailed);
   erase_chunks(keys);

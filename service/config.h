@@ -80,6 +80,7 @@ struct ServiceConfig {
     std::string password_file;
     bool tls = false;
     std::string tls_ca_file;
+    std::string tls_certificate_file, tls_key_file;
     std::string prefix = "kvern";
     std::uint64_t ttl_seconds = 0;
     std::string write = "through";

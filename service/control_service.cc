@@ -19,6 +19,7 @@ constexpr std::size_t kMaxNameBytes = 128;
 // A page of events, well below the size of a message.
 constexpr std::size_t kMaxEventBytes = kMaxMessageBytes / 2;
 constexpr std::uint64_t kMaxSnapshotChunks = 1U << 16;
+constexpr std::size_t kMaxSnapshotHashBytes = 32U << 20;  // clients take replies of 64 MiB
 
 Status refused(std::string why) { return Status(Code::kRefused, std::move(why)); }
 
@@ -160,11 +161,14 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
     case wire::ControlRequest::kExplain:
     case wire::ControlRequest::kFlush:
     case wire::ControlRequest::kStatus: {
-      const bool tool_with_key = (*session)->identity().role == SessionRole::kTool && !peer.public_key.empty();
-      if (!peer.local && !tool_with_key) {
+      const bool admin = (*session)->identity().role == SessionRole::kTool && parts_.admins.contains(peer.public_key);
+      if (!peer.local && !admin) {
         parts_.metrics.protocol_error(ProtocolError::kForbidden);
-        return finish(refused("status, explain and flush are for this host and for tools with a key"));
+        return finish(
+            refused("status, explain and flush concern all tenants: they are for this host, and for tools whose "
+                    "line in [server] allowed_clients_file ends with \"admin\""));
       }
+      if (request.has_flush()) return flush(request.flush(), std::move(answer), reply);
       return later([this](const Session&, const wire::ControlRequest& asked, wire::ControlReply* to) {
         return administrate(asked, to);
       });
@@ -439,7 +443,13 @@ Status ControlService::snapshot(const Session& session, const wire::SnapshotQuer
   const NamespaceSet namespaces = *id ? NamespaceSet(**id) : NamespaceSet::all();
   const auto chunks = parts_.store.snapshot(namespaces, static_cast<std::size_t>(limit) + 1);
   answer->set_truncated(chunks.size() > limit);
+  std::size_t hash_bytes_sum = 0;
   for (const auto& chunk : std::span(chunks).first(std::min<std::size_t>(chunks.size(), limit))) {
+    for (const BlockHash& hash : chunk.blocks) hash_bytes_sum += hash.size();
+    if (hash_bytes_sum > kMaxSnapshotHashBytes) {
+      answer->set_truncated(true);
+      break;
+    }
     auto* description = answer->add_chunks();
     const std::uint32_t hash_bytes = hash_bytes_of(chunk.blocks);
     description->set_namespace_id(chunk.key.namespace_id.bytes.data(), chunk.key.namespace_id.bytes.size());
@@ -461,7 +471,6 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
     if (request.status().with_metrics()) reply->mutable_status_report()->set_metrics(parts_.metrics_text());
     return Status::ok();
   }
-  if (request.has_flush()) return flush(request.flush(), reply->mutable_flushed());
   const auto id = optional_namespace(request.explain().namespace_id());
   if (!id) return id.error();
   const auto block = block_of(request.explain().block_hash());
@@ -470,31 +479,44 @@ Status ControlService::administrate(const wire::ControlRequest& request, wire::C
   return Status::ok();
 }
 
-Status ControlService::flush(const wire::FlushQuery& request, wire::Flushed* answer) {
+Result<FlushScope> ControlService::flush_scope(const wire::FlushQuery& request) {
   const auto id = optional_namespace(request.namespace_id());
-  if (!id) return id.error();
+  if (!id) return failure(id.error());
   if (*id && !request.tenant().empty()) {
-    return Status(Code::kInvalid, "a namespace has one tenant: name the namespace or the tenant");
+    return failure(Code::kInvalid, "a namespace has one tenant: name the namespace or the tenant");
   }
   FlushScope scope;
   if (*id) scope.namespaces = **id;
   if (!request.tenant().empty()) scope.namespaces = namespaces_of_tenant(request.tenant());
   if (!request.block_hash().empty()) {
     const auto block = block_of(request.block_hash());
-    if (!block) return block.error();
+    if (!block) return failure(block.error());
     scope.prefix = *block;
   }
-  std::promise<std::pair<FlushedChunks, Status>> ended;
-  parts_.tiers.flush(scope, [&ended](const FlushedChunks& dram, const Status& lower) {
-    ended.set_value({dram, lower});
+  return scope;
+}
+
+/// Lower tiers may take minutes: the thread that starts it does not wait for them.
+void ControlService::flush(const wire::FlushQuery& request, wire::ControlReply answer, ControlReplyFunction reply) {
+  const auto scope = flush_scope(request);
+  const auto answered = std::make_shared<wire::ControlReply>(std::move(answer));
+  const auto finish = [answered, reply = std::move(reply)](const Status& status) {
+    set_status(status, answered->mutable_status());
+    reply(std::move(*answered));
+  };
+  if (!scope) return finish(scope.error());
+  const bool queued = parts_.administration.submit([this, scope = *scope, answered, finish] {
+    parts_.tiers.flush(scope, [answered, finish](const FlushedChunks& dram, const Status& lower) {
+      auto* flushed = answered->mutable_flushed();
+      flushed->set_chunks(dram.chunks);
+      flushed->set_bytes(dram.bytes);
+      flushed->set_held(dram.held);
+      log_info("flushed", {{"chunks", dram.chunks}, {"bytes", dram.bytes}, {"held", dram.held}});
+      const bool whole = lower || lower.code() == Code::kNotFound;
+      finish(whole ? lower : Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message()));
+    });
   });
-  const auto [dram, lower] = ended.get_future().get();
-  answer->set_chunks(dram.chunks);
-  answer->set_bytes(dram.bytes);
-  answer->set_held(dram.held);
-  log_info("flushed", {{"chunks", dram.chunks}, {"bytes", dram.bytes}, {"held", dram.held}});
-  if (lower || lower.code() == Code::kNotFound) return lower;
-  return Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message());
+  if (!queued) finish(Status(Code::kBusy, "too many questions wait: ask again later"));
 }
 
 void ControlService::admit(std::uint64_t connection, const wire::Admit& request, PeerProcess peer,
@@ -516,9 +538,13 @@ void ControlService::admit(std::uint64_t connection, const wire::Admit& request,
   // The descriptors are sent after this returned; a session that ends meanwhile must not close them, for their numbers
   // could be another session's by then.
   last_admitted_ = *session;
+  last_connection_ = connection;
   *descriptors = {parts_.slab_fd, parts_.index_fd, local->segment_memory.fd(), staging->fd(), local->doorbell.get()};
 }
 
-void ControlService::closed(std::uint64_t connection) { parts_.sessions.connection_closed(connection); }
+void ControlService::closed(std::uint64_t connection) {
+  parts_.sessions.connection_closed(connection);
+  if (connection == last_connection_) last_admitted_.reset();
+}
 
 }  // namespace kvern

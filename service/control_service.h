@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
     std::uint64_t epoch;
     UcxEndpoint ucx;
     std::map<std::string, std::string> tenants;  ///< by public key
+    std::set<std::string> admins;                ///< public keys
     int slab_fd;                                 ///< read-only, of slab_bytes
     int index_fd;
     std::uint64_t slab_bytes;
@@ -80,13 +82,15 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   Status compact(const Session& session, const wire::ControlRequest& request);
   Status layer_slots(const Session& session, const wire::LayerSlotsQuery& request, wire::LayerSlots* answer) const;
   void find_compactions(const Session& session, const wire::ControlRequest& request, ControlReplyFunction reply);
-  /// Status, explain and flush: for local peers and for tools with a key.
+  /// Status and explain.
   Status administrate(const wire::ControlRequest& request, wire::ControlReply* reply);
-  Status flush(const wire::FlushQuery& request, wire::Flushed* answer);
+  static Result<FlushScope> flush_scope(const wire::FlushQuery& request);
+  void flush(const wire::FlushQuery& request, wire::ControlReply answer, ControlReplyFunction reply);
 
   Parts parts_;
   std::atomic<bool> stopping_{false};
-  std::shared_ptr<Session> last_admitted_;  ///< of the admission thread alone
+  std::shared_ptr<Session> last_admitted_;  ///< of the admission thread alone, as its connection
+  std::uint64_t last_connection_ = 0;
 };
 
 }  // namespace kvern

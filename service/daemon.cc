@@ -13,6 +13,7 @@
 #include <fstream>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -36,6 +37,7 @@
 #include "service/log.h"
 #include "service/metrics.h"
 #include "service/namespaces.h"
+#include "service/pulse.h"
 #include "service/remote_data.h"
 #include "service/sessions.h"
 #include "service/slab_file.h"
@@ -67,6 +69,8 @@ constexpr std::size_t kMovers = 2;
 constexpr std::size_t kMaxMoving = 1U << 16;
 // How often time-outs are looked at. Four times a second costs nothing and finds an expiry soon enough.
 constexpr milliseconds kTick{250};
+// /healthz says so when a thread has not turned for so long after it was asked to.
+constexpr std::int64_t kStuckNs = 30'000'000'000;
 constexpr milliseconds kStarved{1000};  // what is logged when this thread wakes so much too late
 // Freeing what waits to be freed: chunks without all their shards, drops that a lease delayed.
 constexpr milliseconds kSweepInterval{1000};
@@ -260,8 +264,14 @@ struct Daemon::State {
   std::unique_ptr<AdmissionServer> admission;
   std::unique_ptr<ControlServer> control_server;
   std::unique_ptr<Collector> collector;
-  std::unique_ptr<HttpServer> http;
+  std::array<Pulse, 2> pulses{
+      Pulse(
+          "control", [this] { control_server->prod(); }, [this] { return control_server->turns(); }, kStuckNs),
+      Pulse(
+          "watcher", [this] { wake(); }, [this] { return watch_turns.load(); }, kStuckNs)};
+  std::unique_ptr<HttpServer> http;  ///< asks all of the above
 
+  std::atomic<std::uint64_t> watch_turns{0};
   std::mutex watch_mutex;
   std::condition_variable watch_wake;
   bool woken = false;
@@ -416,11 +426,16 @@ void Daemon::State::start_servers() {
              {{"version", or_throw(ucx_version())}, {"address", config.server.ucx_listen}, {"port", ucx->port()}});
   }
   std::map<std::string, std::string> tenants;
-  for (const AllowedClient& client : allowed) tenants.emplace(client.public_key, client.name);
+  std::set<std::string> admins;
+  for (const AllowedClient& client : allowed) {
+    tenants.emplace(client.public_key, client.name);
+    if (client.admin) admins.insert(client.public_key);
+  }
   control = std::make_unique<ControlService>(ControlService::Parts{.config = config,
                                                                    .epoch = epoch,
                                                                    .ucx = ucx_endpoint(),
                                                                    .tenants = std::move(tenants),
+                                                                   .admins = std::move(admins),
                                                                    .slab_fd = slab_reader.get(),
                                                                    .index_fd = index_reader.get(),
                                                                    .slab_bytes = slab.bytes().size(),
@@ -480,7 +495,14 @@ HttpServer::Pages Daemon::State::pages() {
            [this] {
              return HttpAnswer{.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = metrics_text()};
            }},
-          {"/healthz", [] { return HttpAnswer{.body = "ok\n"}; }},
+          {"/healthz",
+           [this] {
+             for (auto& pulse : pulses) {
+               std::string trouble = pulse.trouble(clock.now_ns());
+               if (!trouble.empty()) return HttpAnswer{.status = 503, .body = std::move(trouble) + "\n"};
+             }
+             return HttpAnswer{.body = "ok\n"};
+           }},
           {"/readyz", [this] {
              return ready.load() ? HttpAnswer{.body = "ready\n"} : HttpAnswer{.status = 503, .body = "not ready\n"};
            }}};
@@ -498,7 +520,9 @@ void Daemon::State::watch() {
                {{"seconds", std::chrono::duration<double>(asleep - kTick).count()}});
     }
     woken = false;
+    watch_turns.fetch_add(1);
     lock.unlock();
+    if (slab.stays_smaller()) store->cut_off(slab.usable_bytes());
     sessions.tick();
     compactions->tick();
     tiers->save_victims();
@@ -523,8 +547,8 @@ void Daemon::State::wake() {
 void Daemon::State::shut_down() {
   ready.store(false);
   http.reset();
-  compactions->stop();  // answers those that wait for one
-  control_server.reset();
+  compactions->stop();      // answers those that wait for one
+  control_server->close();  // it stays: what is being administered asks it for its counts
   administration.drain();
   pipeline.cancel();
   compactors.drain();

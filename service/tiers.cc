@@ -69,6 +69,8 @@ std::unique_ptr<Tier> make_redis(const ServiceConfig::Redis& config, const Clock
   if (!config.password_file.empty()) redis.password = first_line(config.password_file, "redis.password_file");
   redis.tls = config.tls;
   redis.tls_ca_file = config.tls_ca_file;
+  redis.tls_certificate_file = config.tls_certificate_file;
+  redis.tls_key_file = config.tls_key_file;
   redis.prefix = config.prefix;
   redis.ttl_seconds = config.ttl_seconds;
   redis.write_queue_bytes = config.write_queue_bytes;

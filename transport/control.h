@@ -57,6 +57,11 @@ class ControlServer {
   /// The TCP endpoint as it was bound ("tcp://0.0.0.0:7070"), also when the configuration left the port to the system.
   std::string tcp_endpoint() const;
   std::uint64_t dropped_replies() const;
+  /// Makes its thread turn once, and how often it has turned: who asks can tell whether it hangs.
+  void prod();
+  std::uint64_t turns() const;
+  /// Ends its thread: nothing is received or sent any more. Once; not concurrently with itself.
+  void close();
 
  private:
   struct State;

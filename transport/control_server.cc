@@ -209,6 +209,7 @@ struct ControlServer::State {
   zmq::socket_t local;
   zmq::socket_t remote;
   std::string tcp_endpoint;
+  std::atomic<std::uint64_t> turns{0};
   std::thread thread;
 
  private:
@@ -273,6 +274,7 @@ void ControlServer::State::run() {
     }
     zmq_poll(items, count, -1);
     outbox->wake().drain();
+    turns.fetch_add(1, std::memory_order_relaxed);
     try {
       send_replies();
       if (zap) answer_zap();
@@ -397,13 +399,17 @@ ControlServer::ControlServer(const ControlServerConfig& config, ControlHandler& 
   state_->thread = start_service_thread("kvern-control", [state = state_.get()] { state->run(); });
 }
 
-ControlServer::~ControlServer() {
+ControlServer::~ControlServer() { close(); }
+
+void ControlServer::close() {
   state_->outbox->close();
-  state_->thread.join();
+  if (state_->thread.joinable()) state_->thread.join();
 }
 
 std::string ControlServer::tcp_endpoint() const { return state_->tcp_endpoint; }
 
+void ControlServer::prod() { state_->outbox->wake().signal(); }
+std::uint64_t ControlServer::turns() const { return state_->turns.load(std::memory_order_relaxed); }
 std::uint64_t ControlServer::dropped_replies() const { return state_->outbox->dropped(); }
 
 }  // namespace kvern

@@ -31,7 +31,11 @@ Status write_file(const std::string& path, const std::string& text, mode_t mode)
 /// The value of "name = value"; empty when there is no such line.
 Result<std::string> read_key(const std::string& path, const std::string& name) {
   std::ifstream file(path);
-  if (!file) return failure(Code::kNotFound, "cannot read the key file " + path + ": make one with `kvernctl keygen`");
+  if (!file) {
+    const int error = errno;
+    const std::string what = "cannot read the key file " + path + " (" + std::strerror(error) + ")";
+    return failure(Code::kNotFound, error == ENOENT ? what + ": make one with `kvernctl keygen`" : what);
+  }
   std::string line;
   while (std::getline(file, line)) {
     std::istringstream words(line);
@@ -62,7 +66,9 @@ Status write_key_files(const std::string& directory, const std::string& name, co
 
 Result<CurveKeyPair> read_secret_key_file(const std::string& path) {
   struct stat about {};
-  if (stat(path.c_str(), &about) == 0 && (about.st_mode & 077U) != 0) {
+  const bool there = stat(path.c_str(), &about) == 0;
+  const mode_t others = about.st_uid == 0 && geteuid() != 0 ? 037U : 077U;
+  if (there && (about.st_mode & others) != 0) {
     return failure(Code::kRefused, path + " can be read by others: chmod 600 " + path);
   }
   auto public_key = read_key(path, "public");
@@ -89,6 +95,14 @@ Result<std::vector<AllowedClient>> read_allowed_clients_file(const std::string& 
     if (!(words >> client.public_key) || client.public_key.size() != kZ85KeyChars) {
       return failure(Code::kInvalid, path + ":" + std::to_string(number) + ": expected \"name <public key of " +
                                          std::to_string(kZ85KeyChars) + " characters>\"");
+    }
+    std::string right;
+    if (words >> right) {
+      client.admin = right == "admin";
+      if (!client.admin || words >> right) {
+        return failure(Code::kInvalid, path + ":" + std::to_string(number) +
+                                           ": after the key there may be \"admin\", " + "not \"" + right + "\"");
+      }
     }
     clients.push_back(std::move(client));
   }

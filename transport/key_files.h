@@ -15,15 +15,18 @@ namespace kvern {
 
 /// Writes both files; kRefused when one exists already (keys are never overwritten).
 Status write_key_files(const std::string& directory, const std::string& name, const CurveKeyPair& keys);
-/// A secret file. kRefused when others may read it, with the chmod that mends it.
+/// A secret file. kRefused when others may read it, with the chmod that mends it. A group may where the file is root's
+/// and we are not: so do secrets look that Kubernetes mounts.
 Result<CurveKeyPair> read_secret_key_file(const std::string& path);
 /// The public key of either kind of file.
 Result<std::string> read_public_key_file(const std::string& path);
 
-/// A client that the daemon lets in: a line "name <Z85 public key>" of its allowed_clients_file.
+/// A client that the daemon lets in: a line "name <Z85 public key>" of its allowed_clients_file, with a third word
+/// "admin" for those that may ask about and flush what all tenants have.
 struct AllowedClient {
   std::string name;  ///< becomes the tenant
   std::string public_key;
+  bool admin = false;
 };
 Result<std::vector<AllowedClient>> read_allowed_clients_file(const std::string& path);
 

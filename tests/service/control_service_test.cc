@@ -52,7 +52,8 @@ struct ControlServiceTest : ::testing::Test {
   ControlService control{{.config = config,
                           .epoch = 7,
                           .ucx = ucx,
-                          .tenants = {{"good key", "team"}},
+                          .tenants = {{"good key", "team"}, {"tenant's key", "another"}},
+                          .admins = {"good key"},
                           .slab_fd = -1,
                           .index_fd = -1,
                           .slab_bytes = 0,
@@ -248,11 +249,13 @@ TEST_F(ControlServiceTest, HeartbeatsTellWhatAClientHasLearntSince) {
   for (const auto& [name, value] : attributes.items()) EXPECT_LE(value.get<std::string>().size(), 256U) << name;
 }
 
-TEST_F(ControlServiceTest, AdministrationIsForThisHostAndForToolsWithAKey) {
+TEST_F(ControlServiceTest, AdministrationIsForThisHostAndForToolsWithAnAdministratorsKey) {
   const ControlPeer keyless{.local = false, .public_key = ""};
+  const ControlPeer tenant{.local = false, .public_key = "tenant's key"};
   for (const auto& [peer, role, allowed] :
        {std::tuple(local, wire::ROLE_TOOL, true), std::tuple(remote, wire::ROLE_TOOL, true),
-        std::tuple(keyless, wire::ROLE_TOOL, false), std::tuple(remote, wire::ROLE_WORKER, false)}) {
+        std::tuple(keyless, wire::ROLE_TOOL, false), std::tuple(tenant, wire::ROLE_TOOL, false),
+        std::tuple(remote, wire::ROLE_WORKER, false)}) {
     auto request = with_token(open(peer, role));
     request.mutable_flush();
     EXPECT_EQ(to_status(ask(peer, request).status()).is_ok(), allowed);
