@@ -31,6 +31,13 @@ from kvern.task_kind import task_kind
 logger = logging.getLogger("kvern.proxy")
 
 MAX_REQUEST_BYTES = 256 << 20  # a million tokens as text, many times over
+# Of connections to the servers. uvicorn closes idle ones after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), and a request that
+# crosses with that fails.
+IDLE_SECONDS = 4
+# Tokens that one after the other may be the beginning of a stop string.
+MOST_FIRST_TOKENS = 16
+# Reasons that lie in the request or its answer, not in the state of the servers: asking again would not help.
+_LASTING = ("request", "first token")
 _PASSED_HEADERS = ("authorization", "x-request-id", "traceparent", "tracestate")
 
 
@@ -72,7 +79,8 @@ class Proxy:
 
     async def _servers(self, _application):
         timeout = ClientTimeout(total=None, sock_connect=self.settings.connect_timeout_seconds)
-        async with ClientSession(connector=TCPConnector(limit=0), timeout=timeout) as session:
+        connector = TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+        async with ClientSession(connector=connector, timeout=timeout) as session:
             self.prefill = Server(session, self.settings.prefill)
             self.decode = Server(session, self.settings.decode)
             yield
@@ -105,7 +113,7 @@ class Proxy:
     async def _serve(self, request: web.Request, chat: bool) -> web.StreamResponse:
         try:
             body = json.loads(await request.read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServerError(400, error_payload(400, f"the request is not JSON: {error}", "BadRequestError")) from None
         if not isinstance(body, dict):
             raise ServerError(400, error_payload(400, "the request is not a JSON object", "BadRequestError"))
@@ -128,7 +136,7 @@ class Proxy:
             return
         logger.info("Not compact: %s", error)
         if self.settings.on_failure == "error":
-            status, kind = (400, "BadRequestError") if error.code == "request" else (503, "ServiceUnavailableError")
+            status, kind = (400, "BadRequestError") if error.code in _LASTING else (503, "ServiceUnavailableError")
             raise ServerError(status, error_payload(status, f"no compact cache: {error}", kind))
 
     async def _serve_compact(self, request, headers: dict, chat: bool, body: dict) -> web.StreamResponse:
@@ -148,14 +156,23 @@ class Proxy:
             told = first["choices"]
             if halves.choices > 1:
                 told += (await self.prefill.json("POST", "/v1/completions", headers, halves.other_firsts()))["choices"]
-            choices = [Choice(index, choice, halves) for index, choice in enumerate(told)]
-            if any(not choice.complete and not choice_told["text"] for choice, choice_told in zip(choices, told)):
-                # The decode server would begin its text with that of its prompt.
-                raise NotCompact("first token", "the first token ends within a character, or is a mark without text")
+            choices = [Choice(index, halves) for index in range(halves.choices)]
+            for choice, choice_told in zip(choices, told, strict=True):
+                choice.begin(choice_told)
+                await self._past_stop(headers, halves, choice)
             return await self._answer(request, headers, halves, first, choices, compact)
         finally:
             if compact is not None:
                 self._in_background(self.caches.delete(compact.handle.text))
+
+    async def _past_stop(self, headers: dict, halves: requests.Halves, choice: Choice) -> None:
+        """Goes on token by token while the text may be the beginning of a stop string. So the decode server sees either
+        all of one or nothing, and no token has been given out that belongs behind it. Throws NotCompact."""
+        while choice.may_stop:
+            if len(choice.tokens) >= MOST_FIRST_TOKENS:
+                raise NotCompact("first token", f"{MOST_FIRST_TOKENS} tokens are the beginning of a stop string")
+            body = halves.one_more(choice.index, choice.tokens)
+            choice.begin((await self.prefill.json("POST", "/v1/completions", headers, body))["choices"][0])
 
     async def _tokenised(self, headers: dict, chat: bool, body: dict) -> requests.Halves:
         with self.metrics.timed("tokenise"):
@@ -174,7 +191,10 @@ class Proxy:
         wanted, room = requests.wanted_tokens(chat, body), longest - len(prompt)
         if wanted is not None and wanted > room:
             raise NotCompact("request", f"the answer may have {wanted} tokens, the model has room for {room}")
-        return requests.Halves(chat, body, prompt, room if wanted is None else wanted)
+        most = room if wanted is None else wanted
+        if (body.get("min_tokens") or 0) > most:
+            raise NotCompact("request", f"min_tokens is {body['min_tokens']}, the answer may have {most}")
+        return requests.Halves(chat, body, prompt, most)
 
     def _making(self, chat: bool, body: dict) -> dict:
         """kv_transfer_params["kvern"] that ask for the compact cache: the client's own wishes, otherwise the settings."""
@@ -218,6 +238,9 @@ def _headers(request: web.Request) -> dict[str, str]:
     return {name: value for name, value in request.headers.items() if name.lower() in _PASSED_HEADERS}
 
 
+_OWN_FAILURE = error_payload(500, "kvern proxy failed; its log says why", "InternalServerError")
+
+
 async def _send(response: web.StreamResponse, event: dict) -> None:
     await response.write(b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
 
@@ -238,6 +261,11 @@ async def _stream(request: web.Request, shape: Shape, pieces, options: dict) -> 
             await _send(response, shape.last_chunk(sum(tokens.values())))
     except ServerError as error:
         await _send(response, error.payload)
+    except ConnectionResetError:  # the client has left
+        raise
+    except Exception:
+        logger.exception("%s %s failed in the middle of its answer", request.method, request.path)
+        await _send(response, _OWN_FAILURE)
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()
     return response
@@ -253,6 +281,11 @@ async def _errors_as_openai(request: web.Request, handler):
         message = f"{request.method} {request.path}: {error.reason}"
         kind = "NotFoundError" if error.status == 404 else "BadRequestError"
         return web.json_response(error_payload(error.status, message, kind), status=error.status)
+    except ConnectionResetError:  # the client has left
+        raise
+    except Exception:
+        logger.exception("%s %s failed", request.method, request.path)
+        return web.json_response(_OWN_FAILURE, status=500)
 
 
 def main(given: list[str] | None = None) -> None:

@@ -19,27 +19,33 @@ class Piece:
 
 
 class StopText:
-    """The text of a choice up to the first stop string, found as vLLM finds it. Here and not on the decode server, which
-    does not see the first token as part of the answer."""
+    """The text of a choice's first tokens, which come one at a time, up to the stop string that is complete first, as
+    vLLM has it. The decode server finds those in its own tokens; it sees the first ones as prompt."""
 
     def __init__(self, stops: list[str], included: bool):
         self._stops = stops
         self._included = included
-        self._held_back = max(map(len, stops), default=1) - 1 if not included else 0
-        self._text = ""
-        self._given = 0
+        self.text = ""
 
-    def feed(self, text: str, last: bool) -> tuple[str, str | None]:
-        """The text that can be given out, and the stop string that ends the answer here."""
-        self._text += text
+    def feed(self, text: str) -> str | None:
+        """The stop string that ends the answer here."""
+        self.text += text
+        ends = {}
         for stop in self._stops:
-            begin = self._text.find(stop, max(0, len(self._text) - len(text) - len(stop) + 1))
+            begin = self.text.find(stop, max(0, len(self.text) - len(text) - len(stop) + 1))
             if begin >= 0:
-                return self._text[self._given : begin + len(stop) if self._included else begin], stop
-        end = len(self._text) if last else max(self._given, len(self._text) - self._held_back)
-        given = self._text[self._given : end]
-        self._given = end
-        return given, None
+                ends[stop] = begin + len(stop)
+        if not ends:
+            return None
+        stop = min(ends, key=ends.__getitem__)  # the first in the list where two end together
+        self.text = self.text[: ends[stop] - (0 if self._included else len(stop))]
+        return stop
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the text ends with the beginning of a stop string, which further text may complete."""
+        longest = len(self.text) + 1
+        return any(self.text.endswith(stop[:n]) for stop in self._stops for n in range(1, min(len(stop), longest)))
 
 
 class Shape:

@@ -1,30 +1,58 @@
-"""The rest of an answer: each choice from its first token on, over the compact cache as long as there is one."""
+"""The rest of an answer: each choice from its first tokens on, over the compact cache as long as there is one."""
 
 import asyncio
 import contextlib
 
 from kvern import proxy_request as requests
-from kvern.proxy_answer import Piece, StopText
+from kvern.proxy_answer import Piece, StopText, joined
 from kvern.proxy_caches import Caches, Compact, NotCompact
 from kvern.proxy_server import Server, ServerError
 
 
 class Choice:
-    """One choice, fed with what the decode server says of it."""
+    """One choice: its first tokens, one at a time, then what the decode server says of the rest."""
 
-    def __init__(self, index: int, first: dict, halves: requests.Halves):
-        """first: the choice of the completion of one token."""
+    def __init__(self, index: int, halves: requests.Halves):
         self.index = index
-        self.first_token: int = first["token_ids"][0]
-        self.complete = first["finish_reason"] != "length" or halves.most_tokens == 1
-        self._stop_text = StopText(requests.stops(halves.body), bool(halves.body.get("include_stop_str_in_output")))
-        text = first["text"] if self.complete else self._stop_text.feed(first["text"], last=False)[0]
-        logprobs = first.get("logprobs")
-        self._offset = sum(map(len, logprobs["tokens"])) if logprobs else 0
-        self.first_piece = Piece(index, text, 1, first["token_ids"], logprobs)
+        self.tokens: list[int] = []  # the first ones
+        self.complete = False
+        self._halves = halves
+        self._stops = requests.stops(halves.body) or []
+        self._included = bool(halves.body.get("include_stop_str_in_output"))
+        self._stop_text = StopText(self._stops, self._included)
+        self._logprobs: list[dict] = []
+        self._offset = 0
+        self._finish: str | None = None
+        self._reason: int | str | None = None
+
+    def begin(self, told: dict) -> None:
+        """told: the choice of a completion of one token. None is in it if the server aborted. Throws NotCompact."""
+        self.tokens += told["token_ids"]
+        if told.get("logprobs"):
+            self._logprobs.append(told["logprobs"])
+            self._offset += sum(map(len, told["logprobs"]["tokens"]))
+        finish, reason = told["finish_reason"], told.get("stop_reason")
+        # What the server cut off may hold the end of another stop string, begun by an earlier token, and complete first.
+        cut_off = reason if reason in self._stops and not self._included else ""
+        stop = self._stop_text.feed(told["text"] + cut_off)
+        if stop is not None:
+            finish, reason = "stop", stop
+        self.complete = finish != "length" or not told["token_ids"] or len(self.tokens) >= self._halves.most_tokens
         if self.complete:
-            self.first_piece.finish_reason = first["finish_reason"]
-            self.first_piece.stop_reason = first.get("stop_reason")
+            self._finish, self._reason = finish, reason
+        elif not told["text"]:
+            # The decode server would begin its text with that of its prompt.
+            raise NotCompact("first token", "the first token ends within a character, or is a mark without text")
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may complete a stop string that the first ones begin."""
+        return not self.complete and self._stop_text.has_begun
+
+    @property
+    def first_piece(self) -> Piece:
+        text, logprobs = self._stop_text.text, joined(self._logprobs)
+        return Piece(self.index, text, len(self.tokens), self.tokens, logprobs, self._finish, self._reason)
 
     def piece(self, event: dict) -> Piece | None:
         """Of one streamed event; None if it carries nothing of the choice. The choice is complete once a piece has a
@@ -35,13 +63,11 @@ class Choice:
         logprobs = told.get("logprobs")
         if logprobs:
             logprobs = {**logprobs, "text_offset": [self._offset + offset for offset in logprobs["text_offset"]]}
-        finish, reason = told.get("finish_reason"), told.get("stop_reason")
-        text, stop = self._stop_text.feed(told.get("text") or "", last=finish is not None)
-        if stop is not None:
-            finish, reason = "stop", stop
+        finish = told.get("finish_reason")
         self.complete = finish is not None
-        tokens = 1 + (event.get("usage") or {}).get("completion_tokens", 0)
-        return Piece(self.index, text, tokens, told.get("token_ids"), logprobs, finish, reason)
+        tokens = len(self.tokens) + (event.get("usage") or {}).get("completion_tokens", 0)
+        text = told.get("text") or ""
+        return Piece(self.index, text, tokens, told.get("token_ids"), logprobs, finish, told.get("stop_reason"))
 
 
 class Decoding:
@@ -113,7 +139,7 @@ class Decoding:
         if compact is not None:
             begun = False
             handle = compact.handle
-            body = self._halves.compact_rest(choice.index, choice.first_token, handle.text, handle.slots)
+            body = self._halves.compact_rest(choice.index, choice.tokens, handle.text, handle.slots)
             try:
                 async with contextlib.aclosing(self._server.events("/v1/completions", self._headers, body)) as events:
                     async for event in events:
@@ -125,7 +151,7 @@ class Decoding:
                     raise
                 self.compact = False
                 self._give_up(NotCompact("decode", f"the decode server could not use the compact cache: {error}"))
-        body = self._halves.full_rest(choice.index, choice.first_token)
+        body = self._halves.full_rest(choice.index, choice.tokens)
         async with contextlib.aclosing(self._server.events("/v1/completions", self._headers, body)) as events:
             async for event in events:
                 yield event

@@ -78,6 +78,16 @@ _WHY = {
     "frequency_penalty": "frequency_penalty counts generated tokens, and the decode server sees the first one as prompt",
     "tools": "tool calls are parsed by the server that sees the whole answer",
 }
+# What this module reads itself. The server reads some other values as such, too, and refuses the rest in its own words.
+_TYPES = {
+    "model": str,
+    "stream": bool,
+    "stream_options": dict,
+    "return_token_ids": bool,
+    "include_stop_str_in_output": bool,
+    "chat_template_kwargs": dict,
+    "cache_salt": str,
+}
 DEFAULT_COMPLETION_TOKENS = 16  # vLLM's default for completions
 MOST_CHOICES = 128
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -90,6 +100,9 @@ def obstacle(chat: bool, body: dict) -> str:
         if value is None or name in known or any(value == neutral for neutral in _NEUTRAL.get(name, ())):
             continue
         return _WHY.get(name, f"{name} is not known to work across two servers")
+    for name, kind in _TYPES.items():
+        if body.get(name) is not None and not isinstance(body[name], kind):
+            return f"{name} is {body[name]!r}"
     if chat:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(_is_text(message) for message in messages):
@@ -105,8 +118,14 @@ def obstacle(chat: bool, body: dict) -> str:
         return "logprobs are not asked for as the server knows them"
     if stops(body) is None:
         return "stop is neither a text nor a list of texts"
-    if stops(body) and (body.get("min_tokens") or 0) > 1:
+    if stops(body) and body.get("min_tokens"):
         return "stop together with min_tokens is looked for in the whole answer"
+    options = body.get("stream_options")
+    readable = options is None or all(value in (None, True, False) for value in options.values())
+    if not readable or (options and not body.get("stream")):
+        return "stream_options are not as the server knows them, or without stream"
+    if body.get("cache_salt") == "":
+        return "cache_salt is empty"
     transfer = body.get("kv_transfer_params")
     if transfer is not None:
         ours = transfer.get("kvern") if isinstance(transfer, dict) else None
@@ -133,11 +152,12 @@ def without_wish(body: dict) -> dict:
 
 
 def stops(body: dict) -> list[str] | None:
+    """None: what the server does not know as stop strings."""
     value = body.get("stop")
-    if value is None or value == "":
+    if value is None:
         return []
     if isinstance(value, str):
-        return [value]
+        return [value] if value else None
     return value if isinstance(value, list) and all(isinstance(one, str) and one for one in value) else None
 
 
@@ -174,10 +194,10 @@ def wanted_tokens(chat: bool, body: dict) -> int | None:
     return body["max_tokens"] if body.get("max_tokens") is not None else DEFAULT_COMPLETION_TOKENS
 
 
-def decode_seed(seed: int) -> int:
-    """Both servers start their random numbers at the request's seed. The second half takes another one, so that its
-    first draw is not the draw of the first token again."""
-    return (seed + _SEED_STEP) & ((1 << 63) - 1)
+def seed_after(seed: int, tokens: int) -> int:
+    """Each request to a server starts its random numbers at its seed. What follows the first tokens takes another one,
+    so that its first draw is not the draw of the first token again."""
+    return (seed + tokens * _SEED_STEP) & ((1 << 63) - 1) if tokens else seed
 
 
 @dataclasses.dataclass
@@ -214,58 +234,62 @@ class Halves:
     def _salted(self, request: dict) -> dict:
         return {**request, "cache_salt": self.body["cache_salt"]} if self.body.get("cache_salt") else request
 
-    def _seeded(self, request: dict, index: int, decode: bool) -> dict:
+    def _seeded(self, request: dict, index: int, begun: list[int]) -> dict:
         seed = self.body.get("seed")
-        if seed is None:
-            return request
-        seed += index  # as vLLM does for its choices
-        return {**request, "seed": decode_seed(seed) if decode else seed}
+        # index: as vLLM does for its choices
+        return request if seed is None else {**request, "seed": seed_after(seed + index, len(begun))}
+
+    def _stops(self) -> dict:
+        return {name: self.body[name] for name in ("stop", "include_stop_str_in_output") if self.body.get(name)}
 
     def first(self, compact: dict) -> dict:
         """The completion of one token that computes the prompt. compact: kv_transfer_params["kvern"] of the making."""
-        return self._one_token(0, 1, compact)
+        return self._one_token(0, 1, compact, [])
 
     def other_firsts(self) -> dict:
         """The first tokens of the further choices; their prompt is in the server's prefix cache by now."""
-        return self._one_token(1, self.choices - 1, {"store": False})
+        return self._one_token(1, self.choices - 1, {"store": False}, [])
 
-    def _one_token(self, index: int, choices: int, transfer: dict) -> dict:
+    def one_more(self, index: int, begun: list[int]) -> dict:
+        """The next token of a choice that has begun."""
+        return self._one_token(index, 1, {"store": False}, begun)
+
+    def _one_token(self, index: int, choices: int, transfer: dict, begun: list[int]) -> dict:
         request = {
             **self._common(),
-            "prompt": self.prompt,
+            **self._stops(),
+            "prompt": [*self.prompt, *begun],
             "max_tokens": 1,
             "min_tokens": min(1, self.body.get("min_tokens") or 0),
             "n": choices,
             "return_token_ids": True,
             "kv_transfer_params": {"kvern": {**self._own_transfer(), **transfer}},
         }
-        for name in ("stop", "include_stop_str_in_output"):
-            if self.body.get(name):
-                request[name] = self.body[name]
-        return self._seeded(self._salted(request), index, decode=False)
+        return self._seeded(self._salted(request), index, begun)
 
-    def _rest(self, index: int) -> dict:
+    def _rest(self, index: int, begun: list[int]) -> dict:
         request = {
             **self._common(),
-            "max_tokens": self.most_tokens - 1,
-            "min_tokens": max(0, (self.body.get("min_tokens") or 0) - 1),
+            **self._stops(),
+            "max_tokens": self.most_tokens - len(begun),
+            "min_tokens": max(0, (self.body.get("min_tokens") or 0) - len(begun)),
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         if self.body.get("return_token_ids"):
             request["return_token_ids"] = True
-        return self._seeded(request, index, decode=True)
+        return self._seeded(request, index, begun)
 
-    def compact_rest(self, index: int, first_token: int, handle: str, slots: int) -> dict:
+    def compact_rest(self, index: int, begun: list[int], handle: str, slots: int) -> dict:
         return {
-            **self._rest(index),
-            "prompt": [*placeholders(self.prompt, slots), first_token],
+            **self._rest(index, begun),
+            "prompt": [*placeholders(self.prompt, slots), *begun],
             "cache_salt": handle,
             "kv_transfer_params": {"kvern": {"handle": handle}},
         }
 
-    def full_rest(self, index: int, first_token: int) -> dict:
-        request = {**self._rest(index), "prompt": [*self.prompt, first_token]}
+    def full_rest(self, index: int, begun: list[int]) -> dict:
+        request = {**self._rest(index, begun), "prompt": [*self.prompt, *begun]}
         if self._own_transfer():
             request["kv_transfer_params"] = {"kvern": self._own_transfer()}
         return self._salted(request)

@@ -13,10 +13,10 @@ _DROPPED_HEADERS = ("content-length", "content-encoding", "transfer-encoding", "
 
 
 class ServerError(Exception):
-    """What a server answered in place of an answer; told to the client as it came."""
+    """What a server answered in place of an answer; told to the client as it came. payload: {"error": {…}}."""
 
     def __init__(self, status: int, payload: dict):
-        super().__init__(str(payload.get("error", {}).get("message", payload)))
+        super().__init__(str(payload["error"].get("message", payload)))
         self.status = status
         self.payload = payload
 
@@ -46,7 +46,7 @@ class Server:
         async with self._request(method, path, headers, body) as response:
             if response.status != 200:
                 raise await _server_error(response)
-            return await response.json(content_type=None)
+            return _parsed(await response.read(), self.url)
 
     async def healthy(self, headers: dict) -> bool:
         try:
@@ -61,10 +61,11 @@ class Server:
             if response.status != 200:
                 raise await _server_error(response)
             async for data in _event_data(response.content):
-                event = json.loads(data)
-                if "error" in event:
-                    code = event["error"].get("code") if isinstance(event["error"], dict) else None
-                    raise ServerError(code if isinstance(code, int) else 500, event)
+                event = _parsed(data, self.url)
+                if event.get("error") or ("error" in event and not event.get("choices")):
+                    payload = _as_openai(500, event, data.decode(errors="replace"))
+                    code = payload["error"].get("code")
+                    raise ServerError(code if type(code) is int and 400 <= code < 600 else 500, payload)
                 yield event
 
     async def relay(self, request: web.Request, headers: dict, body: dict) -> web.StreamResponse:
@@ -76,7 +77,7 @@ class Server:
             try:
                 async for data in answer.content.iter_any():
                     await response.write(data)
-            except ClientError as error:
+            except (ClientError, asyncio.TimeoutError) as error:
                 # The headers are out: breaking off is all that tells the client.
                 logger.warning("%s went away in the middle of an answer: %s", self.url, error)
                 if request.transport is not None:
@@ -92,9 +93,29 @@ async def _server_error(response) -> ServerError:
         payload = json.loads(text)
     except ValueError:
         payload = None
-    if not isinstance(payload, dict):
-        payload = error_payload(response.status, text[:2000] or response.reason or "", "UpstreamError")
-    return ServerError(response.status, payload)
+    return ServerError(response.status, _as_openai(response.status, payload, text or response.reason or ""))
+
+
+def _as_openai(status: int, payload, text: str) -> dict:
+    """The payload if OpenAI's clients can read it. Middlewares of vLLM and gateways answer {"error": "Unauthorized"},
+    {"detail": …}, or text."""
+    error = payload.get("error") if isinstance(payload, dict) else None
+    if isinstance(error, dict):
+        return payload
+    told = [error] + [payload.get(name) for name in ("message", "detail") if isinstance(payload, dict)]
+    message = next((one for one in told if isinstance(one, str) and one), text)
+    return error_payload(status, message[:2000], "UpstreamError")
+
+
+def _parsed(data: bytes, url: str) -> dict:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        message = f"{url} answered with something else than a JSON object"
+        raise ServerError(502, error_payload(502, message, "BadGateway"))
+    return value
 
 
 async def _event_data(content):

@@ -3,7 +3,7 @@ tells it to.
 
 A prompt holds «text»: the answer is that text, letter by letter, then the end. What has been said is read off the
 context after the last », so an answer that was cut in two comes out right only if the second half sees all of the first.
-An emoji is two tokens, each of which is no text by itself. Compact caches are kept in Caches, shared by servers.
+An emoji is two tokens, each of which is no text by itself; PARAGRAPH is one. Compact caches are kept in Caches, shared by servers.
 """
 
 import asyncio
@@ -15,11 +15,23 @@ from aiohttp import web
 END = 0
 EMOJI = "😊"
 EMOJI_HALVES = (0x110000, 0x110001)
+PARAGRAPH = ".\n\n"
+PARAGRAPH_TOKEN = 0x110002
+
+
+_STANDS_FOR_PARAGRAPH = 0xE000
+
+
+def _text_of(token: int) -> str:
+    return PARAGRAPH if token == PARAGRAPH_TOKEN else chr(token) if END < token < EMOJI_HALVES[0] else ""
 
 
 def encode(text: str) -> list[int]:
     ids = []
-    for letter in text:
+    for letter in text.replace(PARAGRAPH, chr(_STANDS_FOR_PARAGRAPH)):
+        if ord(letter) == _STANDS_FOR_PARAGRAPH:
+            ids.append(PARAGRAPH_TOKEN)
+            continue
         ids += EMOJI_HALVES if letter == EMOJI else [ord(letter)]
     return ids
 
@@ -30,7 +42,7 @@ def decode(ids: list[int]) -> str:
         if tuple(ids[position : position + 2]) == EMOJI_HALVES:
             text, position = text + EMOJI, position + 2
         else:
-            text += "\ufffd" if ids[position] in EMOJI_HALVES else chr(ids[position]) if ids[position] != END else ""
+            text += "\ufffd" if ids[position] in EMOJI_HALVES else _text_of(ids[position])
             position += 1
     return text
 
@@ -76,6 +88,9 @@ class FakeVllm:
         self.refusal = ""
         self.failure: tuple[int, dict] | None = None  # status and payload of every completion
         self.break_after: int | None = None  # tokens, after which a stream ends with an error
+        self.break_with: bytes = json.dumps(_error(500, "the engine died")).encode()
+        self.merged = 1  # tokens of one event, as when whoever reads it lags behind
+        self.aborts = False  # completions end before their first token
         self.stall = False  # a stream stops after its first token, until the client hangs up
         self.healthy = True
         self.seen: list[dict] = []
@@ -122,6 +137,9 @@ class FakeVllm:
         if self.failure:
             status, payload = self.failure
             return web.json_response(payload, status=status)
+        if self.aborts:
+            choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "abort", "stop_reason": None, "token_ids": []}
+            return web.json_response({"id": "cmpl-fake", "created": 1, "choices": [choice], "usage": _usage(prompt, 0)})
         ours = (body.get("kv_transfer_params") or {}).get("kvern", {})
         context = prompt
         if "handle" in ours:
@@ -178,12 +196,12 @@ class FakeVllm:
             elif len(generated) == limit:
                 finish = "length"
             fresh = len(text) - len(decode([token]))
-            for stop in stops:
-                found = text.find(stop, max(0, fresh - len(stop) + 1))
-                if found >= 0:
-                    text = text[: found + len(stop)] if body.get("include_stop_str_in_output") else text[:found]
-                    finish, reason = "stop", stop
-                    break
+            founds = [(text.find(stop, max(0, fresh - len(stop) + 1)), stop) for stop in stops]
+            ends = [(found + len(stop), stop) for found, stop in founds if found >= 0]
+            if ends:
+                end, stop = min(ends, key=lambda one: one[0])
+                text = text[: end if body.get("include_stop_str_in_output") else end - len(stop)]
+                finish, reason = "stop", stop
             out = text[given:] if finish else text[given : max(given, len(text) - held_back)]
             given += len(out)
             steps.append((token, out, finish, reason))
@@ -194,7 +212,7 @@ class FakeVllm:
     def _logprobs(steps, body, chat, offset=0):
         if body.get("logprobs") in (None, False):
             return None
-        tokens = [chr(step[0]) if 0 < step[0] < 0x110000 else "" for step in steps]
+        tokens = [_text_of(step[0]) for step in steps]
         top = body.get("top_logprobs" if chat else "logprobs") or 0
         tops = [{chr(ord("a") + i): -0.5 - i for i in range(top)} for _ in steps]
         if chat:
@@ -228,24 +246,28 @@ class FakeVllm:
         head = {"id": "cmpl-fake", "object": "chat.completion.chunk" if chat else "text_completion", "created": 1, "model": "model"}
         for index, steps in enumerate(choices):
             offset = 0
-            for count, step in enumerate(steps, 1):
+            groups = [steps[begin : begin + self.merged] for begin in range(0, len(steps), self.merged)]
+            count = 0
+            for group in groups:
+                count, step, first = count + len(group), group[-1], count == 0
                 if self.break_after is not None and count > self.break_after:
-                    await send(_error(500, "the engine died"))
+                    await response.write(b"data: " + self.break_with + b"\n\n")
                     await response.write(b"data: [DONE]\n\n")
                     return response
-                if self.stall and count > 1:
+                if self.stall and not first:
                     await asyncio.Event().wait()
-                if chat and count == 1:
+                if chat and first:
                     await send({**head, "choices": [{"index": index, "delta": {"role": "assistant", "content": ""}}]})
-                choice = {"index": index, **({"delta": {"content": step[1]}} if chat else {"text": step[1]})}
-                choice |= {"logprobs": self._logprobs([step], body, chat, offset), "finish_reason": step[2], "stop_reason": step[3]}
-                offset += 1
+                text = "".join(one[1] for one in group)
+                choice = {"index": index, **({"delta": {"content": text}} if chat else {"text": text})}
+                choice |= {"logprobs": self._logprobs(group, body, chat, offset), "finish_reason": step[2], "stop_reason": step[3]}
+                offset += sum(len(_text_of(one[0])) for one in group)
                 event = {**head, "choices": [choice]}
                 if options.get("continuous_usage_stats"):
                     event["usage"] = _usage(prompt, count)
                 if body.get("return_token_ids"):
-                    choice["token_ids"] = [step[0]]
-                    if count == 1 and not chat:
+                    choice["token_ids"] = [one[0] for one in group]
+                    if first and not chat:
                         choice["prompt_token_ids"] = prompt
                 await send(event)
         if options.get("include_usage"):

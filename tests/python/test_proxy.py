@@ -13,7 +13,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from fake_vllm import EMOJI, Caches, FakeVllm, encode
+from fake_vllm import EMOJI, PARAGRAPH, Caches, FakeVllm, decode, encode
 from kvern import proxy_request
 from kvern.config import OptionError
 from kvern.proxy import Proxy
@@ -101,6 +101,23 @@ def plain(answer: dict) -> dict:
     return {name: value for name, value in answer.items() if name not in ("id", "created", "kv_transfer_params")}
 
 
+def added_up(events: list[dict]) -> tuple[dict, dict]:
+    """What the events of a stream say of each choice together, and the usage."""
+    choices = {}
+    for event in events:
+        for choice in event["choices"]:
+            whole = choices.setdefault(choice["index"], {"text": "", "logprobs": [], "ids": [], "first": []})
+            whole["text"] += choice["text"]
+            whole["finish"] = (choice["finish_reason"], choice.get("stop_reason"))
+            whole["ids"] += choice.get("token_ids") or []
+            whole["first"] += choice.get("prompt_token_ids") or []
+            whole["usage"] = event["usage"]
+            if choice.get("logprobs"):
+                told = choice["logprobs"]
+                whole["logprobs"] += list(zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], told["text_offset"]))
+    return choices, events[-1]["usage"]
+
+
 async def wait_for(condition) -> None:
     while not condition():
         await asyncio.sleep(0.01)
@@ -142,24 +159,79 @@ async def test_a_streamed_completion_adds_up_to_the_same(setup, extra):
     body = {"model": "model", "prompt": encode(prompt_for("The answer is 42. Surely.")), **extra}
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
 
-    def added_up(events):
-        choices = {}
-        for event in events:
-            for choice in event["choices"]:
-                whole = choices.setdefault(choice["index"], {"text": "", "logprobs": [], "ids": [], "first": []})
-                whole["text"] += choice["text"]
-                whole["finish"] = (choice["finish_reason"], choice.get("stop_reason"))
-                whole["ids"] += choice.get("token_ids") or []
-                whole["first"] += choice.get("prompt_token_ids") or []
-                whole["usage"] = event["usage"]
-                if choice.get("logprobs"):
-                    told = choice["logprobs"]
-                    whole["logprobs"] += list(zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], told["text_offset"]))
-        return choices, events[-1]["usage"]
-
     async with setup.running():
         direct = added_up(await setup.events("/v1/completions", body, setup.direct))
         assert added_up(await setup.events("/v1/completions", body)) == direct
+
+
+STOPS = [
+    (["answer"], {"max_tokens": 60}),
+    (["answer"], {"max_tokens": 60, "include_stop_str_in_output": True}),
+    (["The a"], {}),  # begun by the first token
+    (["The a"], {"include_stop_str_in_output": True}),
+    (["The b", "he answer"], {}),  # begun, and another comes of it
+    (["Thx", "42"], {"max_tokens": 60}),
+    (["he", "The"], {}),  # two that end together
+    (["The", "he"], {}),
+    (["Th", "h"], {"n": 2}),
+    (["The answer is none"], {"max_tokens": 60}),
+    (["The answer"], {"max_tokens": 6}),
+    (["\n\n", "."], {"max_tokens": 60}),  # both in one token
+    (["42.\n", "."], {"max_tokens": 60}),
+]
+
+
+@pytest.mark.parametrize("merged", [1, 7])
+@pytest.mark.parametrize("stop, extra", STOPS, ids=str)
+@asynchronous
+async def test_nothing_is_told_or_counted_behind_a_stop_string(setup, stop, extra, merged):
+    prompt = encode(prompt_for("The answer is 42.\n\nSurely."))
+    body = {"prompt": prompt, "stop": stop, "logprobs": 1, "return_token_ids": True, "seed": 3, **extra}
+    setup.prefill.merged = setup.decode.merged = merged
+    async with setup.running():
+        direct = await setup.post("/v1/completions", body, setup.direct)
+        ours = await setup.post("/v1/completions", body)
+        assert (ours[0], plain(ours[1])) == (direct[0], plain(direct[1]))
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        direct = added_up(await setup.events("/v1/completions", body, setup.direct))
+        assert added_up(await setup.events("/v1/completions", body)) == direct
+        assert setup.paths().keys() <= {"compact", "full"}
+
+
+@asynchronous
+async def test_another_stop_string_may_end_before_the_one_that_the_server_found(setup):
+    async with setup.running():
+        for script, stop in ((f"a{PARAGRAPH}", ["\n\n", "a."]), ("abc", ["bc", "ab"])):
+            body = {"prompt": prompt_for(script + "more"), "stop": stop}
+            _, direct = await setup.post("/v1/completions", body, setup.direct)
+            _, ours = await setup.post("/v1/completions", body)
+            assert ours["choices"] == direct["choices"]
+            assert ours["choices"][0]["stop_reason"] == stop[1]
+
+
+@asynchronous
+async def test_tokens_that_begin_a_stop_string_come_from_the_prefill_server_with_seeds_of_their_own(setup):
+    async with setup.running():
+        body = {"prompt": prompt_for("The answer"), "stop": ["Thing"], "seed": 3, "max_tokens": 9, "cache_salt": "mine"}
+        _, answer = await setup.post("/v1/completions", body)
+        assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == ("The answe", 9)
+        asked = [*setup.prefill.seen, *setup.decode.seen]
+        assert [one["max_tokens"] for one in asked] == [1, 1, 1, 6]
+        assert [decode(one["prompt"])[-3:] for one in asked] == ["er»", "r»T", "»Th", "The"]
+        assert [one.get("cache_salt") for one in asked[:3]] == ["mine"] * 3
+        assert len({one["seed"] for one in asked}) == 4
+        assert setup.paths() == {"compact": 1}
+
+
+@asynchronous
+async def test_what_goes_on_like_a_stop_string_for_long_comes_from_one_server(setup):
+    body = {"prompt": prompt_for("-" * 40 + "!"), "stop": ["-" * 60], "max_tokens": 50}
+    async with setup.running():
+        _, answer = await setup.post("/v1/completions", body)
+        assert answer["choices"][0]["text"] == "-" * 40 + "!"
+        assert setup.paths() == {"ordinary": 1}
+        assert len(setup.prefill.seen) == 16
+        await wait_for(lambda: len(setup.caches.deleted) == 1)
 
 
 CHATS = [
@@ -255,6 +327,19 @@ OBSTACLES = [
     {"n": 0},
     {"stop": [3]},
     {"logprobs": "many"},
+    {"min_tokens": 1, "stop": "T"},
+    {"min_tokens": 17},
+    {"stop": ""},
+    {"stop": ["a", ""]},
+    {"model": [], "prompt": encode(prompt_for("hello"))},
+    {"stream": True, "stream_options": "x"},
+    {"stream": True, "stream_options": {"include_usage": "x"}},
+    {"stream_options": {"include_usage": True}},
+    {"stream": "x"},
+    {"chat_template_kwargs": "x"},
+    {"cache_salt": ""},
+    {"return_token_ids": "x"},
+    {"include_stop_str_in_output": "x"},
 ]
 
 
@@ -337,6 +422,80 @@ async def test_an_error_in_the_middle_ends_the_answer(setup):
         assert (status, answer["error"]["message"]) == (500, "the engine died")
 
 
+ODD_ERRORS = [
+    ({"error": "Unauthorized"}, "Unauthorized"),
+    ({"error": None, "message": "no such tenant"}, "no such tenant"),
+    ({"error": None}, '{"error": null}'),
+    ({"detail": "Not Found"}, "Not Found"),
+    (["down"], '["down"]'),
+]
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("payload, message", ODD_ERRORS, ids=str)
+@asynchronous
+async def test_errors_of_another_form_are_put_into_openais(setup, payload, message, where):
+    getattr(setup, where).failure = (401, payload)
+    async with setup.running():
+        status, answer = await setup.post("/v1/completions", {"prompt": prompt_for("hello")})
+        assert (status, answer["error"]["message"], answer["error"]["code"]) == (401, message, 401)
+
+
+@pytest.mark.parametrize(
+    "event, status, message",
+    [
+        (b'{"error": "The model is currently scaling."}', 500, "The model is currently scaling."),
+        (b'{"error": null}', 500, '{"error": null}'),
+        (b'{"error": {"message": "no", "code": "odd"}}', 500, "no"),
+        (b'{"error": {"message": "no", "code": 503}}', 503, "no"),
+        (b"nonsense", 502, "something else than a JSON object"),
+        (b"[]", 502, "something else than a JSON object"),
+        (b'{"choices": ["x"]}', 500, "kvern proxy failed"),
+    ],
+)
+@asynchronous
+async def test_whatever_comes_in_the_middle_a_stream_ends_with_an_error_that_can_be_read(setup, event, status, message):
+    setup.decode.break_after, setup.decode.break_with = 2, event
+    body = {"prompt": prompt_for("hello")}
+    async with setup.running():
+        events = await setup.events("/v1/completions", body)
+        assert [one["choices"][0]["text"] for one in events[:-1]] == ["h", "e", "l"]
+        assert message in events[-1]["error"]["message"]
+        got, answer = await setup.post("/v1/completions", body)
+        assert got == status and message in answer["error"]["message"]
+
+
+@asynchronous
+async def test_a_failure_of_the_proxy_itself_is_an_error_that_can_be_read(setup, caplog):
+    setup.prefill.failure = (200, {"choices": []})
+    async with setup.running():
+        status, answer = await setup.post("/v1/completions", {"prompt": prompt_for("hello")})
+        assert (status, answer["error"]["code"]) == (500, 500)
+    assert "POST /v1/completions failed" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_an_answer_that_the_prefill_server_aborts_is_empty(setup, stream):
+    setup.prefill.aborts = True
+    body = {"prompt": prompt_for("hello"), "return_token_ids": True}
+    async with setup.running():
+        if stream:
+            (answer,) = await setup.events("/v1/completions", body)
+        else:
+            _, answer = await setup.post("/v1/completions", body)
+            assert answer["usage"]["completion_tokens"] == 0
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == ("", [], "abort")
+        assert setup.decode.seen == []
+
+
+@asynchronous
+async def test_idle_connections_are_given_up_before_uvicorn_closes_them(setup):
+    async with setup.running():
+        assert setup.proxy.prefill._session.connector._keepalive_timeout < 5
+
+
 @asynchronous
 async def test_a_server_that_is_away_is_named(setup):
     async with setup.running(prefill="http://127.0.0.1:9"):
@@ -383,6 +542,11 @@ async def test_an_answer_that_begins_with_half_a_character_comes_from_one_server
             assert status == 200 and answer["choices"][0]["text"] in (EMOJI + " yes", EMOJI)
         assert setup.paths() == {"ordinary": 2}
         await wait_for(lambda: len(setup.caches.deleted) == 2)
+    refusing = Setup()
+    async with refusing.running(on_failure="error"):
+        # The next attempt would begin the same way: not a 503, which clients try again.
+        status, answer = await refusing.post("/v1/completions", {"prompt": prompt_for(EMOJI)})
+        assert status == 400 and "within a character" in answer["error"]["message"]
 
 
 @asynchronous
@@ -422,25 +586,28 @@ async def test_health_models_and_metrics(setup):
         assert f"kvern_proxy_prompt_tokens_total {float(len(prompt_for('hello')))}" in text
 
 
-def test_stop_strings_end_the_text_as_soon_as_they_are_there_and_never_leak():
+def test_the_stop_string_that_is_complete_first_ends_the_text():
     source = random.Random(1)
+
+    def some(most: int) -> str:
+        return "".join(source.choice("ab") for _ in range(source.randrange(1, most)))
+
     for _ in range(5_000):
-        text = "".join(source.choice("ab") for _ in range(source.randrange(1, 9)))
-        stops = ["".join(source.choice("ab") for _ in range(source.randrange(1, 5))) for _ in range(source.randrange(1, 3))]
-        included = source.random() < 0.5
-        guard, given, ended = StopText(stops, included), "", None
-        for position, letter in enumerate(text):
-            more, ended = guard.feed(letter, last=position == len(text) - 1)
-            given += more
-            assert included or not any(stop in given for stop in stops)
-            if ended is not None:
+        tokens = [some(4) for _ in range(source.randrange(1, 6))]
+        stops, included = [some(5) for _ in range(source.randrange(1, 4))], source.random() < 0.5
+        guard, text, stop = StopText(stops, included), "", None
+        for token in tokens:
+            text, stop = text + token, guard.feed(token)
+            if stop is not None:
                 break
-        first = min((text.find(stop) + len(stop) for stop in stops if stop in text), default=None)
-        assert (ended is None) == (first is None)
-        if first is None:
-            assert given == text
+            assert guard.has_begun == any(text.endswith(one[:n]) for one in stops for n in range(1, len(one)))
+        ends = [(text.find(one) + len(one), stops.index(one), one) for one in stops if one in text]
+        assert (stop is None) == (not ends)
+        if ends:
+            end, _, first = min(ends)
+            assert stop == first and guard.text == text[: end if included else end - len(stop)]
         else:
-            assert position == first - 1 and given == text[: first if included else first - len(ended)]
+            assert guard.text == text
 
 
 def test_placeholders_are_the_last_of_each_word():
