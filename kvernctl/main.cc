@@ -1,5 +1,8 @@
 // kvernctl: looks at, checks and tends a running kvernd.
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdlib>
 #include <iostream>
@@ -15,8 +18,12 @@ std::string default_address() {
   if (const char* address = std::getenv("KVERN_ADDRESS")) return address;
   // Where kvernd is without [server] socket.
   const char* directory = std::getenv("XDG_RUNTIME_DIR");
-  return std::string("unix://") + (directory != nullptr && *directory != '\0' ? directory : "/run") +
-         "/kvern/kvernd.sock";
+  if (directory != nullptr && *directory != '\0') return std::string("unix://") + directory + "/kvern/kvernd.sock";
+  // Where engines start one that may not write to /run.
+  const std::string of_user = "/tmp/kvern-" + std::to_string(::getuid()) + "/kvernd.sock";
+  struct stat about {};
+  const bool ours = ::lstat(of_user.c_str(), &about) == 0 && about.st_uid == ::getuid();
+  return "unix://" + (ours && ::access("/run/kvern/kvernd.sock", F_OK) != 0 ? of_user : "/run/kvern/kvernd.sock");
 }
 
 }  // namespace

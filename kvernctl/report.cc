@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <ctime>
 #include <fstream>
 #include <ostream>
@@ -490,12 +492,18 @@ void write_report(std::span<const Scrape> readings, double prefill_tokens_per_se
 }
 
 int run_report(const DaemonAddress& address, const ReportOptions& options, std::ostream& out) {
+  std::ofstream file(options.output, std::ios::app);  // before the period: what is there stays if that fails
+  if (!file) {
+    out << options.output << " cannot be written (" << std::strerror(errno) << "): name another file with --output\n";
+    return 2;
+  }
+  file.close();
   const auto readings = collect(address, options);
   if (!readings) {
     out << readings.error().to_string() << "\n";
     return 2;
   }
-  std::ofstream file(options.output);
+  file.open(options.output);
   write_report(*readings, options.prefill_tokens_per_second, file);
   file.close();
   if (!file) {

@@ -177,6 +177,7 @@ def test_kvernctl_looks_at_a_serving_engine(stage, first):
     doctor = stage.daemon.ctl("doctor")
     assert "recomputes what cannot be loaded" in doctor, doctor
     assert "stored, found and loaded, bit for bit" in doctor, doctor
+    assert "makes compact caches (keys turn as configured, self-test passed)" in doctor, doctor
     assert "makes compact caches by methods that read queries (self-test passed)" in doctor, doctor
     assert "the same budget: kv_load_failure_policy is not 'fail'" in doctor, doctor
     status = stage.daemon.ctl("status")

@@ -33,10 +33,12 @@ def test_keys_are_moved_as_the_model_turns_them(bench, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["smollm3", pytest.param("hunyuan", marks=full)])
-def test_a_model_whose_keys_cannot_be_moved_is_told_so(bench, architecture):
+def test_a_model_whose_keys_cannot_be_moved_is_told_so(stage, bench, architecture):
     """vLLM runs both through transformers, and their configurations do not tell."""
     output = bench.engine.generate(
         tokens(architecture, length=300), max_tokens=3, kv_transfer_params=compact.wish(SPEC)
     )
     answer = output.kv_transfer_params["kvern"]["compact"]
     assert answer["state"] == "refused" and "does not turn its keys" in answer["reason"]
+    doctor = stage.daemon.ctl("doctor")
+    assert "makes no compact caches: layer" in doctor, doctor
