@@ -1,8 +1,11 @@
 """Requests that ask for a compact cache of their prompt: the last queries are captured, and the whole prompt is handed over
 once it is computed. What stands in the way refuses the cache and never the request."""
 
+import array
+import hashlib
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable
 
@@ -15,6 +18,21 @@ from kvern.metadata import CaptureOrder, CompactOrder, KvernMetadata
 from kvern.page_holds import PageHolds
 from kvern.request_state import RequestState
 from kvern.stats import Recorder, label_of
+
+# vLLM makes n requests of one that wants n choices, with the ids "0_ID", "1_ID" and so on.
+_CHOICE = re.compile(r"\d+_(.+)", re.DOTALL)
+# They arrive one after the other, so that one may come when those before it have ended; but hardly later than this.
+_CHOICES_SECONDS = 60.0
+
+
+class _Choices:
+    """Requests for the choices of one, of which the first to arrive makes the compact cache of all."""
+
+    def __init__(self, maker: RequestState):
+        self.maker: RequestState | None = maker  # until it ends
+        self.answer: dict | None = None  # from then on
+        self.ended_at = 0.0
+        self.requests = {maker.request.request_id}
 
 
 class CompactMaking:
@@ -52,9 +70,13 @@ class CompactMaking:
         self._clock = clock
         self._wall_clock = wall_clock
         self._pending: dict[str, RequestState] = {}  # requests whose compact cache has not been ordered yet
+        self._choices: dict[tuple[str, bytes], _Choices] = {}
+        self._choices_of: dict[str, _Choices] = {}  # by request
         self._skip_local: list = []  # requests that are to be asked about again without their local prefix hit
 
     def start(self, state: RequestState, request) -> None:
+        if self._is_another_choice(state, request):
+            return
         try:
             if obstacle := self._obstacle():
                 raise ValueError(obstacle)
@@ -62,6 +84,25 @@ class CompactMaking:
             self._pending[request.request_id] = state
         except ValueError as error:
             self._refuse(state, str(error))
+
+    def _is_another_choice(self, state: RequestState, request) -> bool:
+        """Whether the cache that the request asks for is that of another choice. Choices are told by their ids, so what
+        the cache follows from must be the same, too: an id may be a client's own."""
+        match = _CHOICE.fullmatch(request.request_id)
+        if match is None:
+            return False
+        for key, choices in list(self._choices.items()):
+            if choices.maker is None and self._clock() - choices.ended_at > _CHOICES_SECONDS:
+                del self._choices[key]
+        key = match[1], _wish(state, request)
+        choices = self._choices.get(key)
+        known = choices is not None and request.request_id not in choices.requests
+        if known:
+            choices.requests.add(request.request_id)
+        else:
+            choices = self._choices[key] = _Choices(state)
+        self._choices_of[request.request_id] = choices
+        return known
 
     def _refuse(self, state: RequestState, reason: str) -> None:
         state.making, state.refusal = None, reason
@@ -202,16 +243,24 @@ class CompactMaking:
 
     # ---------------------------------------------------------------- the end of the request
 
-    def ended(self, request_id: str) -> None:
-        self._pending.pop(request_id, None)
-
-    def told(self, state: RequestState) -> dict | None:
+    def end(self, state: RequestState) -> dict | None:
         """What the request's answer says of its wish; None where it had none."""
+        self._pending.pop(state.request.request_id, None)
+        choices = self._choices_of.pop(state.request.request_id, None)
+        if choices is None:
+            return self._told(state)
+        if choices.maker is state:
+            choices.maker, choices.answer, choices.ended_at = None, self._told(state), self._clock()
+        if choices.maker is None:
+            return choices.answer
+        return self._told(choices.maker, "another choice, which makes it, has not computed the prompt yet")
+
+    def _told(self, state: RequestState, too_early: str = "") -> dict | None:
         making = state.making
         if making is None and not state.refusal:
             return None
         if making is None or making.handle is None:
-            return {"state": "refused", "reason": state.refusal or self._obstacle() or making.obstacle}
+            return {"state": "refused", "reason": state.refusal or self._obstacle() or too_early or making.obstacle}
         return {
             "state": "pending",
             "handle": making.handle.text,
@@ -220,3 +269,11 @@ class CompactMaking:
             "method": making.spec,
             "expires_at": making.handle.expires_at,
         }
+
+
+def _wish(state: RequestState, request) -> bytes:
+    """A digest of all that a compact cache of the request follows from, and of who may have it."""
+    lora = request.lora_request
+    facts = (state.options, getattr(request, "cache_salt", None), getattr(lora, "lora_name", None))
+    prompt = array.array("q", request.all_token_ids[: request.num_prompt_tokens])
+    return hashlib.sha256(repr(facts).encode() + prompt.tobytes()).digest()

@@ -1,8 +1,9 @@
 """The daemon of those who configure none: one kvernd per user and machine, started by the first engine that needs it.
 
 It outlives the engines, so that a restarted one finds its cache again, and ends when no engine has used it for a while.
-The engines' presence is a shared lock on a file, which the kernel takes back however an engine ends. Between the engines
-and kvernd stands a keeper process (this module's main), which waits for that lock and then stops kvernd.
+The engines' presence is a shared lock on a file, which the kernel takes back however an engine ends. Between the
+engines and kvernd stands a keeper process (this module's main), which looks for that lock every second and stops kvernd
+when it has been free for long.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ METRICS_ADDRESS = ("127.0.0.1", 9464)
 # A smaller tier is of no use, so that a machine without shared memory is told at once.
 MINIMUM_DRAM = 64 << 20
 _STOP_SECONDS = 30
+_LOOK_SECONDS = 1  # how often the keeper looks for users
 
 _presence: dict[str, int] = {}  # folder -> descriptor with the shared lock, kept for the life of this process
 
@@ -122,7 +124,21 @@ def _free_or_zero(address: tuple[str, int]) -> str:
             return f"{address[0]}:0"
 
 
-def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = IDLE_SECONDS) -> int:
+def _is_used(folder: pathlib.Path) -> bool:
+    try:
+        with _locked(folder / "users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+    except BlockingIOError:
+        return True
+
+
+def keep(
+    folder: pathlib.Path,
+    program: str,
+    size: int,
+    idle_seconds: float = IDLE_SECONDS,
+    look_seconds: float = _LOOK_SECONDS,
+) -> int:
     """Runs kvernd until it ends or nobody has needed it for a while."""
     daemon = None
     stopping = False
@@ -146,13 +162,15 @@ def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = ID
     )
     if stopping:
         daemon.terminate()
+    used_at = time.monotonic()
     while True:
-        with _locked(folder / "users.lock", fcntl.LOCK_EX):
-            pass  # the last engine has gone
-        try:
-            return daemon.wait(idle_seconds)
-        except subprocess.TimeoutExpired:
-            pass
+        time.sleep(look_seconds)  # wait() with a time-out wakes up twenty times a second
+        if daemon.poll() is not None:
+            return daemon.returncode
+        if _is_used(folder):
+            used_at = time.monotonic()
+        if time.monotonic() - used_at < idle_seconds:
+            continue
         # start.lock first: an engine that starts now either has its shared lock already, or starts another daemon.
         with _locked(folder / "start.lock", fcntl.LOCK_EX):
             try:
@@ -164,7 +182,7 @@ def keep(folder: pathlib.Path, program: str, size: int, idle_seconds: float = ID
                         daemon.kill()
                         return daemon.wait()
             except BlockingIOError:
-                continue  # somebody came back
+                used_at = time.monotonic()  # somebody came back
 
 
 if __name__ == "__main__":

@@ -92,14 +92,15 @@ class EventLog:
         if note is not None:
             self._withdraw(namespace_id, note)
 
-    def snapshot(self, namespace_id: bytes, present: list[tuple[int, list[bytes]]]) -> None:
-        """After a reconnect: present is all that the daemon has of the namespace. What it lacks is withdrawn, what it
-        has and this engine knows is announced anew."""
+    def snapshot(self, namespace_id: bytes, present: list[tuple[int, list[bytes]]], complete: bool) -> None:
+        """After a reconnect: present is what the daemon has of the namespace, all of it if complete. What it lacks is
+        withdrawn, what it has and this engine knows is announced anew. Of an incomplete one nothing can be said to be
+        missing."""
         there = {(group, hashes[-1]) for group, hashes in present if hashes}
         for key in [key for key in self._chunks if key[0] == namespace_id]:
             if (key[1], key[2]) in there:
                 self._announce(self._chunks[key])
-            else:
+            elif complete:
                 self._withdraw(namespace_id, self._chunks.pop(key))
 
     def clear(self) -> None:

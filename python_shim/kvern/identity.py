@@ -1,13 +1,20 @@
 """Namespaces: all that decides what cached bytes mean. vLLM's block hashes name token ids alone, so that two models give
 the same hashes; whatever is not in these facts would let one model read another's cache."""
 
+import concurrent.futures
+import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import time
+import weakref
 
 from kvern import compat
 from kvern.groups import Geometry, Refused, layer_number
+from kvern.guard import log_once, logger
 
 # Weight files up to this many bytes in all are hashed completely (a second or so); of larger ones every tensor is
 # sampled. Training moves practically every weight of the tensors that it touches, so samples tell versions apart.
@@ -143,31 +150,124 @@ def weights_fingerprint(vllm_config, given: str) -> str:
     return fingerprint_files(files)
 
 
-class AdapterDigests:
-    """Digests of LoRA adapters, worked out by a thread of its own. An adapter whose files have changed since they were
-    first seen under the same id has no digest any more: nobody can tell which version the engine has loaded."""
+# ---------------------------------------------------------------- adapters
 
-    def __init__(self, executor):
+# Files that changed so shortly before an engine's start count as changed after it: file servers have their own clocks.
+_CLOCK_MARGIN_SECONDS = 5
+
+
+@dataclasses.dataclass
+class _Adapter:
+    """state: of its files when it was first seen. problem: why nobody can tell which version the engine has."""
+
+    state: tuple
+    digest: concurrent.futures.Future | None
+    problem: str = ""
+
+
+class AdapterDigests:
+    """Digests of LoRA adapters, worked out by a thread of its own.
+
+    vLLM reads an adapter's files when it is loaded, perhaps long before the first request, and again whenever it has
+    been pushed out. So an adapter has a digest only if its files are known to be what they were before the engine could
+    first read them, and only as long as they stay so: they had not changed since before the engine's start when they
+    were first seen here, or they were seen right before vLLM loaded them (watch_loads)."""
+
+    def __init__(self, executor, started: float | None = None):
+        """started: unix seconds; no adapter was loaded before."""
         self._executor = executor
-        self._known: dict[tuple[int, str], tuple[tuple, object]] = {}
+        self._trusted_before = (time.time() if started is None else started) - _CLOCK_MARGIN_SECONDS
+        # By name and path, as vLLM's block hashes know them: what is cached locally of one is found by its successor.
+        self._known: dict[tuple[str, str], _Adapter] = {}
+        self._path_of_id: dict[int, str] = {}  # vLLM finds what it has loaded by the id alone
 
     def get(self, lora_request) -> tuple[bool, str]:
         """(known, digest). Not known: ask again. Known and empty: this adapter cannot be cached."""
-        path = pathlib.Path(getattr(lora_request, "lora_path", "") or "")
         try:
-            files = weight_files(path) + ([path / "adapter_config.json"] if path.is_dir() else [])
-            state = tuple((file.name, s.st_ino, s.st_size, s.st_mtime_ns) for file in files for s in [file.stat()])
+            adapter = self._look(lora_request, loading=False)
         except OSError:
             return True, ""
-        key = (lora_request.lora_int_id, str(path))
-        if key not in self._known:
-            self._known[key] = (state, self._executor.submit(fingerprint_files, files))
-        first_state, future = self._known[key]
-        if state != first_state:
+        if adapter.problem:
+            log_once(
+                logging.WARNING,
+                "Kvern: nothing is cached for the LoRA adapter %r (%s): %s. Load it again from a new path and with a "
+                "new id, by /v1/load_lora_adapter or add_lora() once its files are complete, or restart the engine.",
+                lora_request.lora_name,
+                lora_request.lora_path,
+                adapter.problem,
+            )
             return True, ""
-        if not future.done():
+        if not adapter.digest.done():
             return False, ""
-        return True, "" if future.exception() else future.result()
+        return True, "" if adapter.digest.exception() else adapter.digest.result()
+
+    def loading(self, lora_request) -> None:
+        """The engine is about to read the adapter's files, unless it has them."""
+        try:
+            self._look(lora_request, loading=True)
+        except OSError:  # nothing to read: vLLM will say so
+            pass
+
+    def _look(self, lora_request, loading: bool) -> _Adapter:
+        """Throws OSError."""
+        path = pathlib.Path(getattr(lora_request, "lora_path", "") or "")
+        files = weight_files(path) + ([path / "adapter_config.json"] if path.is_dir() else [])
+        stats = [(file.name, file.stat()) for file in files]
+        state = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
+        key = (lora_request.lora_name, str(path))
+        adapter = self._known.get(key)
+        if adapter is None:
+            if loading or _changed_at(path, files) < self._trusted_before:
+                adapter = _Adapter(state, self._executor.submit(fingerprint_files, files))
+            else:
+                problem = "its files changed after the engine's start, and it was not seen when vLLM read them"
+                adapter = _Adapter(state, None, problem)
+            self._known[key] = adapter
+        if state != adapter.state:  # for good: files may become again what they were
+            adapter.problem = "its files have changed since it was first seen under this name and path"
+        elif getattr(lora_request, "load_inplace", False):
+            self._path_of_id[lora_request.lora_int_id] = str(path)
+        elif self._path_of_id.setdefault(lora_request.lora_int_id, str(path)) != str(path):
+            adapter.problem = "its id is that of another adapter"
+        return adapter
+
+
+def _changed_at(path: pathlib.Path, files: list[pathlib.Path]) -> float:
+    """Unix seconds of the last change to the files, to links in their place, and to the folder, which shows that an
+    entry was replaced and, on Linux, that the folder was renamed. What was replaced further up does not show."""
+    stats = [place.stat() for place in (path, *files)] + [place.lstat() for place in (path, *files)]
+    return max(max(s.st_ctime, s.st_mtime) for s in stats)
+
+
+_watching: weakref.WeakSet[AdapterDigests] = weakref.WeakSet()
+
+
+def watch_loads(digests: AdapterDigests) -> None:
+    """Has digests look at each adapter right before vLLM loads it on request (--lora-modules, /v1/load_lora_adapter,
+    add_lora), which passes through the scheduler's process but not through the connector. Never raises."""
+    try:
+        from vllm.v1.executor.abstract import Executor
+
+        original = Executor.add_lora
+        if not hasattr(original, "tells_kvern"):
+            Executor.add_lora = _announcing(original)
+        _watching.add(digests)
+    except Exception:  # another vLLM: adapters must then be older than the engine
+        logger.debug("Kvern: cannot see when adapters are loaded.", exc_info=True)
+
+
+def _announcing(add_lora):
+    @functools.wraps(add_lora)
+    def wrapper(self, lora_request, *args, **kwargs):
+        for digests in list(_watching):
+            try:
+                digests.loading(lora_request)
+            except Exception:
+                logger.exception("Kvern: cannot look at an adapter that is being loaded.")
+        return add_lora(self, lora_request, *args, **kwargs)
+
+    wrapper.tells_kvern = True
+    return wrapper
 
 
 # ---------------------------------------------------------------- facts

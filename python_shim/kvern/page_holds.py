@@ -1,5 +1,7 @@
 """References on the engine's KV blocks while workers still read them."""
 
+import time
+
 from kvern import compat
 
 
@@ -12,11 +14,15 @@ class PageHolds:
     MAX_SHARE = 0.25
     # A prompt that becomes a compact cache cannot be put off for long, and its ordinary store holds the same blocks.
     MAX_SHARE_COMPACT = 0.75
+    # A full pool waits for a hold rather than preempt a request, since gathering takes milliseconds. One that is older
+    # than this waits for a daemon that hangs, which may take until a time-out of tens of seconds.
+    SOON_SECONDS = 0.5
 
-    def __init__(self, ranks: int):
+    def __init__(self, ranks: int, clock=time.monotonic):
         self._ranks = ranks
+        self._clock = clock
         self._pool = None
-        self._jobs: dict[int, tuple[list, set[int]]] = {}  # job -> (blocks, ranks that have gathered)
+        self._jobs: dict[int, tuple[list, set[int], float]] = {}  # job -> (blocks, ranks that have gathered, begin)
         self._blocks = 0
         self.problem = "vLLM has not shown its block pool"
 
@@ -38,14 +44,14 @@ class PageHolds:
     def take(self, job: int, block_ids: list[int]) -> None:
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]
         self._pool.touch(blocks)
-        self._jobs[job] = (blocks, set())
+        self._jobs[job] = (blocks, set(), self._clock())
         self._blocks += len(blocks)
 
     def gathered(self, job: int, rank: int) -> None:
         entry = self._jobs.get(job)
         if entry is None:
             return
-        blocks, ranks = entry
+        blocks, ranks, _ = entry
         ranks.add(rank)
         if len(ranks) < self._ranks:
             return
@@ -55,5 +61,8 @@ class PageHolds:
         self._pool.free_blocks(reversed(blocks))
 
     def frees_soon(self) -> bool:
-        """Whether some block has no other user any more, so that it becomes free when its hold ends."""
-        return any(block.ref_cnt == 1 for blocks, _ in self._jobs.values() for block in blocks)
+        """Whether some block has no other user any more, so that it becomes free when its hold ends, which is soon."""
+        since = self._clock() - self.SOON_SECONDS
+        return any(
+            block.ref_cnt == 1 for blocks, _, taken_at in self._jobs.values() if taken_at > since for block in blocks
+        )

@@ -93,7 +93,7 @@ class SchedulerSide:
         self._loads_due: list[LoadOrder] = []
         self._loads: dict[str, RequestState] = {}
         self._stores: dict[int, _Store] = {}
-        self._holds = PageHolds(geometry.ranks)
+        self._holds = PageHolds(geometry.ranks, clock)
         self._recorder = Recorder()
         self._reported_errors = 0
         self._sessions = 0
@@ -131,7 +131,8 @@ class SchedulerSide:
             wall_clock=wall_clock,
         )
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kvern-digest")
-        self._adapters = identity.AdapterDigests(self._executor)
+        self._adapters = identity.AdapterDigests(self._executor, wall_clock())
+        identity.watch_loads(self._adapters)
         events = getattr(vllm_config, "kv_events_config", None)
         self._events = EventLog() if events is not None and events.enable_kv_cache_events else None
         self._snapshots_due: collections.deque[_Namespace] = collections.deque()
@@ -662,13 +663,13 @@ class SchedulerSide:
         self._release(state)
         if state.lookup is not None:
             state.lookup.end(reason="the request ended before the answer")
-        self._making.ended(request.request_id)
+        compact = self._making.end(state)
         self._decoding.ended(request.request_id)
         if not state.options.asked:
             return False, None
         answer = {"hit_tokens": state.hit_tokens, "stored_tokens": state.stored_tokens}
-        if (told := self._making.told(state)) is not None:
-            answer["compact"] = told
+        if compact is not None:
+            answer["compact"] = compact
         return False, {"kvern": answer}
 
     def has_pending_push_work(self) -> bool:
@@ -707,10 +708,10 @@ class SchedulerSide:
                 self._client.request_snapshot(self._snapshots_due[0].handle)
             self._sessions = self._client.session_count
         if self._snapshots_due and (answer := self._client.take_snapshot()) is not None:
-            handle, chunks = answer
+            handle, chunks, complete = answer
             namespace_id = self._client.namespace_id(handle)
             if handle == self._snapshots_due[0].handle and namespace_id is not None:
-                self._events.snapshot(namespace_id, [(group, hashes) for group, hashes, _ in chunks])
+                self._events.snapshot(namespace_id, [(group, hashes) for group, hashes, _ in chunks], complete)
                 self._snapshots_due.popleft()
             if self._snapshots_due:
                 self._client.request_snapshot(self._snapshots_due[0].handle)

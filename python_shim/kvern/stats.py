@@ -78,15 +78,25 @@ class KvernStats(KVConnectorStats):
         return result
 
     def is_empty(self) -> bool:
+        """Whether there is nothing to log: vLLM's log makes these of the data that it gets, and lines of those that are
+        not empty."""
         return not self.data["counters"] and not self.data["observations"]
+
+
+class KvernUpdate(KvernStats):
+    """As they leave the connector. vLLM's scheduler drops those that are empty, and a gauge alone is none of them."""
+
+    def is_empty(self) -> bool:
+        return super().is_empty() and not self.data["gauges"]
 
 
 class Recorder:
     """Collects on one side of the connector until vLLM asks."""
 
     def __init__(self):
-        self._stats = KvernStats()
+        self._stats = KvernUpdate()
         self._gauges: dict[str, float] = {}
+        self._told: dict[str, float] = {}  # gauges, as of the last update
         self._reasons: collections.Counter = collections.Counter()
 
     def count(self, name: str, value: float = 1, label: str = "") -> None:
@@ -106,14 +116,12 @@ class Recorder:
     def gauge(self, name: str, value: float) -> None:
         self._gauges[name] = value
 
-    def take(self) -> KvernStats | None:
+    def take(self) -> KvernUpdate | None:
         """What is new since the last call; None if nothing is."""
-        gauges_changed = self._gauges != self._stats.data["gauges"]
-        if self._stats.is_empty() and not gauges_changed:
+        if self._stats.is_empty() and self._gauges == self._told:
             return None
-        stats, self._stats = self._stats, KvernStats()
-        stats.data["gauges"] = dict(self._gauges)
-        self._stats.data["gauges"] = dict(self._gauges)
+        stats, self._stats = self._stats, KvernUpdate()
+        stats.data["gauges"] = self._told = dict(self._gauges)
         return stats
 
 

@@ -29,6 +29,7 @@ class Store:
         self.hold = False  # True: jobs do not end
         self.fail_loads = False
         self.drop_stores = False
+        self.complete_snapshots = True
         self.session_count = 1
         self.matches = 0
         self.retained: dict[tuple, int] = {}  # (namespace id, group, hash) -> seconds
@@ -148,7 +149,8 @@ class Client:
             return None
         handle = self._snapshots.pop(0)
         mine = self.id_of(handle)
-        return handle, [(g, chunk.hashes, 0) for (n, g, _), chunk in self.store.chunks.items() if n == mine]
+        chunks = [(g, chunk.hashes, 0) for (n, g, _), chunk in self.store.chunks.items() if n == mine]
+        return handle, chunks, self.store.complete_snapshots
 
     def describe(self, attribute, value):
         self.attributes[attribute] = value

@@ -260,8 +260,9 @@ class MiniEngine:
         if options.pop("skip_reading", False):
             sampling.skip_reading_prefix_cache = True
         sampling.prompt_logprobs = options.pop("prompt_logprobs", None)
+        name = options.pop("request_id", f"r{self.numbers}")
         request = Request(
-            f"r{self.numbers}", list(prompt), sampling, None, block_hasher=self.hasher, **options
+            name, list(prompt), sampling, None, block_hasher=self.hasher, **options
         )
         self.scheduler.add_request(request)
         return request

@@ -144,6 +144,78 @@ def test_requests_of_one_batch_get_their_own_queries(engine, store):
         assert torch.equal(queries, wanted_queries(one, prompt, 40))
 
 
+def add_choices(engine, prompt, numbers, params, parent="cmpl-1-0-abcdef01", **options):
+    """As vLLM's front end makes them of a request with n choices."""
+    return [engine.add(prompt, request_id=f"{i}_{parent}", params=params, **options) for i in numbers]
+
+
+@pytest.mark.parametrize("spec", ["streaming(slots=100)", "snapkv(slots=100,window=40)"])
+def test_the_choices_of_a_request_share_one_cache(engine, store, spec):
+    one = engine(blocks=128)
+    one.generate(prompt_of(10), max_tokens=1)  # the workers tell with the first step what they can do
+    choices = add_choices(one, prompt_of(300), range(3), compact(spec))
+    one.run(*choices)
+    one.settle()
+    (handle,) = store.compactions
+    assert [told(one, choice)["handle"] for choice in choices] == [handle] * 3
+    assert_at_rest(one)
+    assert not side_of(one)._making._choices_of
+
+
+def test_a_choice_that_comes_when_the_first_has_ended_shares_it_too(engine, store):
+    one = engine()
+    first, late = (run(one, add_choices(one, prompt_of(300), [i], compact(), max_tokens=1)[0]) for i in (0, 1))
+    assert told(one, late) == told(one, first) and len(store.compactions) == 1
+
+
+def test_a_choice_that_ends_before_the_first_has_its_prompt_is_told(engine, store):
+    """vLLM's answer has what the last choice was told."""
+    one = engine(max_batched=100)
+    first, quick = (add_choices(one, prompt_of(300), [i], compact(), max_tokens=9)[0] for i in (0, 1))
+    one.step()
+    _, answer = side_of(one).request_finished(quick, ())
+    assert "has not computed the prompt yet" in answer["kvern"]["compact"]["reason"]
+    one.abort(quick)
+    run(one, first)
+    assert told(one, first)["state"] == "pending"
+
+
+def test_choices_are_told_why_there_is_no_cache(engine, store):
+    one = engine()
+    choices = add_choices(one, prompt_of(300), [0, 1], compact("snapkv(slots=30,window=40)"))
+    one.run(*choices)
+    assert all("does not hold" in told(one, choice)["reason"] for choice in choices)
+    first, second = add_choices(one, prompt_of(300, seed=2), [0, 1], compact(), parent="other")
+    one.abort(first)
+    one.run(second)
+    one.settle()
+    assert "ended before" in told(one, second)["reason"] and not store.compactions
+
+
+@pytest.mark.parametrize("change", [{"salt": "another"}, {"seed": 3}, {"spec": "streaming(slots=50)"}, {"parent": "x"}])
+def test_requests_that_only_look_like_choices_get_caches_of_their_own(engine, store, change):
+    one = engine(blocks=128)
+
+    def add(index, salt="one", seed=1, spec="streaming(slots=100)", parent="cmpl"):
+        return one.add(prompt_of(300, seed), request_id=f"{index}_{parent}", params=compact(spec), cache_salt=salt)
+
+    both = [add(0), add(1, **change)]
+    one.run(*both)
+    one.settle()
+    assert len({told(one, request)["handle"] for request in both}) == len(store.compactions) == 2
+
+
+def test_choices_are_forgotten_some_time_after_the_first(engine):
+    one = engine()
+    making, now = side_of(one)._making, [0.0]
+    making._clock = lambda: now[0]
+    run(one, add_choices(one, prompt_of(300), [0], compact())[0])
+    assert len(making._choices) == 1
+    now[0] += 61
+    run(one, add_choices(one, prompt_of(300), [0], compact(), parent="other")[0])
+    assert len(making._choices) == 1
+
+
 def test_the_engines_own_attention_runs_where_nobody_asked(engine):
     one = engine()
     one.generate(prompt_of(300), params=compact("snapkv(slots=100,window=40)"))

@@ -1,5 +1,6 @@
 """The embedded daemon, with a stand-in for the program kvernd: what matters here is who starts and stops it, and when."""
 
+import fcntl
 import os
 import pathlib
 import signal
@@ -118,15 +119,14 @@ def test_a_missing_program_is_told(folder, monkeypatch):
 
 def keeper_of(folder, idle: float) -> subprocess.Popen:
     program = folder.parent / "kvernd-stand-in"
-    code = f"import pathlib, kvern.embedded as e; e.keep(pathlib.Path({str(folder)!r}), {str(program)!r}, 1 << 26, {idle})"
+    arguments = f"pathlib.Path({str(folder)!r}), {str(program)!r}, 1 << 26, {idle}, 0.05"
+    code = f"import pathlib, kvern.embedded as e; e.keep({arguments})"
     return subprocess.Popen([sys.executable, "-c", code])
 
 
 def test_it_stays_while_an_engine_lives_and_ends_when_nobody_comes_back(folder):
     folder.mkdir(mode=0o700)
     user = os.open(folder / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    import fcntl
-
     fcntl.flock(user, fcntl.LOCK_SH)
     keeper = keeper_of(folder, idle=0.1)
     wait_for(lambda: embedded.answers(folder / "kvernd.sock"))
@@ -135,6 +135,29 @@ def test_it_stays_while_an_engine_lives_and_ends_when_nobody_comes_back(folder):
     os.close(user)  # the engine is gone, however it ended
     assert keeper.wait(30) == 0
     assert not embedded.answers(folder / "kvernd.sock")
+
+
+def test_it_stays_as_long_after_the_last_of_several_engines(folder):
+    folder.mkdir(mode=0o700)
+    keeper = keeper_of(folder, idle=3)
+    wait_for(lambda: embedded.answers(folder / "kvernd.sock"))
+    began = time.monotonic()
+    time.sleep(1)
+    with embedded._locked(folder / "users.lock", fcntl.LOCK_SH):
+        time.sleep(1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        keeper.wait(2)  # four seconds after the start, two after the last use
+    assert keeper.wait(30) == 0
+    assert time.monotonic() - began > 4.8
+
+
+def test_the_keeper_ends_with_a_daemon_that_ends_while_engines_use_it(folder):
+    folder.mkdir(mode=0o700)
+    with embedded._locked(folder / "users.lock", fcntl.LOCK_SH):
+        keeper = keeper_of(folder, idle=60)
+        wait_for(lambda: starts(folder))
+        os.kill(int(starts(folder)[0].split()[0]), signal.SIGKILL)
+        assert keeper.wait(30) == 0
 
 
 def test_the_keepers_end_ends_the_daemon(folder):

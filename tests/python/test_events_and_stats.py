@@ -3,8 +3,11 @@ import pickle
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from test_scheduler_side import BLOCK, assert_at_rest, prompt_of, side_of
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorStats
 
 from kvern.stats import KvernPromMetrics, KvernStats, Recorder
+from kvern.vllm import KvernConnector
 
 
 def stored(events, medium):
@@ -68,6 +71,24 @@ def test_after_a_reconnect_the_daemons_snapshot_decides(engine, store):
     assert len(hashes(again)) == 8 and len(hashes(gone)) == 500 // BLOCK - 8
 
 
+def test_a_snapshot_that_is_not_complete_withdraws_nothing(engine, store):
+    one = engine(events=True)
+    one.generate(prompt_of(500))
+    one.events.clear()
+    full = next(key for key in store.chunks if len(store.chunks[key].hashes) == 8)
+    every, store.chunks = store.chunks, {full: store.chunks[full]}
+    store.complete_snapshots = False
+    store.session_count += 1
+    one.generate(prompt_of(20, seed=7))
+    again = stored(one.events, "CPU")
+    assert len(hashes(again)) == 8 and not any(isinstance(e, BlockRemoved) and e.medium == "CPU" for e in one.events)
+    store.chunks, store.complete_snapshots = every, True
+    one.events.clear()
+    store.session_count += 1
+    one.generate(prompt_of(20, seed=8))
+    assert len(hashes(stored(one.events, "CPU"))) == 500 // BLOCK, "what was not in it is not forgotten"
+
+
 def test_a_reset_withdraws_everything(engine):
     one = engine(events=True)
     one.generate(prompt_of(500))
@@ -93,6 +114,50 @@ def test_stats_add_up_and_survive_the_way_between_processes():
     assert total.reduce()["kvern mean load seconds"] == 0.5
     assert KvernStats(total.to_dict()).data == total.data
     assert one.take() is None and KvernStats().is_empty()
+
+
+def test_a_change_of_a_gauge_alone_is_told_and_not_logged():
+    recorder = Recorder()
+    recorder.gauge("held_blocks", 3)
+    recorder.count("stores")
+    assert recorder.take().data["gauges"] == {"held_blocks": 3}
+    recorder.gauge("held_blocks", 3)
+    assert recorder.take() is None
+    recorder.gauge("held_blocks", 0)
+    update = pickle.loads(pickle.dumps(recorder.take()))
+    assert not update.is_empty() and update.data == {"counters": {}, "gauges": {"held_blocks": 0}, "observations": {}}
+    lines, log = [], KVConnectorLogging.__new__(KVConnectorLogging)
+    log.connector_cls = KvernConnector
+    log.reset()
+    log.observe(update.to_dict())
+    log.log(lines.append)
+    assert not lines
+    recorder.gauge("held_blocks", 1)
+    beside = MultiKVConnectorStats({"KvernConnector": update})  # as beside other connectors
+    assert not beside.is_empty()
+    total = beside.aggregate(MultiKVConnectorStats({"KvernConnector": recorder.take()}))
+    assert total.to_dict()["KvernConnector"]["gauges"] == {"held_blocks": 1}
+
+
+def test_the_end_of_the_last_store_reaches_the_metrics(engine, store):
+    """Through vLLM's scheduler, which drops what is empty."""
+    one = engine()
+    told = []
+    make_stats = one.scheduler.make_stats
+
+    def spy(*arguments, **named):
+        stats = make_stats(*arguments, **named)
+        told.append(stats.kv_connector_stats)
+        return stats
+
+    one.scheduler.make_stats = spy
+    store.hold = True
+    one.run(one.add(prompt_of(500)))
+    store.hold = False
+    one.settle()
+    gauges = [data["gauges"] for data in told if data and data["gauges"]]
+    assert any(one["held_blocks"] for one in gauges)
+    assert gauges[-1]["held_blocks"] == gauges[-1]["jobs_in_flight"] == 0
 
 
 def test_labels_do_not_grow_without_end():

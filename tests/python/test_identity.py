@@ -1,6 +1,7 @@
 import concurrent.futures
 import json
 import os
+import time
 import types
 
 import pytest
@@ -97,24 +98,135 @@ class Now(concurrent.futures.Executor):
         return future
 
 
-def lora(path, number=1):
-    return types.SimpleNamespace(lora_int_id=number, lora_path=str(path), lora_name="a")
+LATER = 3600.0  # an engine that starts so much later than the test
 
 
-def test_an_adapter_whose_files_change_under_its_id_has_no_digest_any_more(tmp_path):
-    write_safetensors(tmp_path / "adapter_model.safetensors", {"x": b"1"})
-    (tmp_path / "adapter_config.json").write_text("{}")
-    digests = identity.AdapterDigests(Now())
-    known, one = digests.get(lora(tmp_path))
+def lora(path, number=1, name="a", **more):
+    return types.SimpleNamespace(lora_int_id=number, lora_path=str(path), lora_name=name, **more)
+
+
+def adapter_in(folder, content=b"1"):
+    folder.mkdir(exist_ok=True)
+    write_safetensors(folder / "adapter_model.safetensors", {"x": content})
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def digests_of(started: float) -> identity.AdapterDigests:
+    return identity.AdapterDigests(Now(), time.time() + started)
+
+
+def test_an_adapter_that_is_older_than_the_engine_has_a_digest(tmp_path):
+    one, two = (digests_of(LATER).get(lora(adapter_in(tmp_path / name), name=name)) for name in "ab")
+    assert one[0] and one[1] and one == two, "it follows content alone"
+
+
+def test_an_adapter_whose_files_change_has_no_digest_any_more(tmp_path):
+    digests = digests_of(LATER)
+    known, one = digests.get(lora(adapter_in(tmp_path / "x")))
     assert known and one
-    write_safetensors(tmp_path / "adapter_model.safetensors", {"x": b"22"})
-    assert digests.get(lora(tmp_path)) == (True, "")
-    known, two = digests.get(lora(tmp_path, number=2))  # loaded anew
-    assert known and two and two != one
+    adapter_in(tmp_path / "x", b"22")
+    assert digests.get(lora(tmp_path / "x")) == (True, "")
+    assert digests.get(lora(tmp_path / "x", number=2)) == (True, ""), "vLLM's prefix cache does not tell ids apart"
+    for again in (lora(tmp_path / "x", number=3, name="b"), lora(adapter_in(tmp_path / "y", b"22"), number=4)):
+        known, two = digests.get(again)
+        assert known and two and two != one
+
+
+@pytest.mark.parametrize("started", [-3600.0, 0.0, identity._CLOCK_MARGIN_SECONDS - 1], ids=["before", "now", "after"])
+def test_an_adapter_that_changed_after_the_engines_start_may_be_another_than_was_loaded(tmp_path, started):
+    """Say it was loaded, overwritten and then first asked for: the engine has what is no longer there."""
+    digests = digests_of(started)
+    assert digests.get(lora(adapter_in(tmp_path / "x"))) == (True, "")
+    assert digests.get(lora(tmp_path / "x")) == (True, "")
+    digests.loading(lora(tmp_path / "x"))
+    assert digests.get(lora(tmp_path / "x")) == (True, ""), "vLLM does not read again what it has"
+
+
+def test_a_copy_with_the_old_time_of_change_is_not_taken_for_old(tmp_path):
+    adapter_in(tmp_path / "x")
+    for place in (tmp_path / "x", *(tmp_path / "x").iterdir()):
+        os.utime(place, (1, 1))
+    assert digests_of(0).get(lora(tmp_path / "x")) == (True, "")
+
+
+@pytest.mark.parametrize("moved", ["folder", "link", "file"])
+def test_old_files_that_took_the_place_of_others_are_not_taken_for_old(tmp_path, monkeypatch, moved):
+    adapter_in(tmp_path / "x"), adapter_in(tmp_path / "y", b"2")
+    time.sleep(0.1)
+    started = time.time()
+    monkeypatch.setattr(identity, "_CLOCK_MARGIN_SECONDS", 0.0)
+    digests = identity.AdapterDigests(Now(), started)
+    assert digests.get(lora(tmp_path / "x"))[1]
+    time.sleep(0.1)
+    if moved == "folder":
+        (tmp_path / "y").rename(tmp_path / "z")
+    elif moved == "link":
+        (tmp_path / "z").symlink_to(tmp_path / "y")
+    else:
+        (tmp_path / "z").mkdir()
+        for file in list((tmp_path / "y").iterdir()):
+            (tmp_path / "z" / file.name).symlink_to(file)
+    assert digests.get(lora(tmp_path / "z", number=2, name="z")) == (True, "")
+
+
+@pytest.mark.parametrize("load_inplace", [False, True])
+def test_an_id_that_was_another_adapters_may_stand_for_that(tmp_path, load_inplace):
+    digests = digests_of(LATER)
+    adapter_in(tmp_path / "x"), adapter_in(tmp_path / "y", b"2")
+    assert digests.get(lora(tmp_path / "x"))[1]
+    again = lora(tmp_path / "y", name="b", load_inplace=load_inplace)
+    assert bool(digests.get(again)[1]) is load_inplace
+
+
+def executor():
+    from vllm.v1.executor.abstract import Executor
+
+    class Ranks(Executor):
+        def __init__(self):
+            self.loaded = []
+
+        def collective_rpc(self, method, args=(), **_):
+            self.loaded.append((method, args))
+            return [True]
+
+        _init_executor = check_health = None
+
+    Ranks.__abstractmethods__ = frozenset()
+    return Ranks()
+
+
+def test_an_adapter_that_is_seen_being_loaded_may_be_new(tmp_path):
+    digests, ranks = digests_of(-3600), executor()
+    identity.watch_loads(digests)
+    identity.watch_loads(digests_of(0))
+    request = lora(adapter_in(tmp_path / "x"))
+    assert ranks.add_lora(request) and ranks.loaded == [("add_lora", (request,))]
+    known, one = digests.get(request)
+    assert known and one
+    adapter_in(tmp_path / "x", b"22")
+    assert digests.get(request) == (True, "")
+
+
+def test_an_adapter_that_is_overwritten_between_its_load_and_its_first_request_has_no_digest(tmp_path):
+    digests = digests_of(-3600)
+    identity.watch_loads(digests)
+    executor().add_lora(lora(adapter_in(tmp_path / "x")))
+    adapter_in(tmp_path / "x", b"2")
+    assert digests.get(lora(tmp_path / "x")) == (True, "")
+
+
+def test_looking_at_an_adapter_never_keeps_it_from_being_loaded(tmp_path, monkeypatch):
+    digests, ranks = digests_of(0), executor()
+    identity.watch_loads(digests)
+    assert ranks.add_lora(lora(tmp_path / "nowhere"))
+    monkeypatch.setattr(digests, "_look", lambda *_, **__: 1 / 0)
+    assert ranks.add_lora(lora(tmp_path))
+    assert len(ranks.loaded) == 2
 
 
 def test_an_adapter_that_is_not_there_has_no_digest(tmp_path):
-    assert identity.AdapterDigests(Now()).get(lora(tmp_path / "nowhere")) == (True, "")
+    assert digests_of(0).get(lora(tmp_path / "nowhere")) == (True, "")
 
 
 def test_ranges_are_written_shortly():

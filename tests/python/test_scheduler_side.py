@@ -203,19 +203,100 @@ def write_adapter(folder, seed: int):
 
 
 def test_adapters_share_by_content(engine, tmp_path):
+    """Loaded as the front end has them loaded, through the executor."""
+    from test_identity import executor
     from vllm.lora.request import LoRARequest
 
-    write_adapter(tmp_path / "lora", seed=1)
-    one, prompt = engine(), prompt_of(500)
+    one, prompt, ranks = engine(), prompt_of(500), executor()
 
-    def generate(number: int) -> int:
+    def load(number: int, folder: str, seed: int) -> LoRARequest:
+        write_adapter(tmp_path / folder, seed)
+        request = LoRARequest("a", number, str(tmp_path / folder))
+        assert ranks.add_lora(request)
+        return request
+
+    def generate(request: LoRARequest) -> int:
         one.forget()
-        return computed(one, one.generate(prompt, lora_request=LoRARequest("a", number, str(tmp_path / "lora"))))
+        return computed(one, one.generate(prompt, lora_request=request))
 
-    assert generate(1) == 500 and generate(1) == 20 and generate(2) == 20
+    first, same = load(1, "lora", seed=1), LoRARequest("a", 2, str(tmp_path / "lora"))
+    assert generate(first) == 500 and generate(first) == 20 and generate(same) == 20
     write_adapter(tmp_path / "lora", seed=2)
-    assert generate(1) == 500, "nobody can tell which version the engine has loaded"
-    assert generate(3) == 500 and generate(3) == 20, "loaded anew, it is another adapter"
+    assert generate(first) == 500, "nobody can tell which version the engine has loaded"
+    anew = load(3, "lora-2", seed=2)
+    assert generate(anew) == 500 and generate(anew) == 20
+    assert_at_rest(one)
+
+
+def test_an_adapter_that_was_overwritten_since_it_was_loaded_is_not_shared(engine, store, tmp_path):
+    from test_identity import executor
+    from vllm.lora.request import LoRARequest
+
+    one = engine()
+    request = LoRARequest("a", 1, str(tmp_path / "lora"))
+    write_adapter(tmp_path / "lora", seed=1)
+    executor().add_lora(request)
+    write_adapter(tmp_path / "lora", seed=2)
+    one.generate(prompt_of(500), lora_request=request)
+    assert not store.chunks
+    unseen = LoRARequest("b", 2, str(tmp_path / "lora"))
+    one.generate(prompt_of(500), lora_request=unseen)
+    assert not store.chunks, "younger than the engine, and not seen being loaded"
+    assert_at_rest(one)
+
+
+# ---------------------------------------------------------------- a daemon that hangs
+
+
+def test_a_full_pool_waits_for_young_holds_alone():
+    import types
+
+    from kvern.page_holds import PageHolds
+
+    now = [100.0]
+    blocks = [types.SimpleNamespace(ref_cnt=0) for _ in range(8)]
+
+    class Pool:
+        def __init__(self):
+            self.blocks = blocks
+
+        def touch(self, blocks):
+            for block in blocks:
+                block.ref_cnt += 1
+
+        def free_blocks(self, ordered_blocks):
+            for block in ordered_blocks:
+                block.ref_cnt -= 1
+
+    holds = PageHolds(1, clock=lambda: now[0])
+    holds.bind(Pool())
+    assert not holds.problem and not holds.frees_soon()
+    holds.take(1, [1, 2])
+    assert holds.frees_soon()
+    now[0] += PageHolds.SOON_SECONDS - 0.01
+    assert holds.frees_soon()
+    now[0] += 0.02
+    assert not holds.frees_soon(), "the daemon hangs: vLLM is to preempt"
+    holds.take(2, [3])
+    assert holds.frees_soon()
+    holds.gathered(2, 0)
+    assert not holds.frees_soon() and holds.blocks == 2
+
+
+def test_an_engine_goes_on_while_its_daemon_hangs_and_its_pool_is_full(engine, store):
+    """As vLLM's scheduler sees it: with a pool that is full and stores that do not end it preempts."""
+    one = engine(blocks=24)
+    side, now = side_of(one), [0.0]
+    side._holds._clock = lambda: now[0]
+    store.hold = True
+    one.run(one.add(prompt_of(128, seed=9), max_tokens=1))
+    growing = [one.add(prompt_of(250, seed=seed), max_tokens=100) for seed in (2, 3)]
+    for _ in range(1000):
+        now[0] += 0.1
+        one.step()
+    assert all(request.is_finished() for request in growing) and sum(r.num_preemptions for r in growing)
+    assert side._holds.blocks
+    store.hold = False
     assert_at_rest(one)
 
 
