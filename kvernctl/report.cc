@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <fstream>
 #include <ostream>
 #include <set>
@@ -492,7 +493,9 @@ void write_report(std::span<const Scrape> readings, double prefill_tokens_per_se
 }
 
 int run_report(const DaemonAddress& address, const ReportOptions& options, std::ostream& out) {
-  std::ofstream file(options.output, std::ios::app);  // before the period: what is there stays if that fails
+  std::error_code ignored;
+  const bool was_there = std::filesystem::exists(options.output, ignored);
+  std::ofstream file(options.output, std::ios::app);  // before the period, and without touching what is there
   if (!file) {
     out << options.output << " cannot be written (" << std::strerror(errno) << "): name another file with --output\n";
     return 2;
@@ -500,6 +503,7 @@ int run_report(const DaemonAddress& address, const ReportOptions& options, std::
   file.close();
   const auto readings = collect(address, options);
   if (!readings) {
+    if (!was_there) std::filesystem::remove(options.output, ignored);
     out << readings.error().to_string() << "\n";
     return 2;
   }
