@@ -41,6 +41,11 @@ def rate(metric: str, by: str = "instance", labels: str = "") -> str:
     return f"sum by ({by}) (rate({metric}{{{OF}{labels}}}{EVERY}))"
 
 
+def rate_or_zero(metric: str, by: str) -> str:
+    """Of vLLM's counters that have no series before they first count."""
+    return f"{rate(metric, f'instance, {by}')} or 0 * {gauge('vllm:kvern_connected')}"
+
+
 def quantile(share: float, metric: str, by: str = "") -> str:
     return f"histogram_quantile({share}, {rate(metric + '_bucket', ', '.join(filter(None, [by, 'le'])))})"
 
@@ -140,6 +145,30 @@ COMPRESSION = (
         "{{reason}}",
         "cps",
     ),
+    one("Requests for compact caches, by outcome", rate("kvern_compactions_total", "outcome"), "{{outcome}}", "cps"),
+    one("Compact caches by state", gauge("kvern_compact_caches", "state"), "{{state}}"),
+    one(
+        "Bytes of compact caches",
+        gauge("kvern_compact_bytes"),
+        "{{instance}}",
+        "bytes",
+        text="Of those that are ready, as they were stored",
+    ),
+    Panel(
+        "Bytes of prompts and of their compact caches",
+        (
+            (rate("kvern_compacted_raw_bytes_total"), "prompts {{instance}}"),
+            (rate("kvern_compacted_stored_bytes_total"), "compact caches {{instance}}"),
+        ),
+        "Bps",
+    ),
+    p50_p99("Time to make a compact cache", "kvern_compaction_seconds"),
+    Panel(
+        "Error of compact caches",
+        ((quantile(0.5, "kvern_compaction_error"), "p50"), (quantile(0.99, "kvern_compaction_error"), "p99")),
+        "percentunit",
+        text="Relative error of the attention output, mean over the layers, where queries were captured",
+    ),
 )
 
 TIERS = (
@@ -180,6 +209,15 @@ TIERS = (
         "percentunit",
         text="No new blocks go in at 75%",
     ),
+    Panel(
+        "DRAM of tenants with a quota",
+        (
+            (gauge("kvern_tenant_used_bytes", "tenant"), "{{tenant}}"),
+            (gauge("kvern_tenant_limit_bytes", "tenant"), "limit of {{tenant}}"),
+        ),
+        "bytes",
+    ),
+    one("Chunks refused at a tenant's quota", rate("kvern_tenant_refused_total", "tenant"), "{{tenant}}", "cps"),
 )
 
 ENGINE = (
@@ -215,6 +253,26 @@ ENGINE = (
             (rate("vllm:kvern_callback_errors_total"), "callback errors {{instance}}"),
             (rate("vllm:kvern_stores_deferred_total"), "stores put off {{instance}}"),
         ),
+        "cps",
+    ),
+    one(
+        "Requests that failed for want of their compact cache, by reason",
+        rate_or_zero("vllm:kvern_handles_failed_total", "reason"),
+        "{{reason}} {{instance}}",
+        "cps",
+        text="Their clients get HTTP 500",
+    ),
+    one(
+        "Prompts computed in place of their compact cache, by reason",
+        rate_or_zero("vllm:kvern_rewrites_refused_total", "reason"),
+        "{{reason}} {{instance}}",
+        "cps",
+    ),
+    one("Prompts handed over for compact caches", rate("vllm:kvern_compactions_total"), "{{instance}}", "cps"),
+    one(
+        "Requests for compact caches that the engine refused, by reason",
+        rate_or_zero("vllm:kvern_compactions_refused_total", "reason"),
+        "{{reason}} {{instance}}",
         "cps",
     ),
 )

@@ -14,6 +14,9 @@ DASHBOARDS = ROOT / "deploy" / "grafana"
 # What vLLM serves, or is computed from it.
 NEEDS_ENGINE = re.compile(r"vllm:|engine:")
 
+# What has no value before a compact cache was made, or a tenant with a quota came, which the load is not.
+NEEDS_GUESTS = re.compile(r"\bkvern_compaction_(?:seconds|error)|\bkvern_tenant_")
+
 
 def rules() -> list[dict]:
     files = [yaml.safe_load((RULES / name).read_text()) for name in ("rules.yaml", "alerts.yaml")]
@@ -33,6 +36,11 @@ def panel_queries() -> list[tuple[str, str]]:
                 queries.append((f"{file.stem}: {panel['title']} {target['refId']}", expression))
     assert queries
     return queries
+
+
+def has_data(expression: str) -> bool:
+    """Of a daemon under the load of load.py."""
+    return not NEEDS_ENGINE.search(expression) and not NEEDS_GUESTS.search(expression)
 
 
 def finite(values: list[float]) -> bool:

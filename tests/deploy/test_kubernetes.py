@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import jsonschema
 import kubernetes_validate
@@ -41,18 +43,22 @@ from kvern.config import Options  # noqa: E402
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 
 # The operator's resources are not among Kubernetes' own schemas.
-POD_MONITOR = json.loads((ROOT / "tests/deploy/podmonitor.schema.json").read_text())
+OPERATOR = {
+    kind: json.loads((ROOT / f"tests/deploy/{kind.lower()}.schema.json").read_text())
+    for kind in ("PodMonitor", "PrometheusRule")
+}
 
-# What kvernd takes beside the tier in memory: index, staging of sessions, and itself.
-TMPFS_SHARE = 1.25
+# Beside the tier: what the guide says under "Sizes".
+WORKERS = 8
 PROCESS_BYTES = 2 << 30
+GIB = 1 << 30
 
 each_manifest = pytest.mark.parametrize("name", NAMES)
 
 
 def validate(each: dict, version: str) -> None:
-    if each["kind"] == "PodMonitor":
-        jsonschema.validate(each, POD_MONITOR)
+    if each["kind"] in OPERATOR:
+        jsonschema.validate(each, OPERATOR[each["kind"]])
     else:
         kubernetes_validate.validate(each, version, strict=True)
 
@@ -112,6 +118,31 @@ def test_a_broken_pod_monitor_is_refused(damage):
     damage(each["spec"]["podMetricsEndpoints"][0])
     with pytest.raises(jsonschema.ValidationError):
         validate(each, VERSIONS[-1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda rule: rule.update(expression="up == 0"),
+        lambda rule: rule.update(labels=["critical"]),
+        lambda rule: rule.pop("expr"),
+    ],
+    ids=["an unknown field", "a list for labels", "a rule without an expression"],
+)
+def test_a_broken_rule_is_refused(damage):
+    (each,) = copy.deepcopy(of_kind("single-node", "PrometheusRule"))
+    damage(each["spec"]["groups"][-1]["rules"][0])
+    with pytest.raises(jsonschema.ValidationError):
+        validate(each, VERSIONS[-1])
+
+
+def test_the_operators_rules_are_those_of_deploy_prometheus():
+    files = [yaml.safe_load((ROOT / f"deploy/prometheus/{name}.yaml").read_text()) for name in ("rules", "alerts")]
+    written = yaml.safe_load((FOLDER / "components/monitoring/rules.yaml").read_text())
+    groups = [group for file in files for group in file["groups"]]
+    assert written["spec"] == {"groups": groups}, "run deploy/kubernetes/render.sh"
+    (rendered,) = of_kind("single-node", "PrometheusRule")
+    assert rendered["spec"] == written["spec"]
 
 
 # ---- what kvernd and the connector take
@@ -175,19 +206,35 @@ def test_the_socket_is_in_a_volume_that_daemon_and_engines_share(name):
         assert engine.security()["runAsGroup"] == daemon.security()["runAsGroup"]
 
 
+@functools.cache
+def defaults() -> dict:
+    dump = [binary("kvernd"), "--dump-config"]
+    return tomllib.loads(subprocess.run(dump, capture_output=True, text=True, check=True).stdout)
+
+
+def volume_bytes(dram: int) -> int:
+    """The tier and a twentieth for its index, in whole GiB."""
+    return -(-dram * 21 // 20 // GIB) * GIB
+
+
+def memory_bytes(config: dict) -> int:
+    compact = {**defaults()["compact"], **config.get("compact", {})}
+    jobs = (compact["threads"] + 1) * size(str(compact["job_bytes"]))
+    return volume_bytes(size(config["store"]["dram_bytes"])) + WORKERS * Options().staging + jobs + PROCESS_BYTES
+
+
 @each_manifest
 def test_memory_is_large_enough_for_the_tier(name):
     (daemon,) = daemons(name)
     config = daemon_config(name, daemon)[1]
-    dram = size(config["store"]["dram_bytes"])
     _, volume = daemon.mount(config["server"]["run_dir"])
     if "emptyDir" in volume:
         assert volume["emptyDir"]["medium"] == "Memory"
-        assert size(volume["emptyDir"]["sizeLimit"]) >= TMPFS_SHARE * dram
+        assert size(volume["emptyDir"]["sizeLimit"]) == volume_bytes(size(config["store"]["dram_bytes"]))
     else:
         assert volume["hostPath"]["path"].startswith("/dev/shm/")
     resources = daemon.spec["resources"]
-    assert size(resources["limits"]["memory"]) >= TMPFS_SHARE * dram + PROCESS_BYTES
+    assert size(resources["limits"]["memory"]) == memory_bytes(config)
     assert resources["requests"]["memory"] == resources["limits"]["memory"]  # what is reserved at the start is needed
 
 
@@ -264,6 +311,16 @@ def test_policies_let_scrapes_in_and_remote_tiers_out(name):
             assert int(node.rsplit(":", 1)[1]) in out
 
 
+def test_policies_of_components_are_for_the_daemonsets_pods():
+    (daemon,) = daemons("daemonset")
+    opened = {}
+    for path in FOLDER.glob("components/*/networkpolicy.yaml"):
+        spec = yaml.safe_load(path.read_text())["spec"]
+        assert spec["policyTypes"] == ["Egress"] and selects(spec["podSelector"], daemon.pod_labels)
+        opened[path.parent.name] = {port["port"] for rule in spec["egress"] for port in rule["ports"]}
+    assert opened == {"remote-tiers": {6379, 443}, "tracing": {4318}}
+
+
 def test_jobs_are_named_as_the_rules_expect():
     prometheus = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yaml").read_text())
     expected = {job["job_name"]: job.get("metric_relabel_configs", []) for job in prometheus["scrape_configs"]}
@@ -274,12 +331,43 @@ def test_jobs_are_named_as_the_rules_expect():
         assert renamed == [(rule["regex"], rule["replacement"]) for rule in expected[job]]
 
 
+def test_targets_are_named_by_their_pods():
+    for monitor in of_kind("single-node", "PodMonitor"):
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        (names,) = [rule["sourceLabels"] for rule in endpoint["relabelings"] if rule["targetLabel"] == "instance"]
+        assert names == ["__meta_kubernetes_pod_name"]
+
+
+@each_manifest
+def test_an_engine_gets_a_gpu_and_a_model_without_a_gate(name):
+    for engine in engines(name):
+        assert engine.spec["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in engine.pod["tolerations"]
+        assert engine.spec["args"][0] == "Qwen/Qwen2.5-7B-Instruct"
+        (token,) = [each for each in engine.spec["env"] if each["name"] == "HF_TOKEN"]
+        assert token["valueFrom"]["secretKeyRef"]["optional"] is True  # a pod waits for ever for one that must be there
+
+
+def test_a_node_with_a_gpu_for_each_engine_can_be_drained_and_rolled():
+    for name in ("single-node", "two-engines"):
+        (engine,) = engines(name)
+        strategy = engine.workload["spec"]["strategy"]["rollingUpdate"]
+        assert (strategy["maxSurge"], strategy["maxUnavailable"]) == (0, 1), name
+    for each in NAMES:
+        for workload in of_kind(each, "Deployment"):
+            affinity = workload["spec"]["template"]["spec"].get("affinity", {}).get("podAffinity", {})
+            # A condition would bind a new engine to the node that is being drained.
+            assert "requiredDuringSchedulingIgnoredDuringExecution" not in affinity, each
+    (pod,) = [engine.pod for engine in engines("two-engines")]
+    (together,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert together["weight"] == 100 and together["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+    assert selects(together["podAffinityTerm"]["labelSelector"], engines("two-engines")[0].pod_labels)
+
+
 @each_manifest
 def test_a_pod_waits_longer_than_kvernd_drains(name):
-    effective = subprocess.run([binary("kvernd"), "--dump-config"], capture_output=True, text=True, check=True).stdout
-    (drain,) = [int(line.split("=")[1]) for line in effective.splitlines() if line.startswith("drain_timeout_ms")]
     (daemon,) = daemons(name)
-    drain = daemon_config(name, daemon)[1]["server"].get("drain_timeout_ms", drain)
+    drain = {**defaults()["server"], **daemon_config(name, daemon)[1]["server"]}["drain_timeout_ms"]
     before = sum(
         engine.spec["lifecycle"]["preStop"]["sleep"]["seconds"]
         for engine in engines(name)
@@ -345,8 +433,8 @@ def test_rows_of_the_sizing_table_go_together():
     rows = re.findall(r"^\| (\d+GiB) \| (\d+Gi) \| (\d+Gi) \| \d+ \|$", GUIDE, re.MULTILINE)
     assert len(rows) >= 5
     for dram, volume, memory in rows:
-        assert size(volume) == TMPFS_SHARE * size(dram)
-        assert size(memory) >= size(volume) + PROCESS_BYTES
+        assert size(volume) == volume_bytes(size(dram))
+        assert size(memory) == memory_bytes({"store": {"dram_bytes": dram}})
 
 
 def test_tokens_of_the_sizing_table_are_what_its_bytes_say():
@@ -375,6 +463,29 @@ def test_kvernd_takes_the_configuration_of_the_guide(tmp_path):
     (text,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "kvernd.toml").write_text(text)
     assert check_config(tmp_path / "kvernd.toml").returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
+def test_kustomize_takes_the_kustomization_of_the_guide(tmp_path):
+    (text,) = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", GUIDE, re.DOTALL)
+    here = os.path.relpath(FOLDER, tmp_path.resolve())
+    assert "kvern/deploy/kubernetes/" in text
+    (tmp_path / "kustomization.yaml").write_text(text.replace("kvern/deploy/kubernetes/", f"{here}/"))
+    made = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    made_objects = [each for each in yaml.safe_load_all(made.stdout) if each]
+    for each in made_objects:
+        validate(each, VERSIONS[-1])
+        assert each["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    assert {"PodMonitor", "PrometheusRule"} <= {each["kind"] for each in made_objects}
+    out = {
+        port["port"]
+        for each in made_objects
+        if each["kind"] == "NetworkPolicy"
+        for rule in each["spec"].get("egress", [])
+        for port in rule["ports"]
+    }
+    assert out == {53, 443, 4318, 6379, 9000}
 
 
 # ---- the DaemonSet's shape with real processes
