@@ -321,7 +321,8 @@ std::pair<Extent, Extent> Slab::split(const Extent& extent, std::uint64_t head_b
 
 void Slab::cut_off(std::uint64_t offset) {
   State& s = *state_;
-  s.reachable_pages = static_cast<std::uint32_t>(std::min<std::uint64_t>(s.reachable_pages, offset / kAlignment));
+  if (offset / kAlignment >= s.reachable_pages) return;
+  s.reachable_pages = static_cast<std::uint32_t>(offset / kAlignment);
   std::vector<std::uint32_t> reaching;
   for (const auto& level : s.heads) {
     for (std::uint32_t id : level) {
