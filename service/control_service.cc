@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <future>
 #include <utility>
 
 #include "kernels/container.h"
@@ -97,14 +96,17 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
   if (!session) return finish(session.error());
 
   // What takes long is done elsewhere: this thread serves everybody's messages.
+  const auto submit = [&](std::function<void()> task) {
+    if (!parts_.administration.submit(std::move(task))) {
+      finish(Status(Code::kBusy, "too many questions wait: ask again later"));
+    }
+  };
   const auto later = [&](auto work) {
-    const bool queued = parts_.administration.submit(
-        [work = std::move(work), answer, reply, session = *session, request = std::move(request)]() mutable {
-          const Status status = work(*session, request, &answer);
-          set_status(status, answer.mutable_status());
-          reply(std::move(answer));
-        });
-    if (!queued) finish(Status(Code::kBusy, "too many questions wait: ask again later"));
+    submit([work = std::move(work), answer, reply, session = *session, request = std::move(request)]() mutable {
+      const Status status = work(*session, request, &answer);
+      set_status(status, answer.mutable_status());
+      reply(std::move(answer));
+    });
   };
 
   switch (request.body_case()) {
@@ -168,7 +170,11 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
             refused("status, explain and flush concern all tenants: they are for this host, and for tools whose "
                     "line in [server] allowed_clients_file ends with \"admin\""));
       }
-      if (request.has_flush()) return flush(request.flush(), std::move(answer), reply);
+      if (request.has_flush()) {
+        const auto scope = flush_scope(request.flush());
+        if (!scope) return finish(scope.error());
+        return submit([this, scope = *scope, answer, reply] { flush(scope, answer, reply); });
+      }
       return later([this](const Session&, const wire::ControlRequest& asked, wire::ControlReply* to) {
         return administrate(asked, to);
       });
@@ -497,26 +503,19 @@ Result<FlushScope> ControlService::flush_scope(const wire::FlushQuery& request) 
 }
 
 /// Lower tiers may take minutes: the thread that starts it does not wait for them.
-void ControlService::flush(const wire::FlushQuery& request, wire::ControlReply answer, ControlReplyFunction reply) {
-  const auto scope = flush_scope(request);
-  const auto answered = std::make_shared<wire::ControlReply>(std::move(answer));
-  const auto finish = [answered, reply = std::move(reply)](const Status& status) {
-    set_status(status, answered->mutable_status());
-    reply(std::move(*answered));
-  };
-  if (!scope) return finish(scope.error());
-  const bool queued = parts_.administration.submit([this, scope = *scope, answered, finish] {
-    parts_.tiers.flush(scope, [answered, finish](const FlushedChunks& dram, const Status& lower) {
-      auto* flushed = answered->mutable_flushed();
-      flushed->set_chunks(dram.chunks);
-      flushed->set_bytes(dram.bytes);
-      flushed->set_held(dram.held);
-      log_info("flushed", {{"chunks", dram.chunks}, {"bytes", dram.bytes}, {"held", dram.held}});
-      const bool whole = lower || lower.code() == Code::kNotFound;
-      finish(whole ? lower : Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message()));
-    });
+void ControlService::flush(const FlushScope& scope, wire::ControlReply answer, ControlReplyFunction reply) {
+  parts_.tiers.flush(scope, [answer = std::move(answer), reply = std::move(reply)](const FlushedChunks& dram,
+                                                                                   const Status& lower) mutable {
+    auto* flushed = answer.mutable_flushed();
+    flushed->set_chunks(dram.chunks);
+    flushed->set_bytes(dram.bytes);
+    flushed->set_held(dram.held);
+    log_info("flushed", {{"chunks", dram.chunks}, {"bytes", dram.bytes}, {"held", dram.held}});
+    const bool whole = lower || lower.code() == Code::kNotFound;
+    set_status(whole ? lower : Status(lower.code(), "DRAM is flushed, a lower tier is not: " + lower.message()),
+               answer.mutable_status());
+    reply(std::move(answer));
   });
-  if (!queued) finish(Status(Code::kBusy, "too many questions wait: ask again later"));
 }
 
 void ControlService::admit(std::uint64_t connection, const wire::Admit& request, PeerProcess peer,

@@ -85,7 +85,7 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   /// Status and explain.
   Status administrate(const wire::ControlRequest& request, wire::ControlReply* reply);
   static Result<FlushScope> flush_scope(const wire::FlushQuery& request);
-  void flush(const wire::FlushQuery& request, wire::ControlReply answer, ControlReplyFunction reply);
+  void flush(const FlushScope& scope, wire::ControlReply answer, ControlReplyFunction reply);
 
   Parts parts_;
   std::atomic<bool> stopping_{false};

@@ -400,6 +400,15 @@ void NvmeTier::end_write(Write& write, Status status) {
   write.done(std::move(status));
 }
 
+void NvmeTier::fail_first(std::unique_lock<std::mutex>& lock, Status status) {
+  Write write = std::move(queue_.front());
+  queue_.pop_front();
+  forget_write(write);
+  ++stats_.failed_writes;
+  lock.unlock();
+  end_write(write, std::move(status));
+}
+
 void NvmeTier::forget_write(const Write& write) {
   queued_bytes_ -= write.bytes;
   --unfinished_;
@@ -423,14 +432,8 @@ void NvmeTier::run() {
   }
   if (committing) commit(*committing);
   // What the last commits could not write and nobody will try again.
-  for (std::unique_lock lock(mutex_); !queue_.empty();) {
-    Write write = std::move(queue_.front());
-    queue_.pop_front();
-    forget_write(write);
-    ++stats_.failed_writes;
-    lock.unlock();
-    end_write(write, {Code::kUnavailable, "the NVMe tier is closing"});
-    lock.lock();
+  for (std::unique_lock lock(mutex_); !queue_.empty(); lock.lock()) {
+    fail_first(lock, {Code::kUnavailable, "the NVMe tier is closing"});
   }
 }
 
@@ -497,12 +500,7 @@ std::optional<NvmeTier::Batch> NvmeTier::begin_batch(std::optional<Batch>& commi
     if (auto status = make_room(); !status) {
       std::unique_lock lock(mutex_);
       if (queue_.empty()) return std::nullopt;
-      Write write = std::move(queue_.front());
-      queue_.pop_front();
-      forget_write(write);
-      ++stats_.failed_writes;
-      lock.unlock();
-      end_write(write, std::move(status));
+      fail_first(lock, std::move(status));
       return std::nullopt;
     }
     fill(batch);

@@ -161,6 +161,8 @@ class NvmeTier final : public Tier {
   /// With the lock held: off the count of what is not finished.
   void forget_write(const Write& write);
   static void end_write(Write& write, Status status);
+  /// Ends the write that has waited longest; there must be one. Lets go of the lock.
+  void fail_first(std::unique_lock<std::mutex>& lock, Status status);
 
   const NvmeConfig config_;
   const Clock& clock_;

@@ -1,6 +1,5 @@
 #include "store/transfer_queue.h"
 
-#include <algorithm>
 #include <utility>
 
 namespace kvern {

@@ -25,8 +25,8 @@ class TransferQueue {
   using Start = std::function<void()>;
   using GiveUp = std::function<void(Status)>;
 
-  /// server: for people, in the reason why a write was given up. The loop outlives the queue,
-  /// which is closed, or the loop stopped, before it goes.
+  /// server: for people, in the reason why a write was given up. The loop outlives the queue, which is closed, or the
+  /// loop stopped, before it goes.
   TransferQueue(EventLoop& loop, std::string server, const TransferLimits& limits);
 
   /// Calls start, perhaps at once, and read_ended() or write_ended() is to follow; or else give_up. Names the transfer.

@@ -101,7 +101,7 @@ Result<std::vector<AllowedClient>> read_allowed_clients_file(const std::string& 
       client.admin = right == "admin";
       if (!client.admin || words >> right) {
         return failure(Code::kInvalid, path + ":" + std::to_string(number) +
-                                           ": after the key there may be \"admin\", " + "not \"" + right + "\"");
+                                           ": after the key there may be \"admin\", not \"" + right + "\"");
       }
     }
     clients.push_back(std::move(client));
