@@ -37,12 +37,15 @@ bool CircuitBreaker::allow(std::int64_t now_ns, std::int64_t oldest_start_ns) {
     case BreakerState::kOpen:
       if (now_ns < open_until_ns_ || stalled) return false;
       state_ = BreakerState::kHalfOpen;
-      return true;
+      break;
     case BreakerState::kHalfOpen:
-      if (stalled) open(now_ns);
-      return oldest_start_ns == now_ns;  // one probe at a time
+      // The probe may be a write that lies in a queue, which nobody waits for: only its own time tells.
+      if (stalled || (probe_start_ns_ && now_ns - *probe_start_ns_ >= config_.stall_ns)) reopen(now_ns);
+      if (state_ == BreakerState::kOpen || probe_start_ns_) return false;
+      break;
   }
-  return false;
+  probe_start_ns_ = now_ns;
+  return true;
 }
 
 void CircuitBreaker::succeeded() {
@@ -50,14 +53,14 @@ void CircuitBreaker::succeeded() {
   // Late good news of operations that began before it opened do not close it: the probe does.
   if (state_ != BreakerState::kHalfOpen) return;
   state_ = BreakerState::kClosed;
+  probe_start_ns_.reset();
   open_for_ns_ = config_.open_ns;
 }
 
 void CircuitBreaker::failed(std::int64_t now_ns) {
   ++failures_in_a_row_;
   if (state_ == BreakerState::kHalfOpen) {
-    open_for_ns_ = std::min(open_for_ns_ * 2, config_.open_max_ns);
-    open(now_ns);
+    reopen(now_ns);
   } else if (state_ == BreakerState::kClosed && failures_in_a_row_ >= config_.failures) {
     open(now_ns);
   }
@@ -66,6 +69,12 @@ void CircuitBreaker::failed(std::int64_t now_ns) {
 void CircuitBreaker::open(std::int64_t now_ns) {
   state_ = BreakerState::kOpen;
   open_until_ns_ = now_ns + open_for_ns_;
+  probe_start_ns_.reset();
+}
+
+void CircuitBreaker::reopen(std::int64_t now_ns) {
+  open_for_ns_ = std::min(open_for_ns_ * 2, config_.open_max_ns);
+  open(now_ns);
 }
 
 }  // namespace kvern

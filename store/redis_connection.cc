@@ -154,7 +154,8 @@ void RedisConnection::flush() {
   if (state_ != State::kGreeting && state_ != State::kReady) return;
   const auto limit = [&] { return state_ == State::kGreeting ? 1 : queue_.size(); };
   while (sent_batches_ < limit()) {
-    if (sent_requests_ == 0 && sent_bytes_ == 0 && queue_[sent_batches_]->abandoned) {
+    const bool unsent = sent_requests_ == 0 && sent_bytes_ == 0 && !socket_.must_send_again();
+    if (unsent && queue_[sent_batches_]->abandoned) {
       queue_.erase(queue_.begin() + static_cast<std::ptrdiff_t>(sent_batches_));
       continue;
     }

@@ -72,6 +72,7 @@ StreamSocket::StreamSocket(StreamSocket&& other) noexcept
       tls_(std::exchange(other.tls_, nullptr)),
       connected_(other.connected_),
       wants_write_(other.wants_write_),
+      must_send_again_(other.must_send_again_),
       wake_bytes_(other.wake_bytes_) {}
 
 StreamSocket& StreamSocket::operator=(StreamSocket&& other) noexcept {
@@ -81,6 +82,7 @@ StreamSocket& StreamSocket::operator=(StreamSocket&& other) noexcept {
   tls_ = std::exchange(other.tls_, nullptr);
   connected_ = other.connected_;
   wants_write_ = other.wants_write_;
+  must_send_again_ = other.must_send_again_;
   wake_bytes_ = other.wake_bytes_;
   return *this;
 }
@@ -159,7 +161,9 @@ StreamSocket::Moved StreamSocket::tls_moved(int result) {
 StreamSocket::Moved StreamSocket::send(std::span<iovec> parts) {
   if (tls_ != nullptr) {
     const auto bytes = std::min<std::size_t>(parts.front().iov_len, INT_MAX);
-    return tls_moved(::SSL_write(tls_, parts.front().iov_base, static_cast<int>(bytes)));
+    const auto moved = tls_moved(::SSL_write(tls_, parts.front().iov_base, static_cast<int>(bytes)));
+    must_send_again_ = moved.progress == Progress::kWouldBlock;
+    return moved;
   }
   msghdr message{};
   message.msg_iov = parts.data();

@@ -64,6 +64,9 @@ class StreamSocket {
   /// To be called when the descriptor is ready: true once bytes can be sent, false while more is to come.
   Result<bool> finish_connect();
   Moved send(std::span<iovec> parts);
+  /// Whether the next send() must begin with what the last one began with: TLS has taken bytes of it that were not
+  /// counted as moved.
+  bool must_send_again() const { return must_send_again_; }
   Moved receive(std::span<std::byte> room);
   /// The descriptor need not become readable before so many bytes are there, or the connection ends. Only a hint, and
   /// none with TLS. The peer must be about to send that much.
@@ -80,6 +83,7 @@ class StreamSocket {
   ssl_st* tls_ = nullptr;
   bool connected_ = false;
   bool wants_write_ = false;
+  bool must_send_again_ = false;
   std::size_t wake_bytes_ = 1;
 };
 

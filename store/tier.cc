@@ -6,27 +6,6 @@
 namespace kvern {
 namespace {
 
-// Whether the end of an operation says that the tier is broken: a miss, a full queue, a refusal or a caller that went
-// away do not, and good bytes do not follow from them either.
-enum class Verdict { kGood, kBroken, kNone };
-Verdict verdict_of(const Status& status) {
-  switch (status.code()) {
-    case Code::kOk:
-    case Code::kNotFound:
-      return Verdict::kGood;
-    case Code::kUnavailable:
-    case Code::kInternal:
-    case Code::kCorrupt:
-      return Verdict::kBroken;
-    case Code::kBusy:
-    case Code::kRefused:
-    case Code::kInvalid:
-    case Code::kExpired:
-      return Verdict::kNone;
-  }
-  return Verdict::kNone;
-}
-
 bool aligned(std::uint64_t number) { return number % kTierAlignment == 0; }
 
 Status check(const TierObject& object) {
@@ -91,6 +70,7 @@ std::optional<std::uint64_t> Tier::begin(TierOperation operation) {
   });
   if (!breaker_.allow(now, oldest == outstanding_.end() ? now : oldest->second.started_ns)) return std::nullopt;
   const std::uint64_t id = next_operation_++;
+  if (breaker_.state() == BreakerState::kHalfOpen) probe_ = id;
   outstanding_.emplace(id, Outstanding{operation, now});
   return id;
 }
@@ -100,13 +80,31 @@ void Tier::end(std::uint64_t id, TierOperation operation, const Status& status, 
   const std::int64_t started = [&] {
     std::lock_guard lock(mutex_);
     const auto ended = outstanding_.extract(id);
-    const Verdict verdict = verdict_of(status);
-    if (verdict == Verdict::kGood) breaker_.succeeded();
-    if (verdict == Verdict::kBroken) breaker_.failed(now);
+    // Half open, only the probe counts, not what began before it opened.
+    if (breaker_.state() != BreakerState::kHalfOpen || id == probe_) tell_breaker(status, now);
     return ended.mapped().started_ns;
   }();
   if (observer_ == nullptr) return;
   observer_->finished(name_, operation, status, status ? bytes : 0, static_cast<double>(now - started) * 1e-9);
+}
+
+// A miss, a full queue, a refusal or a caller that went away do not say that the tier is broken, and the last three not
+// that it is well.
+void Tier::tell_breaker(const Status& status, std::int64_t now_ns) {
+  switch (status.code()) {
+    case Code::kOk:
+    case Code::kNotFound:
+      return breaker_.succeeded();
+    case Code::kUnavailable:
+    case Code::kInternal:
+    case Code::kCorrupt:
+      return breaker_.failed(now_ns);
+    case Code::kBusy:
+    case Code::kRefused:
+    case Code::kInvalid:
+    case Code::kExpired:
+      return breaker_.undecided();
+  }
 }
 
 void Tier::find(std::vector<CellQuery> cells, std::stop_token cancel, FindDone done) {

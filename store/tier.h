@@ -125,6 +125,7 @@ class Tier {
 
   std::optional<std::uint64_t> begin(TierOperation operation);
   void end(std::uint64_t id, TierOperation operation, const Status& status, std::uint64_t bytes);
+  void tell_breaker(const Status& status, std::int64_t now_ns);
 
   const std::string name_;
   const Clock& clock_;
@@ -137,6 +138,7 @@ class Tier {
   };
   std::map<std::uint64_t, Outstanding> outstanding_;  ///< by operation, oldest first
   std::uint64_t next_operation_ = 1;
+  std::uint64_t probe_ = 0;  ///< the operation that the breaker let through last while it was half open
 };
 
 }  // namespace kvern

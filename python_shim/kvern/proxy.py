@@ -276,7 +276,7 @@ async def _errors_as_openai(request: web.Request, handler):
     try:
         return await handler(request)
     except ServerError as error:
-        return web.json_response(error.payload, status=error.status)
+        return web.json_response(error.payload, status=error.status, headers=error.headers)
     except web.HTTPException as error:
         message = f"{request.method} {request.path}: {error.reason}"
         kind = "NotFoundError" if error.status == 404 else "BadRequestError"

@@ -12,13 +12,19 @@ logger = logging.getLogger("kvern.proxy")
 _DROPPED_HEADERS = ("content-length", "content-encoding", "transfer-encoding", "connection", "keep-alive", "date", "server")
 
 
-class ServerError(Exception):
-    """What a server answered in place of an answer; told to the client as it came. payload: {"error": {…}}."""
+def _kept(headers) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in _DROPPED_HEADERS}
 
-    def __init__(self, status: int, payload: dict):
+
+class ServerError(Exception):
+    """What a server answered in place of an answer; told to the client as it came. payload: {"error": {…}}. headers:
+    such as Retry-After, without those that describe the body."""
+
+    def __init__(self, status: int, payload: dict, headers: dict[str, str] | None = None):
         super().__init__(str(payload["error"].get("message", payload)))
         self.status = status
         self.payload = payload
+        self.headers = headers or {}
 
 
 def error_payload(status: int, message: str, kind: str) -> dict:
@@ -71,8 +77,7 @@ class Server:
     async def relay(self, request: web.Request, headers: dict, body: dict) -> web.StreamResponse:
         """Serves the client's request as it is, byte by byte."""
         async with self._request(request.method, request.path, headers, body) as answer:
-            kept = {name: value for name, value in answer.headers.items() if name.lower() not in _DROPPED_HEADERS}
-            response = web.StreamResponse(status=answer.status, headers=kept)
+            response = web.StreamResponse(status=answer.status, headers=_kept(answer.headers))
             await response.prepare(request)
             try:
                 async for data in answer.content.iter_any():
@@ -93,7 +98,8 @@ async def _server_error(response) -> ServerError:
         payload = json.loads(text)
     except ValueError:
         payload = None
-    return ServerError(response.status, _as_openai(response.status, payload, text or response.reason or ""))
+    headers = {name: value for name, value in _kept(response.headers).items() if name.lower() != "content-type"}
+    return ServerError(response.status, _as_openai(response.status, payload, text or response.reason or ""), headers)
 
 
 def _as_openai(status: int, payload, text: str) -> dict:

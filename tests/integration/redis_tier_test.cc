@@ -3,8 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <functional>
+#include <future>
+#include <memory>
 #include <thread>
 
+#include "base/executor.h"
+#include "store/redis_connection.h"
 #include "store/redis_object.h"
 #include "store/redis_slots.h"
 #include "store/remote_key.h"
@@ -258,14 +263,20 @@ TEST(RedisTierAuthentication, TakesUsersAndPasswordsAndSaysWhenTheyAreWrong) {
   EXPECT_EQ(refused.message().find("another"), std::string::npos) << refused.message();
 }
 
-TEST(RedisTierOverTls, ChecksTheCertificate) {
-  const Certificate certificate;
-  ASSERT_TRUE(certificate.ready()) << certificate.text();
-  const std::uint16_t port = free_port();
-  RedisServer server(
+/// A server that speaks TLS only, with clients that show the same certificate.
+struct TlsServer {
+  Certificate certificate;
+  std::uint16_t port = free_port();
+  RedisServer server{
       {"--port", "0", "--tls-port", std::to_string(port), "--tls-cert-file", certificate.file(), "--tls-key-file",
        certificate.key_file(), "--tls-ca-cert-file", certificate.file(), "--tls-auth-clients", "yes"},
-      port);
+      port};
+};
+
+TEST(RedisTierOverTls, ChecksTheCertificate) {
+  TlsServer tls;
+  auto& [certificate, port, server] = tls;
+  ASSERT_TRUE(certificate.ready()) << certificate.text();
   ASSERT_TRUE(server.ready()) << server.process().text();
   auto config = config_of(server);
   config.tls = true;
@@ -282,6 +293,60 @@ TEST(RedisTierOverTls, ChecksTheCertificate) {
   EXPECT_NE(refused.message().find("certificate"), std::string::npos) << refused.message();
   config.tls_ca_file = "/nowhere/nothing.pem";
   EXPECT_THROW(RedisTier(config, Clock::system(), nullptr), std::invalid_argument);
+}
+
+// What a full socket takes of a request is a record of TLS that has to go out whole, also when nobody wants its answer.
+TEST(RedisConnectionOverTls, WhatIsAbandonedHalfSentIsSentToItsEnd) {
+  TlsServer tls;
+  ASSERT_TRUE(tls.server.ready()) << tls.server.process().text();
+  const RedisConnectionSettings settings{
+      .user = "",
+      .password = "",
+      .tls = TlsContext::create(tls.certificate.file(), tls.certificate.file(), tls.certificate.key_file()).value(),
+      .connect_timeout_ns = 10'000'000'000};
+  ThreadPool resolver("resolver", 1, 1);
+  std::unique_ptr<RedisConnection> connection;
+  EventLoop loop("test", Clock::system());
+  const auto on_loop = [&](const std::function<void()>& task) {
+    std::promise<void> done;
+    ASSERT_TRUE(loop.post([&] {
+      task();
+      done.set_value();
+    }));
+    done.get_future().wait();
+  };
+  std::promise<Result<std::vector<RespValue>>> first, last;
+  const auto batch_of = [&](RedisRequest request, std::promise<Result<std::vector<RespValue>>>* told) {
+    auto batch = std::make_shared<RedisBatch>();
+    auto hold = std::make_shared<RedisRequest>(std::move(request));
+    batch->requests = {hold.get()};
+    batch->hold = hold;
+    batch->deadline_ns = Clock::system().now_ns() + 60'000'000'000;
+    if (told != nullptr) batch->done = [told](auto replies) { told->set_value(std::move(replies)); };
+    return batch;
+  };
+  on_loop([&] {
+    connection =
+        std::make_unique<RedisConnection>(loop, resolver, settings, RedisEndpoint{"127.0.0.1", tls.port}, [] {});
+    connection->submit(batch_of(redis_command({"ECHO", "first"}), &first));
+  });
+  ASSERT_EQ(first.get_future().get().value().front().text, "first");
+  tls.server.process().signal(SIGSTOP);
+  std::vector<std::shared_ptr<RedisBatch>> many;
+  for (int i = 0; i < 8192; ++i) many.push_back(batch_of(redis_command({"GET", std::string(4096, 'k')}), nullptr));
+  on_loop([&] {
+    for (const auto& batch : many) connection->submit(batch);
+  });
+  // Behind what the loop does next, which is to send until the socket is full.
+  on_loop([&] {
+    for (const auto& batch : many) batch->abandoned = true;
+    connection->submit(batch_of(redis_command({"ECHO", "last"}), &last));
+  });
+  tls.server.process().signal(SIGCONT);
+  const auto replies = last.get_future().get();
+  ASSERT_TRUE(replies) << replies.error().to_string();
+  EXPECT_EQ(replies->front().text, "last");
+  on_loop([&] { connection.reset(); });
 }
 
 TEST(RedisTierOnAnotherHost, EndsOperationsWhileTheNetworkIsCutAndServesAfterwards) {

@@ -87,6 +87,7 @@ class FakeVllm:
         self.max_model_len = max_model_len
         self.refusal = ""
         self.failure: tuple[int, dict] | None = None  # status and payload of every completion
+        self.failure_headers: dict[str, str] = {}
         self.break_after: int | None = None  # tokens, after which a stream ends with an error
         self.break_with: bytes = json.dumps(_error(500, "the engine died")).encode()
         self.merged = 1  # tokens of one event, as when whoever reads it lags behind
@@ -136,7 +137,7 @@ class FakeVllm:
         self.seen.append({"path": request.path, "headers": dict(request.headers), **body})
         if self.failure:
             status, payload = self.failure
-            return web.json_response(payload, status=status)
+            return web.json_response(payload, status=status, headers=self.failure_headers)
         if self.aborts:
             choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "abort", "stop_reason": None, "token_ids": []}
             return web.json_response({"id": "cmpl-fake", "created": 1, "choices": [choice], "usage": _usage(prompt, 0)})

@@ -411,6 +411,18 @@ async def test_errors_of_the_servers_reach_the_client_as_they_came(setup, where)
         assert await setup.post("/v1/completions", {"prompt": prompt_for("hello")}) == (429, payload)
 
 
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@asynchronous
+async def test_headers_of_an_error_reach_the_client_with_a_body_in_openais_form(setup, where):
+    server = getattr(setup, where)
+    server.failure = (429, {"detail": "slow down"})
+    server.failure_headers = {"Retry-After": "7"}
+    async with setup.running():
+        async with setup.session.post(setup.url + "/v1/completions", json={"prompt": prompt_for("hello")}) as response:
+            assert (response.status, response.headers["Retry-After"]) == (429, "7")
+            assert (await response.json())["error"]["message"] == "slow down"
+
+
 @asynchronous
 async def test_an_error_in_the_middle_ends_the_answer(setup):
     setup.decode.break_after = 2

@@ -61,6 +61,26 @@ TEST(CircuitBreaker, AStallOpensItWhileItLasts) {
   EXPECT_TRUE(breaker.allow(50 * kMs, 50 * kMs));
 }
 
+TEST(CircuitBreaker, LetsOneProbeThroughWhateverItIs) {
+  CircuitBreaker breaker({.failures = 1, .stall_ns = 10 * kMs, .open_ns = 1 * kMs, .open_max_ns = 4 * kMs});
+  breaker.failed(0);
+  std::int64_t now = 1 * kMs;
+  EXPECT_TRUE(breaker.allow(now, now));
+  EXPECT_FALSE(breaker.allow(now, now)) << "a probe that nobody waits for is one, too";
+  breaker.undecided();
+  EXPECT_TRUE(breaker.allow(now, now)) << "the one before said nothing";
+  now += 10 * kMs;
+  EXPECT_FALSE(breaker.allow(now, now)) << "it took too long";
+  EXPECT_EQ(breaker.state(), BreakerState::kOpen);
+  EXPECT_FALSE(breaker.allow(now + 1 * kMs, now + 1 * kMs)) << "twice as long";
+  now += 2 * kMs;
+  EXPECT_TRUE(breaker.allow(now, now));
+  breaker.succeeded();
+  EXPECT_EQ(breaker.state(), BreakerState::kClosed);
+  EXPECT_TRUE(breaker.allow(now, now));
+  EXPECT_TRUE(breaker.allow(now, now));
+}
+
 TEST(CircuitBreaker, RefusesConfigurationsThatMakeNoSense) {
   EXPECT_THROW(CircuitBreaker({.failures = 0}), std::invalid_argument);
   EXPECT_THROW(CircuitBreaker({.open_ns = 2, .open_max_ns = 1}), std::invalid_argument);
@@ -162,6 +182,25 @@ TEST(Tier, AHangingReadCutsItOffAndAQueuedWriteDoesNot) {
   EXPECT_EQ(f.tier.reads, 1U);
   EXPECT_EQ(f.tier.stats().outstanding, 2U);
   EXPECT_EQ(f.tier.stats().breaker, BreakerState::kOpen);
+}
+
+TEST(Tier, HalfOpenOneWriteGoesThroughAndOnlyItCloses) {
+  TierFixture f;
+  f.tier.immediate = false;
+  for (int i = 0; i < 3; ++i) f.tier.write(f.object(), f.keep);
+  f.tier.broken = Status(Code::kUnavailable, "no route");
+  f.tier.run();
+  f.tier.run();
+  ASSERT_EQ(f.tier.stats().breaker, BreakerState::kOpen);
+  f.tier.broken = Status::ok();
+  f.clock.advance(milliseconds(50));
+  for (int i = 0; i < 3; ++i) f.tier.write(f.object(), f.keep);
+  EXPECT_EQ(f.tier.stats().breaker, BreakerState::kHalfOpen);
+  EXPECT_EQ(f.tier.stats().outstanding, 2U) << "an old one and the probe";
+  f.tier.run();
+  EXPECT_EQ(f.tier.stats().breaker, BreakerState::kHalfOpen) << "the old one says nothing of now";
+  f.tier.run();
+  EXPECT_EQ(f.tier.stats().breaker, BreakerState::kClosed);
 }
 
 }  // namespace
