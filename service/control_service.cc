@@ -91,16 +91,25 @@ void ControlService::handle(const ControlPeer& peer, wire::ControlRequest reques
     set_status(status, answer.mutable_status());
     reply(std::move(answer));
   };
-  if (request.has_hello()) return finish(hello(peer, request, &answer));
-  const auto session = authenticate(peer, request);
-  if (!session) return finish(session.error());
-
   // What takes long is done elsewhere: this thread serves everybody's messages.
   const auto submit = [&](std::function<void()> task) {
     if (!parts_.administration.submit(std::move(task))) {
       finish(Status(Code::kBusy, "too many questions wait: ask again later"));
     }
   };
+  if (request.has_hello()) {
+    auto identity = hello(peer, request.hello());
+    if (!identity) return finish(identity.error());
+    const bool allocates = identity->plane == SessionPlane::kUcx && identity->staging_bytes > 0;
+    auto work = [this, identity = std::move(*identity), answer, reply, request = std::move(request)]() mutable {
+      set_status(open_session(std::move(identity), request, &answer), answer.mutable_status());
+      reply(std::move(answer));
+    };
+    return allocates ? submit(std::move(work)) : work();
+  }
+  const auto session = authenticate(peer, request);
+  if (!session) return finish(session.error());
+
   const auto later = [&](auto work) {
     submit([work = std::move(work), answer, reply, session = *session, request = std::move(request)]() mutable {
       const Status status = work(*session, request, &answer);
@@ -254,15 +263,19 @@ Result<SessionIdentity> ControlService::identify(const ControlPeer& peer, const 
   return identity;
 }
 
-Status ControlService::hello(const ControlPeer& peer, const wire::ControlRequest& request, wire::ControlReply* reply) {
-  if (stopping_.load(std::memory_order_relaxed)) return Status(Code::kUnavailable, "the daemon is stopping");
-  auto identity = identify(peer, request.hello());
+Result<SessionIdentity> ControlService::hello(const ControlPeer& peer, const wire::Hello& request) {
+  if (stopping_.load(std::memory_order_relaxed)) return failure(Code::kUnavailable, "the daemon is stopping");
+  auto identity = identify(peer, request);
   if (!identity) {
     parts_.metrics.protocol_error(ProtocolError::kVersion);
-    tell_refused(request.hello(), identity.error());
-    return identity.error();
+    tell_refused(request, identity.error());
   }
-  const auto opened = parts_.sessions.open(std::move(*identity), request.sequence());
+  return identity;
+}
+
+Status ControlService::open_session(SessionIdentity identity, const wire::ControlRequest& request,
+                                    wire::ControlReply* reply) {
+  const auto opened = parts_.sessions.open(std::move(identity), request.sequence());
   if (!opened) {
     tell_refused(request.hello(), opened.error());
     return opened.error();
@@ -290,7 +303,7 @@ Status ControlService::hello(const ControlPeer& peer, const wire::ControlRequest
   log_info("session opened", {{"session", session.id()},
                               {"role", role_name(session.identity().role)},
                               {"client", session.identity().client_name},
-                              {"control_plane", peer.local ? "unix" : "tcp"},
+                              {"control_plane", session.identity().local ? "unix" : "tcp"},
                               {"data_plane", plane_name(session.identity().plane)},
                               {"tenant", session.identity().tenant}});
   return Status::ok();

@@ -70,7 +70,9 @@ class ControlService final : public ControlHandler, public AdmissionHandler {
   void begin_stop() { stopping_.store(true); }
 
  private:
-  Status hello(const ControlPeer& peer, const wire::ControlRequest& request, wire::ControlReply* reply);
+  Result<SessionIdentity> hello(const ControlPeer& peer, const wire::Hello& request);
+  /// May allocate the session's staging, which takes a tenth of a second.
+  Status open_session(SessionIdentity identity, const wire::ControlRequest& request, wire::ControlReply* reply);
   Result<SessionIdentity> identify(const ControlPeer& peer, const wire::Hello& hello) const;
   Result<std::shared_ptr<Session>> authenticate(const ControlPeer& peer, const wire::ControlRequest& request);
   Status register_device_pages(Session& session, const wire::RegisterDevicePages& request,

@@ -140,6 +140,19 @@ TEST_F(ControlServiceTest, LocalClientsGetSharedMemoryAndRemoteOnesUcx) {
   EXPECT_EQ(there.ucx_port(), 4711U);
 }
 
+TEST_F(ControlServiceTest, StagingThatAClientPushesIntoIsAllocatedElsewhere) {
+  auto request = hello(wire::ROLE_WORKER);
+  request.set_sequence(++sequence);
+  std::optional<wire::ControlReply> reply;
+  control.handle(remote, request, [&](wire::ControlReply answer) { reply = std::move(answer); });
+  EXPECT_FALSE(reply);
+  EXPECT_TRUE(service.sessions.list().empty());
+  administration.run_all();
+  ASSERT_TRUE(reply);
+  EXPECT_EQ(reply->welcome().staging_bytes(), 8192U);
+  EXPECT_EQ(reply->sequence(), sequence);
+}
+
 TEST_F(ControlServiceTest, OtherVersionsAreRefusedInASentenceThatNamesBoth) {
   auto request = hello(wire::ROLE_WORKER);
   request.mutable_hello()->mutable_versions()->set_protocol(99);
