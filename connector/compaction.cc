@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "connector/client.h"
@@ -19,6 +20,8 @@ using std::chrono::milliseconds;
 
 /// Queries in one message; leaves room for the rest of it.
 constexpr std::size_t kQueryPieceBytes = kMaxMessageBytes / 2;
+/// How soon at the earliest a daemon that lets nobody wait is asked once more.
+constexpr milliseconds kAskedAgain{50};
 
 /// One control call of the session, with the status of its answer.
 Status call(const Session& session, wire::ControlRequest& request, wire::ControlReply* reply, milliseconds timeout) {
@@ -178,12 +181,16 @@ CompactionInfo ask_compaction(const Session* session, const std::string& handle,
     request.mutable_compaction()->set_handle(handle);
     request.mutable_compaction()->set_wait_ms(static_cast<std::uint64_t>(slice.count()));
     request.mutable_compaction()->set_early(early);
+    const auto asked = SteadyClock::now();
     const Status answered = call(*session, request, &reply, call_timeout);
     if (!answered) return unknown(handle, answered.message());
     if (reply.compactions().items_size() != 1) return unknown(handle, "the daemon's answer names no compact cache");
     CompactionInfo info = info_of(reply.compactions().items(0));
     const bool to_come = info.state == CompactionState::kPending || (info.error_to_come && !early);
-    if (!to_come || SteadyClock::now() >= until) return info;
+    const auto now = SteadyClock::now();
+    if (!to_come || now >= until) return info;
+    // The daemon does not hold everybody's question, and answers others at once.
+    std::this_thread::sleep_until(std::min({until, asked + slice, asked + kAskedAgain}));
   }
 }
 

@@ -44,6 +44,7 @@ struct Question {
   std::uint32_t local_tokens = 0;
   std::uint32_t max_tokens = 0;
   std::uint32_t prompt_tokens = 0;
+  std::chrono::milliseconds patience{0};
   bool operator==(const Question&) const = default;
 };
 
@@ -123,6 +124,7 @@ struct PrefixMatcher::State {
 
   Answer match_local(const Session& session, const std::string& request, const Question& question,
                      std::string_view hashes, std::uint32_t limit);
+  std::string too_late(const RemoteMatch& match) const;
   Answer match_remote(std::shared_ptr<const Session> session, const std::string& request, Question question,
                       const std::string& traceparent);
   bool is_brought_up(std::shared_ptr<const Session> session, const std::string& request, Question question,
@@ -264,8 +266,11 @@ bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, 
   auto match = std::make_shared<RemoteMatch>();
   match->ask_at = SteadyClock::now();
   match->prefetch_until = match->ask_at;
-  if (session->lower_tiers) match->prefetch_until += std::chrono::milliseconds(config.prefetch_deadline_ms);
-  match->deadline = match->prefetch_until + std::chrono::milliseconds(config.remote_deadline_ms);
+  if (session->lower_tiers) {
+    match->prefetch_until += std::max(std::chrono::milliseconds(config.prefetch_deadline_ms), question.patience);
+  }
+  match->deadline = std::max(match->prefetch_until + std::chrono::milliseconds(config.remote_deadline_ms),
+                             match->ask_at + question.patience);
   match->session = std::move(session);
   match->question = std::move(question);
   match->traceparent = traceparent;
@@ -276,6 +281,11 @@ bool PrefixMatcher::State::start_locked(std::shared_ptr<const Session> session, 
   return true;
 }
 
+std::string PrefixMatcher::State::too_late(const RemoteMatch& match) const {
+  const auto waited = std::max(std::chrono::milliseconds(config.remote_deadline_ms), match.question.patience);
+  return "no answer within " + std::to_string(waited.count()) + " ms";
+}
+
 PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const Session> session,
                                                          const std::string& request, Question question,
                                                          const std::string& traceparent) {
@@ -283,12 +293,13 @@ PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const S
   if (const auto* match = find_locked(*session, request, question)) {
     if (match->answered) return match->answer;
     if (SteadyClock::now() < match->deadline) return {false, 0, "asked the daemon"};
-    return {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
+    return {true, 0, too_late(*match)};
   }
-  if (!start_locked(std::move(session), request, std::move(question), traceparent)) {
-    return {true, 0, "too many questions at once"};
+  const bool patient = question.patience.count() > 0;
+  if (start_locked(std::move(session), request, std::move(question), traceparent) || patient) {
+    return {false, 0, "asked the daemon"};
   }
-  return {false, 0, "asked the daemon"};
+  return {true, 0, "too many questions at once"};
 }
 
 /// For a local client: whether lower tiers have brought up all that they will. The first call starts it.
@@ -298,10 +309,11 @@ bool PrefixMatcher::State::is_brought_up(std::shared_ptr<const Session> session,
   if (const auto* match = find_locked(*session, request, question)) {
     return match->answered || SteadyClock::now() >= match->deadline;
   }
-  return !start_locked(std::move(session), request, std::move(question), traceparent);
+  const bool patient = question.patience.count() > 0;
+  return !start_locked(std::move(session), request, std::move(question), traceparent) && !patient;
 }
 
-/// nullopt: chunks are still on their way up.
+/// nullopt: chunks are still on their way up. Not known: the daemon did not answer.
 std::optional<PrefixMatcher::Answer> PrefixMatcher::State::ask(const RemoteMatch& match, bool prefetch) const {
   const Question& question = match.question;
   const std::chrono::milliseconds timeout(
@@ -326,7 +338,7 @@ std::optional<PrefixMatcher::Answer> PrefixMatcher::State::ask(const RemoteMatch
     wire::HotReply reply;
     Status status = match.session->channel->call(request, &reply, timeout);
     if (status) status = to_status(reply.status());
-    if (!status) return Answer{true, 0, status.message()};
+    if (!status) return Answer{false, 0, status.message()};
     pending = pending || reply.matched().pending();
     lookups.emplace_back(reply.matched().present());
   }
@@ -373,16 +385,25 @@ void PrefixMatcher::State::run() {
       answer = ask(*match, prefetch);
       lock.lock();
     }
+    const auto now = SteadyClock::now();
     if (!answer && !match->dropped) {
-      match->ask_at = std::min(SteadyClock::now() + kPrefetchPoll, match->prefetch_until);
+      match->ask_at = std::min(now + kPrefetchPoll, match->prefetch_until);
+      questions.push_back(match);
+      continue;
+    }
+    // Who is patient wants an answer of the daemon, not that there was none.
+    const bool failed = answer && !answer->known;
+    if (failed && match->question.patience.count() > 0 && now < match->deadline && match->session->alive()) {
+      match->ask_at = now + kPrefetchPoll;
       questions.push_back(match);
       continue;
     }
     match->answer = answer.value_or(Answer{});
+    match->answer.known = true;
     match->answered = true;
     if (SteadyClock::now() >= match->deadline) {
       // The scheduler has been told 0 already, or will be: an answer must not change.
-      match->answer = {true, 0, "no answer within " + std::to_string(config.remote_deadline_ms) + " ms"};
+      match->answer = {true, 0, too_late(*match)};
     }
     // A local client's leases stand until it has claims of its own.
     match->leased = !match->dropped && (match->answer.tokens > 0 || match->session->local);
@@ -408,7 +429,7 @@ PrefixMatcher::~PrefixMatcher() {
 PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int namespace_handle, std::string_view hashes,
                                            std::uint32_t hash_bytes, std::uint32_t local_tokens,
                                            std::uint32_t max_tokens, std::uint32_t prompt_tokens,
-                                           const std::string& traceparent) {
+                                           const std::string& traceparent, std::chrono::milliseconds patience) {
   State& state = *state_;
   const auto session = state.client->session();
   if (!session || !session->alive()) {
@@ -420,7 +441,7 @@ PrefixMatcher::Answer PrefixMatcher::match(const std::string& request, int names
   if (hash_bytes == 0 || hash_bytes > BlockHash::kMaxBytes || hashes.size() % hash_bytes != 0) {
     return {true, 0, "malformed block hashes"};
   }
-  Question question{*namespace_id, {}, hash_bytes, local_tokens, max_tokens, prompt_tokens};
+  Question question{*namespace_id, {}, hash_bytes, local_tokens, max_tokens, prompt_tokens, patience};
   const std::uint32_t limit = state.block_limit(question, hashes.size() / hash_bytes);
   if (limit <= local_tokens / state.config.block_tokens) {
     release(request);

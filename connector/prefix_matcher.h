@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -51,10 +52,11 @@ class PrefixMatcher {
   /// all blocks up to T, and each sliding group those from floor(max(0, T - window + 1) / block) on. A prompt of
   /// exactly T tokens has its last one recomputed; where that token's window begins a block earlier (T - window + 1 is
   /// a multiple of the block), the engine holds no page for it and the answer is a smaller T. traceparent: see
-  /// StoreJob; a question that the daemon has keeps that of its first call.
+  /// StoreJob; a question that the daemon has keeps that of its first call. patience: for who has nothing without what
+  /// is stored, how long to wait at least where the daemon is slow, or lower tiers are; 0: as configured.
   Answer match(const std::string& request, int namespace_handle, std::string_view hashes, std::uint32_t hash_bytes,
                std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens,
-               const std::string& traceparent = {});
+               const std::string& traceparent = {}, std::chrono::milliseconds patience = {});
   void release(const std::string& request);
   /// Asks the daemon to keep what it has of these blocks for so long (wire::Retain). A wish: it is lost where no daemon
   /// answers, and when too many wait to be sent.

@@ -53,12 +53,12 @@ Status check_order(const StepEntry& before, const StepEntry& after) {
     return {Code::kInvalid,
             second + " comes before " + first + ": " + std::string(why_before(after.kind, before.kind))};
   }
-  // All heads of a layer keep the same tokens with these two, and layers can be made to agree.
-  const bool layers_agree = before.name == "windowkv" || before.name == "streaming";
+  // windowkv gives all heads of a layer the same tokens, but not all layers: sharing between layers is not made.
+  const bool layers_agree = before.name == "streaming";
   if (before.kind == StepKind::kEvict && after.kind == StepKind::kMerge && !layers_agree) {
     return {Code::kInvalid, second + " cannot follow " + first +
                                 ": layers and heads keep different tokens, and merging layers would blend them; pick "
-                                "tokens with windowkv or streaming"};
+                                "tokens with streaming"};
   }
   return Status::ok();
 }

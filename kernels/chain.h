@@ -34,6 +34,8 @@ struct Chain {
   /// What follows the evict step. Null when an unrotate step knows no rotation yet.
   std::shared_ptr<const Codec> codec;
 
+  /// Whether rows of several tokens or layers become one.
+  bool merges_rows() const { return find(StepKind::kMerge) != nullptr || find(StepKind::kCluster) != nullptr; }
   const CodecStep* find(StepKind kind) const;
   /// False for a chain that picks tokens: it needs the whole prompt, often queries too, and gives a compact cache.
   bool is_chunk_codec() const { return find(StepKind::kEvict) == nullptr; }

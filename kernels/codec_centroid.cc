@@ -96,6 +96,7 @@ class CentroidCodec final : public Codec {
     }
     if (!all_finite(shape.dtype, planes)) return failure(Code::kInvalid, "centroid cannot carry NaN or infinity");
     cluster::Options options = options_;
+    options.recent = std::min(shape.exact_tail, shape.tokens);
     options.sinks -= static_cast<std::uint32_t>(std::min<std::uint64_t>(shape.position, options.sinks));
     cluster::Clusters clusters;
     const auto rows = [&](const PlaneShape& plane, std::size_t offset) {

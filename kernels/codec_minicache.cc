@@ -246,7 +246,7 @@ class MinicacheCodec final : public Codec {
                                   " layers, " + std::to_string(profile.heads) + " KV heads of dimension " +
                                   std::to_string(profile.dim)};
     }
-    return Status::ok();
+    return shape.dtype == DType::kFloat32 ? Status::ok() : not_position_free();
   }
 
   /// Pairs are counted in the layers of the group, so that shards of it agree. One that a shard holds half of is left

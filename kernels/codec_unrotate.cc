@@ -78,7 +78,6 @@ Status UnrotateCodec::accepts(const ShardShape& shape) const {
   if (std::max(shape.key_dim, shape.value_dim) > rope::kMaxDim) {
     return {Code::kRefused, "unrotate takes head dimensions up to " + std::to_string(rope::kMaxDim)};
   }
-  if (Status status = inner_->accepts(shape); !status) return status;
   return inner_->accepts(as_floats(shape));
 }
 

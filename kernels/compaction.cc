@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
@@ -206,32 +207,36 @@ AttendRows kept_rows(const HeadRows& rows, std::uint32_t head, std::span<const s
   return {rows.dtype, rows.row(head, 0), rows.token_stride_bytes, nullptr, tokens.data(), nullptr, {}};
 }
 
-/// Outputs [query head][row][value dim] of the layer's queries over the tokens that each head keeps.
-Result<std::vector<float>> outputs(const PromptLayer& layer, const evict::Selection& kept, Executor* executor) {
-  const std::size_t heads = layer.keys.heads;
-  const std::vector<std::int32_t> positions(kept.tokens.begin(), kept.tokens.end());
-  std::vector<AttendSegment> segments;
-  segments.reserve(heads);
-  std::vector<std::span<const AttendSegment>> of_heads;
-  for (std::uint32_t head = 0; head < heads; ++head) {
-    const std::span<const std::uint32_t> tokens = kept.of(head);
-    segments.push_back({static_cast<std::uint32_t>(tokens.size()), kept_rows(layer.keys, head, tokens),
-                        kept_rows(layer.values, head, tokens), nullptr, positions.data() + kept.offsets[head]});
-    of_heads.emplace_back(&segments.back(), 1);
-  }
+/// The query heads that share a KV head.
+HeadRows sharing_queries(const PromptLayer& layer, std::uint32_t head) {
+  HeadRows queries = layer.queries;
+  queries.heads = layer.queries.heads / layer.keys.heads;
+  queries.data = layer.queries.row(std::size_t{head} * queries.heads, 0);
+  return queries;
+}
+
+/// Outputs [query head][row][value dim] of the queries that share a KV head, over the tokens given. Head by head: the
+/// workspace grows with the queries times the tokens.
+Result<std::vector<float>> outputs(const PromptLayer& layer, std::uint32_t head, std::span<const std::uint32_t> tokens,
+                                   Executor* executor) {
+  const std::vector<std::int32_t> positions(tokens.begin(), tokens.end());
+  const AttendSegment segment{static_cast<std::uint32_t>(tokens.size()), kept_rows(layer.keys, head, tokens),
+                              kept_rows(layer.values, head, tokens), nullptr, positions.data()};
+  const std::array of_head{std::span(&segment, 1)};
   std::vector<std::int32_t> query_positions(layer.queries.tokens);
   for (std::uint32_t row = 0; row < layer.queries.tokens; ++row) {
     query_positions[row] = static_cast<std::int32_t>(layer.keys.tokens - layer.queries.tokens + row);
   }
   AttendProblem problem;
-  problem.queries = layer.queries;
+  problem.queries = sharing_queries(layer, head);
   problem.value_dim = layer.values.dim;
   problem.query_positions = query_positions.data();
-  problem.heads = of_heads;
-  std::vector<float> out(std::size_t{layer.queries.heads} * layer.queries.tokens * layer.values.dim);
+  problem.heads = of_head;
+  const std::size_t rows = std::size_t{problem.queries.heads} * problem.queries.tokens;
+  std::vector<float> out(rows * layer.values.dim);
   if (const Status status = problem.validate(); !status) return failure(status);
   std::vector<float> workspace(attend_workspace_floats(problem));
-  std::vector<float> lse(std::size_t{layer.queries.heads} * layer.queries.tokens);
+  std::vector<float> lse(rows);
   if (const Status status = attend(problem, workspace, out, lse, executor); !status) return failure(status);
   return out;
 }
@@ -258,7 +263,8 @@ Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t
                                          std::to_string(plan.slots) + " tokens must be more than the " +
                                          std::to_string(least) + " that are always kept");
     }
-    if (layout != SlotLayout::kRectangular && page_tokens > 0 && allocation_of(*step) != "uniform") {
+    const bool asks = allocation_of(*step) != "uniform" && !chain->merges_rows();
+    if (layout != SlotLayout::kRectangular && page_tokens > 0 && asks) {
       const std::uint32_t mean_pages = (plan.slots - 1) / page_tokens + 1, all_pages = prompt_tokens / page_tokens;
       if (mean_pages < all_pages) {
         plan.layout = layout;
@@ -285,6 +291,13 @@ Result<CompactionPlan> CompactionPlan::make(std::string_view spec, std::uint32_t
     plan.chain = std::move(*uniform);
   }
   return plan;
+}
+
+std::uint32_t CompactionPlan::recent_slots() const {
+  const CodecStep& step = *chain.find(StepKind::kEvict);
+  if (step.name == "streaming" || slots == prompt_tokens) return 0;  // the rest is no less recent, or nothing was cut
+  if (step.name == "windowkv") return window_cut(step, prompt_tokens).tail;
+  return step.name == "cake" || step.name == "snapkv" ? number(step, "window") : number(step, "recent");
 }
 
 bool CompactionPlan::reads_preferences() const {
@@ -354,22 +367,39 @@ Result<CompactLayer> compact_layer(const CompactionPlan& plan, const PromptLayer
 Result<double> attention_error(const PromptLayer& layer, const evict::Selection& kept, Executor* executor) {
   const bool inside = std::ranges::all_of(kept.tokens, [&](std::uint32_t token) { return token < layer.keys.tokens; });
   if (layer.queries.tokens == 0 || layer.queries.tokens > layer.keys.tokens || layer.queries.dim != layer.keys.dim ||
-      kept.heads() != layer.keys.heads || layer.values.heads != layer.keys.heads ||
-      layer.values.tokens != layer.keys.tokens || !inside) {
+      kept.heads() != layer.keys.heads || layer.values.heads != layer.keys.heads || layer.keys.heads == 0 ||
+      layer.queries.heads % layer.keys.heads != 0 || layer.values.tokens != layer.keys.tokens || !inside) {
     return failure(Code::kInvalid, "queries, keys, values and the tokens kept must be of one layer and prompt");
   }
-  const auto all = evict::select_sinks_and_recent(layer.keys.heads, layer.keys.tokens, 0, layer.keys.tokens);
-  const auto whole = outputs(layer, all, executor);
-  if (!whole) return failure(whole.error());
-  const auto compact = outputs(layer, kept, executor);
-  if (!compact) return failure(compact.error());
+  std::vector<std::uint32_t> all(layer.keys.tokens);
+  std::iota(all.begin(), all.end(), 0U);
   double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < whole->size(); ++i) {
-    const double exact = (*whole)[i], off = (*compact)[i] - exact;
-    difference += off * off;
-    norm += exact * exact;
+  for (std::uint32_t head = 0; head < layer.keys.heads; ++head) {
+    const auto whole = outputs(layer, head, all, executor);
+    if (!whole) return failure(whole.error());
+    const auto compact = outputs(layer, head, kept.of(head), executor);
+    if (!compact) return failure(compact.error());
+    for (std::size_t i = 0; i < whole->size(); ++i) {
+      const double exact = (*whole)[i], off = (*compact)[i] - exact;
+      difference += off * off;
+      norm += exact * exact;
+    }
   }
   return norm == 0 ? 0 : std::sqrt(difference / norm);
+}
+
+std::uint64_t workspace_bytes(const CompactionPlan& plan, const ShardShape& layer, std::uint32_t query_heads) {
+  const std::uint32_t sharing = query_heads / std::max(1U, layer.heads);
+  AttendProblem problem;
+  problem.queries = {nullptr, layer.dtype, sharing, plan.query_rows, layer.key_dim, 0, 0};
+  problem.value_dim = layer.value_dim;
+  const AttendSegment whole{plan.prompt_tokens, {}, {}, nullptr, nullptr};
+  const std::array of_head{std::span(&whole, 1)};
+  problem.heads = of_head;
+  // Beside the attention's own: numbers of all tokens, and their positions.
+  const std::uint64_t error =
+      (attend_workspace_floats(problem) + 2 * std::uint64_t{plan.prompt_tokens}) * sizeof(float);
+  return std::max(error, evict::observation_workspace_bytes(sharing, plan.query_rows, plan.prompt_tokens));
 }
 
 Status place_keys(const HeadRows& keys, std::int64_t shift, const rope::Parameters& rotation, std::byte* out,

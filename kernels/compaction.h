@@ -34,14 +34,17 @@ struct CompactionPlan {
   static constexpr std::uint32_t kShiftPeak = 2;
 
   /// layout, page_tokens: how an engine with blocks of so many tokens reads caches whose layers differ; rectangular
-  /// where it cannot. A cache is ragged where the spec's allocation asks for it, the engine can, and the budget leaves
-  /// a choice: the mean is then rounded up to whole pages. Elsewhere the chain's allocation becomes uniform.
+  /// where it cannot. A cache is ragged where the spec's allocation asks for it, the engine can, the budget leaves a
+  /// choice, and no step makes one row of several, since pages of different layers lie side by side: the mean is then
+  /// rounded up to whole pages. Elsewhere the chain's allocation becomes uniform.
   /// kInvalid for a spec that is wrong, picks no tokens, or whose budget does not hold what the method always keeps;
   /// kRefused, with the reason, for what this service does not make: budgets that differ between heads, and methods
   /// that need the queries of the whole prompt.
   static Result<CompactionPlan> make(std::string_view spec, std::uint32_t prompt_tokens,
                                      SlotLayout layout = SlotLayout::kRectangular, std::uint32_t page_tokens = 0);
 
+  /// Of the slots that a layer keeps, the last so many are the prompt's last tokens, kept whatever their scores.
+  std::uint32_t recent_slots() const;
   bool ragged() const { return layout != SlotLayout::kRectangular; }
   /// Whether a ragged cache's pages follow from layer_preference() of all layers.
   bool reads_preferences() const;
@@ -83,6 +86,9 @@ Result<double> layer_preference(const CompactionPlan& plan, const PromptLayer& l
 /// ||O' - O|| / ||O|| over all heads of the attention outputs of the layer's captured queries, O over the whole prompt
 /// and O' over what is kept; causal. kInvalid without queries, or when layer and kept do not belong together.
 Result<double> attention_error(const PromptLayer& layer, const evict::Selection& kept, Executor* executor);
+
+/// Bytes that compact_layer() or attention_error() work in at most, beside the layer and what they return.
+std::uint64_t workspace_bytes(const CompactionPlan& plan, const ShardShape& layer, std::uint32_t query_heads);
 
 /// Writes keys [head][M][dim], of their own dtype, turned by the same `shift` (CompactionPlan::shift) in fp32, to out;
 /// in place where out is keys. kInvalid for keys or an out that do not fit the rotation.

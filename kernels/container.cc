@@ -81,6 +81,7 @@ Status check_info(const ContainerInfo& info) {
 ShardShape placed(const ContainerInfo& info) {
   ShardShape shape = info.shape;
   shape.position = info.position;
+  shape.exact_tail = info.exact_tail;
   return shape;
 }
 

@@ -39,6 +39,9 @@ struct ContainerInfo {
   /// Of a compact cache whose layers keep different numbers of slots: how many each layer of the group keeps, a
   /// multiple of block_tokens. Empty: the chunk is not of such a cache.
   std::vector<std::uint32_t> layer_slots = {};
+  /// For encode_container() alone, and not kept: tokens at the end that steps which make one row of several leave as
+  /// they are.
+  std::uint32_t exact_tail = 0;
 };
 
 struct SectionInfo {

@@ -54,7 +54,7 @@ class Int8Form final : public PlaneForm {
     const auto* scales = reinterpret_cast<const std::uint16_t*>(payload.data());
     const auto* codes = reinterpret_cast<const std::int8_t*>(payload.data() + f.codes_offset());
     if (!int8::decode_rows(f, scales, codes, tokens.begin, tokens.end, rows)) {
-      return {Code::kCorrupt, "a scale of the int8 section is not one that int8 writes"};
+      return {Code::kCorrupt, "a scale or code of the int8 section is not one that int8 writes"};
     }
     return Status::ok();
   }

@@ -24,6 +24,11 @@ KVERN_HOST_DEVICE constexpr std::uint16_t max_scale_bits(DType dtype) {
   return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(largest_finite(dtype) / kMaxCode) >> 16);
 }
 
+/// Up to here -128, which is never written, decodes to a finite value, too.
+KVERN_HOST_DEVICE constexpr std::uint16_t any_code_scale_bits(DType dtype) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(largest_finite(dtype) / 128.0F) >> 16);
+}
+
 KVERN_HOST_DEVICE constexpr float scale_value(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
@@ -53,6 +58,12 @@ KVERN_HOST_DEVICE inline std::int8_t encode(float value, float inverse) {
 #else
   return static_cast<std::int8_t>(std::nearbyint(value * inverse));
 #endif
+}
+
+/// Whether a code and the scale of its group, at most max_scale_bits(), decode to a finite value. Codes that encode()
+/// makes always do.
+KVERN_HOST_DEVICE constexpr bool is_finite(float code, float scale, DType dtype) {
+  return code > -128.0F || scale <= scale_value(any_code_scale_bits(dtype));
 }
 
 /// Exact: 7 bits times 8 bits.

@@ -22,6 +22,9 @@ Status ShardShape::validate() const {
   if (tokens == 0 || tokens > kMaxTokens) return refuse("tokens", tokens, 1, kMaxTokens);
   if (key_dim == 0 || key_dim > kMaxDim) return refuse("key_dim", key_dim, 1, kMaxDim);
   if (value_dim > kMaxDim) return refuse("value_dim", value_dim, 0, kMaxDim);
+  // Each alone first: their product could wrap.
+  if (layers > kMaxPlanes) return refuse("layers", layers, 1, kMaxPlanes);
+  if (heads > kMaxPlanes) return refuse("heads", heads, 1, kMaxPlanes);
   const std::uint64_t planes = 2 * static_cast<std::uint64_t>(layers) * heads;
   if (planes == 0 || planes > kMaxPlanes) return refuse("2 * layers * heads", planes, 2, kMaxPlanes);
   return Status::ok();

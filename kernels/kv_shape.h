@@ -26,6 +26,9 @@ struct ShardShape {
   /// Of the first token in the prompt. ContainerInfo::position says it; here it is 0 but in the shapes that a codec's
   /// encode() and decode() get, for the steps that need it.
   std::uint64_t position = 0;
+  /// So many tokens at the end stay as they are in steps that make one row of several. ContainerInfo::exact_tail says
+  /// it; here it is 0 but in the shapes that a codec's encode() gets.
+  std::uint32_t exact_tail = 0;
 
   bool operator==(const ShardShape&) const = default;
 

@@ -35,6 +35,10 @@ float* aligned(std::vector<float>& memory, std::size_t count) {
   return memory.data() + (kAlignment - address % kAlignment) % kAlignment / sizeof(float);
 }
 
+std::uint64_t head_exponentials_bytes(std::uint32_t rows, std::uint32_t columns) {
+  return std::uint64_t{round_up(columns, kBlockColumns)} * round_up(rows, kGroupRows) * sizeof(float);
+}
+
 Status check(const HeadRows& queries, const HeadRows& keys, std::uint32_t columns) {
   const auto invalid = [](std::string message) { return Status(Code::kInvalid, "observe: " + std::move(message)); };
   if (queries.dtype == DType::kOpaqueBytes || keys.dtype == DType::kOpaqueBytes) {
@@ -64,7 +68,7 @@ class Tile {
       : keys_(keys), executor_(executor), out_(out) {
     groups_per_head_ = round_up(queries.tokens, kGroupRows) / kGroupRows;
     blocks_ = round_up(out.columns, kBlockColumns) / kBlockColumns;
-    const std::size_t head_bytes = std::size_t{blocks_} * kBlockColumns * groups_per_head_ * kGroupRows * sizeof(float);
+    const std::uint64_t head_bytes = head_exponentials_bytes(queries.tokens, out.columns);
     const std::uint32_t sharing = queries.heads / keys.heads;
     most_heads_ = head_bytes == 0
                       ? sharing
@@ -185,6 +189,11 @@ class Tile {
 };
 
 }  // namespace
+
+std::uint64_t observation_workspace_bytes(std::uint32_t sharing, std::uint32_t rows, std::uint32_t columns) {
+  const std::uint64_t one = head_exponentials_bytes(rows, columns);
+  return std::min(sharing * one, std::max<std::uint64_t>(one, kTileBytes));
+}
 
 Status observe(const HeadRows& queries, const HeadRows& keys, const ObservationOptions& options,
                ObservationWorkspace& workspace, Executor* executor, Observation& out) {

@@ -59,6 +59,9 @@ struct ObservationWorkspace {
   std::vector<float> totals;
 };
 
+/// About what it grows to: by query heads that share a KV head, rows and columns.
+std::uint64_t observation_workspace_bytes(std::uint32_t sharing, std::uint32_t rows, std::uint32_t columns);
+
 /// Observes queries [query heads][w][dim], the last w positions of the sequence, over keys [KV heads][S][dim]. Reads
 /// the keys once per KV head, whatever the number of query heads that share it, and never holds the attention of more
 /// than a tile of rows. Work is shared with executor (null: none). The result is the same bit for bit whatever the

@@ -45,6 +45,7 @@ int run_inspect_file(const std::string& path, std::ostream& out);
 /// What to drop; empty: everything.
 struct FlushOptions {
   std::string namespace_hex, tenant, prefix_hex;
+  bool all = false;  ///< excludes the others
 };
 int run_flush(const DaemonAddress& address, const FlushOptions& what, std::ostream& out);
 int run_compact_list(const DaemonAddress& address, std::ostream& out);

@@ -77,7 +77,7 @@ void check_memory(const nlohmann::json& status, Findings& findings) {
   const auto store = status.value("store", nlohmann::json::object());
   const std::string directory = status.value("shm_dir", std::string("/dev/shm"));
   struct statvfs about {};
-  if (statvfs(directory.c_str(), &about) != 0) return;  // the daemon runs on another host or in another mount namespace
+  if (statvfs(directory.c_str(), &about) != 0) return;  // the daemon runs in another mount namespace
   const std::uint64_t size_bytes = std::uint64_t{about.f_blocks} * about.f_frsize;
   const std::uint64_t slab_bytes = store.value("capacity_bytes", std::uint64_t{0});
   const std::string sizes = directory + " has " + mib(size_bytes) + ", the DRAM tier takes " + mib(slab_bytes);
@@ -155,7 +155,7 @@ int run_doctor(const DaemonAddress& address, std::ostream& out) {
   } else {
     const auto status = nlohmann::json::parse(reply.status_report().json(), nullptr, false);
     if (status.is_object()) {
-      check_memory(status, findings);
+      if (address.address.starts_with("unix://")) check_memory(status, findings);
       check_engines(status, findings);
     } else {
       findings.fault("the daemon's status report cannot be read: kvernctl and kvernd are of different builds");

@@ -97,6 +97,8 @@ int run_inspect_file(const std::string& path, std::ostream& out) {
 }
 
 int run_flush(const DaemonAddress& address, const FlushOptions& what, std::ostream& out) {
+  const bool named = !what.namespace_hex.empty() || !what.tenant.empty() || !what.prefix_hex.empty();
+  if (what.all == named) return fail(out, Status(Code::kInvalid, "name what to drop, or --all"));
   const auto id = namespace_bytes(what.namespace_hex);
   if (!id) return fail(out, id.error());
   const auto prefix = from_hex(what.prefix_hex);

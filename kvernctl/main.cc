@@ -84,14 +84,20 @@ int main(int argc, char** argv) {
   kvern::FlushOptions flush_options;
   auto* flush = app.add_subcommand("flush", "drops what is stored, from all tiers");
   auto* what = flush->add_option_group("what");
-  bool all = false;
-  auto* of_namespace = what->add_option("--namespace", flush_options.namespace_hex, "only this namespace");
-  auto* of_tenant = what->add_option("--tenant", flush_options.tenant, "only namespaces of this tenant");
+  // An unset variable of a script must not become everything.
+  const CLI::Validator named([](const std::string& text) { return std::string(text.empty() ? "is empty" : ""); }, "");
+  auto* of_namespace =
+      what->add_option("--namespace", flush_options.namespace_hex, "only this namespace")->check(named);
+  auto* of_tenant = what->add_option("--tenant", flush_options.tenant, "only namespaces of this tenant")->check(named);
   auto* prefix = what->add_option(
       "--prefix", flush_options.prefix_hex,
       "only chunks that hold the block of this hash, and those that continue them; reads the start of every object in "
       "lower tiers, which may need a larger --timeout-ms");
-  what->add_flag("--all", all, "everything")->excludes(of_namespace)->excludes(of_tenant)->excludes(prefix);
+  prefix->check(named);
+  what->add_flag("--all", flush_options.all, "everything")
+      ->excludes(of_namespace)
+      ->excludes(of_tenant)
+      ->excludes(prefix);
   of_tenant->excludes(of_namespace);
   what->require_option(1, 2);
 

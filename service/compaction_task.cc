@@ -255,6 +255,14 @@ Result<evict::Selection> cut_layer(const CompactionOrder& order, const PromptLay
   return std::move(cut->kept);
 }
 
+/// How many of the chunk's last tokens belong to the prompt's last ones, which are not merged with others; those that
+/// fill its last block are zeros.
+std::uint32_t exact_tail(const CompactionOrder& order, std::size_t chunk, std::uint32_t tokens) {
+  const std::uint64_t begin = std::uint64_t{chunk} * order.chunk_tokens, end = begin + tokens;
+  const std::uint64_t recent = order.plan.slots - std::min(order.plan.slots, order.plan.recent_slots());
+  return end <= recent ? 0 : static_cast<std::uint32_t>(end - std::max(begin, recent));
+}
+
 /// Encoded bytes of all chunks.
 Result<std::uint64_t> store_slots(const CompactionTask::Parts& parts, const CompactionOrder& order,
                                   const std::vector<std::uint32_t>& layer_slots, const SlotChunks& slots) {
@@ -274,6 +282,7 @@ Result<std::uint64_t> store_slots(const CompactionTask::Parts& parts, const Comp
     info.key.last_block = blocks.back();
     info.block_hashes.assign(blocks.begin(), blocks.end());
     info.layer_slots = layer_slots;
+    info.exact_tail = exact_tail(order, chunk, info.shape.tokens);
     reservation.claim = parts.in_flight.claim(info.key, info.shape);
     if (!reservation.claim) return failure(Code::kBusy, "somebody else stores a chunk of it");
     const Status stored = parts.pipeline.store(reservation, [&](std::span<std::byte> out) {
@@ -321,7 +330,9 @@ std::uint64_t CompactionOrder::memory_bytes() const {
   // A float per query head and token for each of mean and dispersion, and about as much again for scores and order.
   const std::uint64_t scores = std::uint64_t{4 * sizeof(float)} * query_heads * plan.prompt_tokens;
   const std::uint64_t row_bytes = std::uint64_t{query_heads} * info.shape.row_bytes(Part::kKey);
-  return layer + slots + scores + row_bytes * plan.query_rows * (info.shape.layers + 1);
+  const std::uint64_t query_bytes = row_bytes * plan.query_rows * (info.shape.layers + 1);
+  const std::uint64_t workspace = plan.query_rows == 0 ? 0 : workspace_bytes(plan, info.shape, query_heads);
+  return layer + slots + scores + query_bytes + workspace;
 }
 
 struct CompactionTask::Cut {

@@ -15,6 +15,7 @@ namespace {
 
 // Far more than a model's context, few enough that no product of sizes overflows before it is compared with a limit.
 constexpr std::uint32_t kMaxPromptTokens = 1U << 24;
+constexpr std::uint32_t kMaxPromptBlocks = 1U << 20;
 constexpr std::uint32_t kMaxQueryHeads = 1U << 14;
 constexpr std::size_t kMaxSpecBytes = 4096;
 constexpr std::size_t kMaxReasonBytes = 1024;
@@ -73,6 +74,12 @@ Result<std::optional<rope::Parameters>> rotation_of(const Namespace& space, std:
   return std::optional(*rotation);
 }
 
+/// Whether the prompt's blocks are few enough to derive their hashes.
+bool is_nameable(const CompactHandle& handle, const Namespace& space) {
+  return handle.prompt_tokens <= kMaxPromptTokens &&
+         handle.prompt_tokens / space.shape.block_tokens <= kMaxPromptBlocks;
+}
+
 /// The order that a part asks for, without queries. kInvalid and kRefused with the reason.
 Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, const wire::Compact& request) {
   if (request.spec().size() > kMaxSpecBytes) return failure(invalid("the spec is too long"));
@@ -80,7 +87,7 @@ Result<CompactionOrder> order_of(CompactHandle handle, const Namespace& space, c
   if (request.hash_bytes() < CompactHandle::kMinHashBytes || request.hash_bytes() > CompactHandle::kMaxHashBytes) {
     return failure(invalid("block hashes of compact caches have 16 to 32 bytes"));
   }
-  if (handle.prompt_tokens > kMaxPromptTokens) return failure(refused("the prompt is too long for a compact cache"));
+  if (!is_nameable(handle, space)) return failure(refused("the prompt is too long for a compact cache"));
   const auto plan = CompactionPlan::make(request.spec(), handle.prompt_tokens, handle.layout, space.shape.block_tokens);
   if (!plan) return failure(plan.error());
   if (plan->layout != handle.layout) return failure(invalid("the spec gives all layers the same slots"));
@@ -196,7 +203,7 @@ void Compactions::erase_chunks(const std::vector<ChunkKey>& keys) {
 
 // ---------------------------------------------------------------- coming
 
-Status Compactions::admit_locked(const CompactionOrder& order, std::uint64_t query_bytes, bool is_new) const {
+Status Compactions::admit_locked(const CompactionOrder& order, std::uint64_t query_bytes, bool is_new) {
   if (stopping_) return {Code::kUnavailable, "the daemon is stopping"};
   if (order.memory_bytes() > limits_.job_bytes) {
     return refused("the cut of this prompt takes " + std::to_string(order.memory_bytes()) +
@@ -212,11 +219,26 @@ Status Compactions::admit_locked(const CompactionOrder& order, std::uint64_t que
                              " compact caches wait to be made (compact.max_pending): ask again "
                              "later"};
   }
-  if (entries_.size() >= limits_.max_handles) {
+  if (!make_room_locked()) {
     return refused("there are " + std::to_string(entries_.size()) +
                    " compact caches (compact.max_handles): delete some, or give them shorter lives");
   }
   return Status::ok();
+}
+
+/// Of those that failed only the reason is known: the oldest makes way.
+bool Compactions::make_room_locked() {
+  if (entries_.size() < limits_.max_handles) return true;
+  auto oldest = entries_.end();
+  for (auto at = entries_.begin(); at != entries_.end(); ++at) {
+    const auto& report = at->second->manifest.report();
+    if (report.state() != wire::COMPACTION_FAILED) continue;
+    if (oldest == entries_.end() || report.created_at() < oldest->second->manifest.report().created_at()) oldest = at;
+  }
+  if (oldest == entries_.end()) return false;
+  manifests_.remove(oldest->second->handle.digits);
+  entries_.erase(oldest);
+  return true;
 }
 
 namespace {
@@ -290,23 +312,25 @@ void Compactions::turn_away(const CompactionAsker& asker, const Namespace& space
                             const CompactHandle& handle, const Status& why) {
   const bool hashes_known = request.hash_bytes() >= CompactHandle::kMinHashBytes &&
                             request.hash_bytes() <= CompactHandle::kMaxHashBytes && request.group() <= UINT16_MAX &&
-                            handle.prompt_tokens <= kMaxPromptTokens;
+                            is_nameable(handle, space);
   if (!hashes_known) return;
   std::lock_guard files(files_mutex_);
+  bool deleted = false;
   {
     std::lock_guard lock(mutex_);
     if (stopping_ || entries_.contains(handle.text)) return;
+    deleted = deleted_ns_.contains(handle.text);
   }
   const auto entry = make_entry(asker, space, handle, beginning_of(request.spec(), kMaxSpecBytes), request.group(),
                                 request.hash_bytes());
   erase_chunks(entry->source_keys());
   const std::int64_t seconds = handle.expires_at - parts_.unix_seconds();
-  if (seconds <= 0 || seconds > limits_.max_ttl_seconds) return;
+  if (deleted || seconds <= 0 || seconds > limits_.max_ttl_seconds) return;
   entry->report().set_state(wire::COMPACTION_FAILED);
   entry->report().set_reason(beginning_of(why.message(), kMaxReasonBytes));
   {
     std::lock_guard lock(mutex_);
-    if (entries_.size() >= limits_.max_handles) return;
+    if (!make_room_locked()) return;
     entries_.emplace(handle.text, entry);
   }
   keep(handle.digits, entry->manifest);
@@ -339,6 +363,7 @@ Status Compactions::take_part(const CompactionAsker& asker, const Namespace& spa
     std::lock_guard lock(mutex_);
     const auto found = entries_.find(order->handle.text);
     if (found != entries_.end()) entry = found->second;
+    if (deleted_ns_.contains(order->handle.text)) return refused("this compact cache was deleted");
     if (Status admitted = admit_locked(*order, part.query_bytes, !entry); !admitted) return admitted;
     if (entry) {
       if (!entry->pending() || entry->handed_over) return refused("this compact cache is there already");
@@ -399,16 +424,20 @@ void Compactions::start_if_whole_locked(const std::shared_ptr<Entry>& entry) {
   std::uint64_t covered = 0;
   for (const RankPart& part : entry->parts) covered += part.whole() ? std::uint64_t{part.layers} * part.heads : 0;
   if (covered < std::uint64_t{order.info.group_layers} * order.info.model_heads) return;
-  for (RankPart& part : entry->parts) {
-    if (order.plan.query_rows > 0) order.queries.push_back(std::move(part.queries));
+  if (order.plan.query_rows > 0) {
+    for (RankPart& part : entry->parts) order.queries.push_back(std::move(part.queries));
   }
-  entry->parts.clear();
-  entry->handed_over = true;
-  // A graceful stop waits for it. When the executor takes nothing any more, the next start says what became of it.
+  // A graceful stop waits for it.
   const auto work = std::make_shared<StorePipeline::Work>(parts_.pipeline);
-  if (!parts_.executor.submit([this, entry, work] { run(entry); })) {
-    log_warn("a compact cache is not made", {{"why", "the daemon is stopping"}});
+  if (parts_.executor.submit([this, entry, work] { run(entry); })) {
+    entry->parts.clear();
+    entry->handed_over = true;
+    return;
   }
+  // Caches that were deleted while they waited still stand in the queue: tick() tries again. At a stop the next start
+  // says what became of it.
+  for (std::size_t i = 0; i < order.queries.size(); ++i) entry->parts[i].queries = std::move(order.queries[i]);
+  order.queries.clear();
 }
 
 // ---------------------------------------------------------------- being made
@@ -647,7 +676,10 @@ std::vector<ChunkKey> Compactions::remove_locked(const std::shared_ptr<Entry>& e
 Status Compactions::erase(const CompactionAsker& asker, const std::string& handle) {
   {
     std::lock_guard lock(mutex_);
-    if (!find_locked(asker, handle)) return not_found();
+    const auto entry = find_locked(asker, handle);
+    if (!entry) return not_found();
+    // Other ranks may still ask for it.
+    if (entry->pending() && !entry->handed_over) deleted_ns_[handle] = parts_.clock.now_ns();
   }
   end(handle, "it was deleted");
   return Status::ok();
@@ -689,7 +721,8 @@ void Compactions::give_up(const std::string& handle) {
     Entry& entry = *found->second;
     keys = entry.source_keys();
     entry.report().set_state(wire::COMPACTION_FAILED);
-    entry.report().set_reason("not all ranks have asked for it, or sent their queries, in time");
+    entry.report().set_reason(
+        "not all ranks have asked for it, or sent their queries, in time, or too many others wait to be made");
     query_bytes_ -= entry.query_bytes;
     entry.parts.clear();
     entry.order.reset();
@@ -715,10 +748,12 @@ void Compactions::tick() {
     for (const auto& [handle, entry] : entries_) {
       if (entry->handle.expires_at <= now) {
         expired.push_back(handle);
-      } else if (entry->pending() && !entry->handed_over && now_ns - entry->began_ns >= limits_.collect_ns) {
-        late.push_back(handle);
+      } else if (entry->pending() && !entry->handed_over && !stopping_) {
+        start_if_whole_locked(entry);
+        if (!entry->handed_over && now_ns - entry->began_ns >= limits_.collect_ns) late.push_back(handle);
       }
     }
+    std::erase_if(deleted_ns_, [&](const auto& item) { return now_ns - item.second >= limits_.collect_ns; });
     std::erase_if(waiters_, [&](Waiter& waiter) {
       if (waiter.until_ns > now_ns) return false;
       answers.emplace_back(std::move(waiter.found), report_of(*entries_.at(waiter.handle)));

@@ -125,7 +125,9 @@ class Compactions {
   void take_over(wire::CompactManifest manifest);
   /// Writes the manifest; when that fails, the log says what it costs.
   void keep(const std::string& digits, const wire::CompactManifest& manifest);
-  Status admit_locked(const CompactionOrder& order, std::uint64_t query_bytes, bool is_new) const;
+  Status admit_locked(const CompactionOrder& order, std::uint64_t query_bytes, bool is_new);
+  /// False when there is none.
+  bool make_room_locked();
   Status consider(const CompactionAsker& asker, const Namespace& space, const wire::Compact& request,
                   CompactHandle handle);
   void turn_away(const CompactionAsker& asker, const Namespace& space, const wire::Compact& request,
@@ -159,6 +161,8 @@ class Compactions {
   bool stopping_ = false;
   std::uint64_t query_bytes_ = 0;  ///< of all that are pending
   std::unordered_map<std::string, std::shared_ptr<Entry>> entries_;
+  /// Handles that were deleted before all ranks had asked for them, and when.
+  std::unordered_map<std::string, std::int64_t> deleted_ns_;
   std::vector<Waiter> waiters_;
 };
 

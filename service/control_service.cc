@@ -228,6 +228,7 @@ Result<SessionIdentity> ControlService::identify(const ControlPeer& peer, const 
       return failure(Code::kInvalid, "the client names no role that this daemon knows");
   }
   identity.local = peer.local;
+  identity.public_key = peer.public_key;
   identity.tenant = kDefaultTenant;
   if (const auto tenant = parts_.tenants.find(peer.public_key); !peer.local && tenant != parts_.tenants.end()) {
     identity.tenant = tenant->second;
@@ -316,9 +317,10 @@ Result<std::shared_ptr<Session>> ControlService::authenticate(const ControlPeer&
     parts_.metrics.protocol_error(ProtocolError::kBadToken);
     return session;
   }
-  if ((*session)->identity().local != peer.local) {
+  const SessionIdentity& identity = (*session)->identity();
+  if (identity.local != peer.local || identity.public_key != peer.public_key) {
     parts_.metrics.protocol_error(ProtocolError::kBadToken);
-    return failure(Code::kRefused, "the token belongs to a session that came another way");
+    return failure(Code::kRefused, "the token belongs to a session that came another way, or with another key");
   }
   if (const Status fresh = (*session)->accept_sequence(request.sequence()); !fresh) {
     parts_.metrics.protocol_error(ProtocolError::kSequence);

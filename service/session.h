@@ -47,6 +47,7 @@ struct SessionIdentity {
   std::string client_name;
   std::map<std::string, std::string> attributes;  ///< for people only; see Session::attributes()
   std::uint64_t staging_bytes = 0;                ///< 0: none
+  std::string public_key = {};                    ///< Z85, over TCP with CURVE; empty otherwise
 };
 
 class Session;

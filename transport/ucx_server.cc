@@ -219,15 +219,15 @@ class Server final : public UcxListener {
     const auto found = server->connections_.find(parameters->reply_ep);
     if (found == server->connections_.end() || found->second->failing) return UCS_OK;
     Connection& connection = *found->second;
+    if (connection.active.size() >= kMaxOperationsPerConnection) {
+      server->fail(connection, {Code::kRefused, "the peer has too many operations under way"});
+      return UCS_OK;
+    }
     RequestHeader request;
     if (!parse(header, header_bytes, &request)) {
       server->answer(connection, request,
                      {Code::kRefused, "the header is not of version " + std::to_string(kDataPlaneVersion) +
                                           " of the UCX data plane: run the same Kvern on both hosts"});
-      return UCS_OK;
-    }
-    if (connection.active.size() >= kMaxOperationsPerConnection) {
-      server->fail(connection, {Code::kRefused, "the peer has too many operations under way"});
       return UCS_OK;
     }
     if constexpr (kId == kHello) {

@@ -245,10 +245,22 @@ bool encode_per_token(const Form& form, const typename E::Raw* plane, std::uint1
   return true;
 }
 
-bool scales_are_valid(const std::uint16_t* scales, std::size_t count, std::uint16_t largest) {
+// Whether tokens begin to end, of one group where scales are per channel, decode to finite values.
+bool are_finite(const Form& form, const std::uint16_t* scales, const std::int8_t* codes, std::uint32_t begin,
+                std::uint32_t end) {
+  const std::uint16_t* used = scales + form.scale_index(begin, 0);
+  const std::size_t count = form.per_channel ? form.dim : std::size_t{end - begin} * form.groups();
   std::uint16_t seen = 0;
-  for (std::size_t i = 0; i < count; ++i) seen = std::max(seen, scales[i]);
-  return seen <= largest;
+  for (std::size_t i = 0; i < count; ++i) seen = std::max(seen, used[i]);
+  if (seen <= any_code_scale_bits(form.dtype)) return true;
+  if (seen > max_scale_bits(form.dtype)) return false;
+  for (std::uint32_t token = begin; token < end; ++token) {
+    for (std::uint32_t channel = 0; channel < form.dim; ++channel) {
+      const std::int8_t code = codes[std::size_t{token} * form.dim + channel];
+      if (!is_finite(code, scale_value(scales[form.scale_index(token, channel)]), form.dtype)) return false;
+    }
+  }
+  return true;
 }
 
 template <class E>
@@ -257,9 +269,9 @@ bool decode_per_channel(const Form& form, const std::uint16_t* scales, const std
   HWY_ALIGN float values[kMaxDim];
   for (std::uint32_t token = begin; token < end;) {
     const std::uint16_t* group = scales + form.scale_index(token, 0);
-    if (!scales_are_valid(group, form.dim, max_scale_bits(E::kDType))) return false;
-    for (std::uint32_t channel = 0; channel < form.dim; ++channel) values[channel] = scale_value(group[channel]);
     const std::uint32_t last = std::min(end, (token / form.group + 1) * form.group);
+    if (!are_finite(form, scales, codes, token, last)) return false;
+    for (std::uint32_t channel = 0; channel < form.dim; ++channel) values[channel] = scale_value(group[channel]);
     for (; token < last; ++token) {
       decode_row<E>(codes + std::size_t{token} * form.dim, form.dim, PerColumn{values},
                     rows + std::size_t{token - begin} * form.dim);
@@ -271,9 +283,8 @@ bool decode_per_channel(const Form& form, const std::uint16_t* scales, const std
 template <class E>
 bool decode_per_token(const Form& form, const std::uint16_t* scales, const std::int8_t* codes, std::uint32_t begin,
                       std::uint32_t end, typename E::Raw* rows) {
-  const std::uint32_t groups = form.groups();
   const std::uint16_t* used = scales + form.scale_index(begin, 0);
-  if (!scales_are_valid(used, std::size_t{end - begin} * groups, max_scale_bits(E::kDType))) return false;
+  if (!are_finite(form, scales, codes, begin, end)) return false;
   for (std::uint32_t token = begin; token < end; ++token) {
     for (std::uint32_t channel = 0; channel < form.dim; channel += form.group) {
       decode_row<E>(codes + std::size_t{token} * form.dim + channel, std::min(form.group, form.dim - channel),

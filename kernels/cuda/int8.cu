@@ -255,7 +255,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       const auto coded = std::bit_cast<Codes>(held[i]);
       Pack<typename E::Raw, kCount> decoded;
-      for (std::uint32_t k = 0; k < kCount; ++k) decoded.values[k] = E::from_float(decode(coded.values[k], own[k]));
+      for (std::uint32_t k = 0; k < kCount; ++k) {
+        if (!is_finite(coded.values[k], own[k], E::kDType)) *bad_scale = 1;
+        decoded.values[k] = E::from_float(decode(coded.values[k], own[k]));
+      }
       *reinterpret_cast<Pack<typename E::Raw, kCount>*>(out + std::size_t{token - begin} * form.dim + channel) =
           decoded;
     }
@@ -269,7 +272,7 @@ bool has_runs(const Form& form) {
 }
 
 template <class E>
-__device__ Words<E, kRunVector> decode_pack(uint2 codes, float scale) {
+__device__ Words<E, kRunVector> decode_pack(uint2 codes, float scale, std::uint32_t* bad_scale) {
   // The sign bit turned makes bytes of codes from -128 on, which are the last bits of a float above 2^23.
   constexpr float kUnits = 0x1p23F;
   constexpr std::uint32_t kTurned = 0x80808080U;
@@ -277,7 +280,9 @@ __device__ Words<E, kRunVector> decode_pack(uint2 codes, float scale) {
   float values[kRunVector];
   for (std::uint32_t k = 0; k < kRunVector; ++k) {
     const std::uint32_t bits = __byte_perm(words[k / 4], std::bit_cast<std::uint32_t>(kUnits), 0x7440 + k % 4);
-    values[k] = (__uint_as_float(bits) - (kUnits + 128)) * scale;
+    const float code = __uint_as_float(bits) - (kUnits + 128);
+    if (!is_finite(code, scale, E::kDType)) *bad_scale = 1;
+    values[k] = code * scale;
   }
   Words<E, kRunVector> decoded;
   for (std::uint32_t i = 0; i < Words<E, kRunVector>::kWords; ++i) {
@@ -317,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (std::uint32_t i = 0; i < kRunHeld; ++i) {
     const std::uint32_t pack = i * kWarp + lane;
-    if (pack < count) out[pack] = decode_pack<E>(held[i], scales[warp][pack >> log_group_packs]);
+    if (pack < count) out[pack] = decode_pack<E>(held[i], scales[warp][pack >> log_group_packs], bad_scale);
   }
 }
 

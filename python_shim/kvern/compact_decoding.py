@@ -17,6 +17,8 @@ from kvern.metadata import KvernMetadata, RaggedOrder, RaggedSlots
 from kvern.request_state import RequestState
 from kvern.stats import Recorder, label_of
 
+# A busy daemon or a slow tier costs others a hit, and these their answer: they wait as long as a client would.
+_PATIENCE_MS = 10_000
 _MOST_LEARNT = 4096  # handles whose layers' slots are known without asking
 
 
@@ -32,7 +34,6 @@ class CompactDecoding:
         *,
         rewrites: bool,
         hash_bytes: int,
-        patience_seconds: float,
         obstacle: Callable[[], str],
         ready: Callable[[], bool],
         namespace: Callable[..., tuple],
@@ -49,7 +50,6 @@ class CompactDecoding:
         self._recorder = recorder
         self._rewrites = rewrites
         self._hash_bytes = hash_bytes
-        self._patience_seconds = patience_seconds
         self._obstacle = obstacle
         self._ready = ready
         self._namespace_of = namespace
@@ -137,7 +137,7 @@ class CompactDecoding:
     def _look_up(self, state: RequestState, request, local_tokens: int, now: float) -> tuple[bool, str]:
         """(known, why not all of its slots are there). Not known: ask again."""
         limit = state.joined[0] * self._geometry.block_tokens
-        known, found, missing = self._find(state, request, local_tokens, limit, now)
+        known, found, missing = self._find(state, request, local_tokens, limit, now, _PATIENCE_MS)
         lacks = known and found < limit
         return known, f"it is not stored, or not any more: {missing or 'not found'}" if lacks else ""
 

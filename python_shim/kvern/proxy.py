@@ -119,15 +119,13 @@ class Proxy:
             raise ServerError(400, error_payload(400, "the request is not a JSON object", "BadRequestError"))
         headers = _headers(request)
         with self.metrics.in_flight.track_inprogress():
-            if requests.wants_full(body):
-                body = requests.without_wish(body)
-            else:
+            if not requests.wants_full(body):
                 try:
                     return await self._serve_compact(request, headers, chat, body)
                 except NotCompact as error:
                     self._give_up(error)
             self.metrics.requests.labels("ordinary").inc()
-            return await self.decode.relay(request, headers, body)
+            return await self.decode.relay(request, headers, requests.without_wish(body))
 
     def _give_up(self, error: NotCompact) -> None:
         """Returns when the request shall be served in full; throws ServerError when it shall fail."""

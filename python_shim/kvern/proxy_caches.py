@@ -12,10 +12,10 @@ from kvern.proxy_settings import Settings
 logger = logging.getLogger("kvern.proxy")
 
 _WAIT_MS = 500  # of one call of the daemon, so that a client that left is not waited for
-# The prefill server answers before the daemon has been asked: the prompt's chunks are stored in between.
-_APPEAR_SECONDS = 10.0
-_APPEAR_POLL_SECONDS = 0.005
-_DELETE_POLL_SECONDS = 0.1
+# The prefill server answers before the daemon has been asked: the prompt's chunks are stored in between, which takes
+# milliseconds on one host, and many seconds for a long prompt over a slow network.
+_APPEAR_POLL_SECONDS = (0.005, 0.1)  # at first, and at most
+_DELETE_POLL_SECONDS = 0.5
 _CONNECT_MS = 2000  # at the start, to tell of a daemon that is not there
 _DAEMON_THREADS = 64  # as many requests wait for their caches at once
 
@@ -66,8 +66,9 @@ class Compact:
 class Caches:
     """The daemon's side of handles, on threads of its own."""
 
-    def __init__(self, client, appear_seconds: float = _APPEAR_SECONDS):
-        """client: of the native binding, or anything with its compaction() and delete_compaction()."""
+    def __init__(self, client, appear_seconds: float):
+        """client: of the native binding, or anything with its compaction() and delete_compaction(). appear_seconds: until
+        the daemon knows of a cache, at most."""
         self._client = client
         self._appear_seconds = appear_seconds
         self._threads = concurrent.futures.ThreadPoolExecutor(_DAEMON_THREADS, thread_name_prefix="kvern-caches")
@@ -87,11 +88,12 @@ class Caches:
         )
         if not client.wait_ready(_CONNECT_MS):
             logger.warning("No daemon at %s yet (%s); until there is one, answers are not compact.", address, client.problem)
-        return cls(client)
+        return cls(client, settings.ready_timeout_seconds)
 
     async def wait(self, handle: str, seconds: float) -> None:
         """Until the compact cache can be decoded from. Throws NotCompact."""
         start = time.monotonic()
+        poll, slowest = _APPEAR_POLL_SECONDS
         while True:
             waited = time.monotonic() - start
             state = await self._call("compaction", handle, max(0, min(_WAIT_MS, int((seconds - waited) * 1000))), True)
@@ -102,7 +104,8 @@ class Caches:
             if state["state"] == "unknown":
                 if waited >= min(seconds, self._appear_seconds):
                     raise NotCompact("failed", f"the daemon knows of no such compact cache: {state.get('reason')}")
-                await asyncio.sleep(_APPEAR_POLL_SECONDS)
+                await asyncio.sleep(poll)
+                poll = min(2 * poll, slowest)
             elif waited >= seconds:
                 raise NotCompact("late", f"the compact cache was not ready after {seconds:g} s (ready_timeout_seconds)")
 

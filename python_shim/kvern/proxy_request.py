@@ -90,6 +90,7 @@ _TYPES = {
 }
 DEFAULT_COMPLETION_TOKENS = 16  # vLLM's default for completions
 MOST_CHOICES = 128
+_WISHES = ("compact", "ttl_seconds", "task")  # of kv_transfer_params["kvern"]: what making a compact cache reads
 _SEED_STEP = 0x9E3779B97F4A7C15
 
 
@@ -144,11 +145,13 @@ def wants_full(body: dict) -> bool:
 
 
 def without_wish(body: dict) -> dict:
-    """The request with what only this proxy understands taken out."""
-    if not wants_full(body):
+    """The request without a wish for a compact cache: a server would make one that nobody deletes."""
+    transfer = body.get("kv_transfer_params")
+    ours = transfer.get("kvern") if isinstance(transfer, dict) else None
+    if not isinstance(ours, dict):
         return body
-    ours = {key: value for key, value in body["kv_transfer_params"]["kvern"].items() if key != "compact"}
-    return {**body, "kv_transfer_params": {**body["kv_transfer_params"], "kvern": ours}}
+    kept = {key: value for key, value in ours.items() if key not in _WISHES}
+    return {**body, "kv_transfer_params": {**transfer, "kvern": kept}}
 
 
 def stops(body: dict) -> list[str] | None:
@@ -229,7 +232,7 @@ class Halves:
     def _own_transfer(self) -> dict:
         """What the client's kv_transfer_params say of this store, without a compact cache."""
         ours = (self.body.get("kv_transfer_params") or {}).get("kvern", {})
-        return {key: value for key, value in ours.items() if key not in ("compact", "ttl_seconds", "task")}
+        return {key: value for key, value in ours.items() if key not in _WISHES}
 
     def _salted(self, request: dict) -> dict:
         return {**request, "cache_salt": self.body["cache_salt"]} if self.body.get("cache_salt") else request

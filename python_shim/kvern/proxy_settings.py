@@ -82,7 +82,7 @@ class Settings:
         _number(1, MAX_COMPACT_TTL_SECONDS, whole=True),
         "life of a compact cache whose deletion is lost; longer than any answer",
     )
-    ready_timeout_seconds: float = _setting(30.0, _number(0, 3600), "how long a compact cache may take to be made")
+    ready_timeout_seconds: float = _setting(30.0, _number(0, 3600), "how long a compact cache may take, storing the prompt included")
     connect_timeout_seconds: float = _setting(10.0, _number(0.01, 600), "one attempt to connect to a server")
     on_failure: str = _setting(
         "fallback", _one_of(*ON_FAILURE), "a request that cannot be compact: fallback serves it in full, error refuses it"

@@ -121,7 +121,6 @@ class SchedulerSide:
             self._recorder,
             rewrites=options.rewrite,
             hash_bytes=self._hash_bytes,
-            patience_seconds=self._setup_seconds,
             obstacle=self._decoding_obstacle,
             ready=self._ready,
             namespace=self._namespace_of,
@@ -303,8 +302,11 @@ class SchedulerSide:
             and not getattr(request, "skip_reading_prefix_cache", False)
         )
 
-    def _find(self, state, request, local_tokens: int, limit: int, now: float) -> tuple[bool, int, str]:
-        """(known, leading tokens that are stored, why not more). Not known: ask again. limit: whole blocks."""
+    def _find(
+        self, state, request, local_tokens: int, limit: int, now: float, patience_ms: int = 0
+    ) -> tuple[bool, int, str]:
+        """(known, leading tokens that are stored, why not more). Not known: ask again. limit: whole blocks. patience_ms:
+        for who has nothing without them."""
         state.first_asked = state.first_asked or now
         if not self._ready():
             starting = self._client.session_count == 0 and now - self._started < self._setup_seconds
@@ -331,6 +333,7 @@ class SchedulerSide:
             limit,
             request.num_tokens,
             state.lookup.traceparent,
+            patience_ms,
         )
         if known:
             state.lookup.end(tokens=found, asked_tokens=limit, reason=reason)

@@ -355,18 +355,18 @@ void bind_matcher(nb::module_& module) {
           "match",
           [](PyMatcher& self, const std::string& request, int handle, const nb::bytes& hashes, std::uint32_t hash_bytes,
              std::uint32_t local_tokens, std::uint32_t max_tokens, std::uint32_t prompt_tokens,
-             const std::string& traceparent) {
+             const std::string& traceparent, std::uint32_t patience_ms) {
             const std::string_view view(static_cast<const char*>(hashes.data()), hashes.size());
             PrefixMatcher::Answer answer;
             {
               const nb::gil_scoped_release unlocked;
-              answer =
-                  self->match(request, handle, view, hash_bytes, local_tokens, max_tokens, prompt_tokens, traceparent);
+              answer = self->match(request, handle, view, hash_bytes, local_tokens, max_tokens, prompt_tokens,
+                                   traceparent, std::chrono::milliseconds(patience_ms));
             }
             return std::make_tuple(answer.known, answer.tokens, std::move(answer.reason));
           },
           nb::arg("request"), nb::arg("namespace"), nb::arg("hashes"), nb::arg("hash_bytes"), nb::arg("local_tokens"),
-          nb::arg("max_tokens"), nb::arg("prompt_tokens"), nb::arg("traceparent") = "")
+          nb::arg("max_tokens"), nb::arg("prompt_tokens"), nb::arg("traceparent") = "", nb::arg("patience_ms") = 0)
       .def(
           "retain",
           [](PyMatcher& self, int handle, std::uint16_t group, const nb::bytes& hashes, std::uint32_t hash_bytes,

@@ -74,6 +74,8 @@ TEST(Chain, RefusesUnsoundOrdersWithTheReason) {
   EXPECT_THAT(error_of("raw | int8"), HasSubstr("quantises once, not with raw and int8"));
   EXPECT_THAT(error_of("raw | zstd | zstd"), HasSubstr("compresses once"));
   EXPECT_THAT(error_of("cake | snapkv"), HasSubstr("picks tokens once"));
+  EXPECT_THAT(error_of("windowkv | minicache | int8"), HasSubstr("different tokens"));
+  EXPECT_TRUE(parse_chain("streaming | minicache | int8"));
   EXPECT_THAT(error_of("unrotate"), HasSubstr("quantise after it"));
   EXPECT_THAT(error_of("unrotate | raw | zstd"), HasSubstr("quantise after it"));
 }

@@ -120,6 +120,31 @@ TEST(CompactionPlan, GivesAllLayersTheSameWhereTheEngineCannotOrThereIsNoChoice)
   EXPECT_FALSE(CompactionPlan::make("cake(budget=12%)", 1000, SlotLayout::kPool, 32).value().ragged());
 }
 
+TEST(CompactionPlan, GivesAllLayersTheSameWhereRowsAreClustered) {
+  const auto clustered =
+      CompactionPlan::make("cake(budget=12%,allocation=cake) | centroid(ratio=0.5) | int8", 1000, SlotLayout::kPool, 32)
+          .value();
+  EXPECT_FALSE(clustered.ragged());
+  EXPECT_EQ(clustered.chain.spec, plan_of("cake(budget=12%) | centroid(ratio=0.5) | int8", 1000).chain.spec);
+}
+
+TEST(CompactionPlan, KnowsThePromptsLastTokensAmongItsSlots) {
+  EXPECT_EQ(plan_of("cake(budget=12%)", 1000).recent_slots(), 32U);
+  EXPECT_EQ(plan_of("snapkv(budget=12%,window=8)", 1000).recent_slots(), 8U);
+  EXPECT_EQ(plan_of("keydiff(budget=12%,recent=5)", 1000).recent_slots(), 5U);
+  EXPECT_EQ(plan_of("windowkv(budget=12%)", 1001).recent_slots(), 17U);
+  EXPECT_EQ(plan_of("streaming(budget=12%)", 1000).recent_slots(), 0U);
+  EXPECT_EQ(plan_of("cake(budget=100%)", 1000).recent_slots(), 0U);
+}
+
+TEST(CompactionPlan, TheWorkspaceGrowsWithTheWindowTimesThePrompt) {
+  const ShardShape layer{DType::kBFloat16, 0, 1, 0, 8, 32, 128, 128};
+  const auto bytes = [&](const char* spec) { return workspace_bytes(plan_of(spec, 131'072), layer, 32); };
+  EXPECT_LT(bytes("snapkv(budget=10%)"), std::uint64_t{64} << 20);
+  // Exponentials of 1,024 rows over all columns, a query head at a time.
+  EXPECT_GT(bytes("snapkv(budget=10%,window=1024)"), std::uint64_t{500} << 20);
+}
+
 TEST(CompactionPlan, GivesLayersThatClaimMoreMorePages) {
   const auto plan = CompactionPlan::make("cake(budget=320,allocation=cake)", 2000, SlotLayout::kPool, 32).value();
   EXPECT_EQ(plan.layer_pages(std::array{1.0, 1.0, 1.0}, 3), (std::vector<std::uint32_t>{10, 10, 10}));

@@ -122,6 +122,29 @@ TEST(Int8Form, IsTheOneOfTheDescriptionOnEveryTarget) {
   });
 }
 
+TEST(Int8Form, ACodeThatIsNeverWrittenMakesNothingInfinite) {
+  for (const DType dtype : kFloats) {
+    for (const bool per_channel : {true, false}) {
+      const Form form{dtype, per_channel, 70, 64, per_channel ? 64U : 64U};
+      for (const auto scale : {int8::max_scale_bits(dtype), int8::any_code_scale_bits(dtype)}) {
+        Bytes section(form.section_bytes());
+        for (std::size_t i = 0; i < form.scales(); ++i) std::memcpy(section.data() + 2 * i, &scale, sizeof scale);
+        section[form.codes_offset() + std::size_t{66} * form.dim + 5] = std::byte{0x80};
+        for_each_target([&](const char* target) {
+          Bytes rows(std::size_t{70} * form.dim * dtype_bytes(dtype));
+          const bool taken = int8::decode_rows(
+              form, reinterpret_cast<const std::uint16_t*>(section.data()),
+              reinterpret_cast<const std::int8_t*>(section.data() + form.codes_offset()), 0, 70, rows.data());
+          EXPECT_EQ(taken, scale == int8::any_code_scale_bits(dtype)) << target << " " << dtype_name(dtype);
+          for (std::size_t i = 0; taken && i < std::size_t{70} * form.dim; ++i) {
+            ASSERT_TRUE(std::isfinite(element_at(dtype, rows.data(), i)));
+          }
+        });
+      }
+    }
+  }
+}
+
 TEST(Int8Form, DecodesEveryCodeUnderEveryScaleAlikeOnEveryTarget) {
   // Every scale that there is, each with all codes: 256 tokens hold the codes, one per token.
   for (const DType dtype : kFloats) {

@@ -279,12 +279,10 @@ TEST(AlignedMinicacheCodec, PositionsAreTakenOutOfTheKeysBefore) {
 TEST(AlignedMinicacheCodec, OtherModelsAndKeysWithPositionsAreRefused) {
   const auto codec = codec_of(aligned_step() + " | raw");
   EXPECT_TRUE(codec->accepts({DType::kFloat32, 0, 12, 0, 2, 32, 64, 64}));
+  // Before anything is stored, so that a configuration that cannot work is not taken.
   const ShardShape turned{DType::kBFloat16, 3, 2, 0, 2, 32, 64, 64};
-  const ContainerInfo info = sample_info(turned, 32);
-  AlignedBytes out(container_max_bytes(*codec, info));
-  const auto size = encode_container(*codec, info, sample_canonical(turned, 1), {}, out.span());
-  ASSERT_FALSE(size);
-  EXPECT_THAT(size.error().message(), HasSubstr("unrotate"));
+  EXPECT_THAT(codec->accepts(turned).message(), HasSubstr("unrotate"));
+  EXPECT_TRUE(codec_of("unrotate(theta=10000,dim=64) | " + aligned_step() + " | raw")->accepts(turned));
   EXPECT_THAT(codec->accepts({DType::kFloat32, 0, 12, 0, 2, 32, 80, 64}).message(), HasSubstr("another model"));
   EXPECT_THAT(codec->accepts({DType::kFloat32, 0, 13, 0, 2, 32, 64, 64}).message(), HasSubstr("another model"));
   EXPECT_THAT(codec->accepts({DType::kFloat32, 0, 12, 1, 2, 32, 64, 64}).message(), HasSubstr("another model"));
@@ -391,6 +389,29 @@ TEST(CentroidCodec, OnlyTheFirstTokensOfAPromptAreSinks) {
     if (position == 4096) {
       EXPECT_EQ(exact, 0U);
     }
+  }
+}
+
+TEST(CentroidCodec, TheTailThatIsToStayExactDoes) {
+  const ShardShape shape = sample_shape(DType::kFloat32, 64, 64, 64, 1, 1);
+  const Bytes canonical = sample_canonical(shape, 13);
+  const auto codec = codec_of("centroid(ratio=0.5) | raw");
+  for (const std::uint32_t tail : {0U, 10U, 64U}) {
+    ContainerInfo info = sample_info(shape, 64);
+    info.position = 4096;
+    info.exact_tail = tail;
+    AlignedBytes container(encode_sample(*codec, info, canonical));
+    const auto reader = ContainerReader::parse(container.span());
+    EXPECT_EQ(reader->info().exact_tail, 0U) << "it is not kept";
+    CollectingSink sink(shape);
+    ASSERT_TRUE(decode_all(*reader, sink));
+    const auto is_exact = [&](std::uint32_t token) {
+      return std::memcmp(sink.bytes().data() + token * 256, canonical.data() + token * 256, 256) == 0;
+    };
+    std::uint32_t exact = 0;
+    while (exact < 64 && is_exact(63 - exact)) ++exact;
+    EXPECT_GE(exact, tail);
+    EXPECT_EQ(exact == 64, tail == 64);
   }
 }
 

@@ -168,7 +168,7 @@ class PrefixMatcher:
         self.claimed: dict[str, int] = {}
         self.unknown = 0  # how many times more to say "not known yet"
 
-    def match(self, request, namespace, hashes, hash_bytes, local_tokens, max_tokens, prompt_tokens, traceparent=""):
+    def match(self, request, namespace, hashes, hash_bytes, local_tokens, max_tokens, prompt_tokens, traceparent="", patience_ms=0):
         store = self.client.store
         store.traceparents.append(("match", traceparent))
         store.matches += 1

@@ -26,7 +26,8 @@ class Daemon:
         self.asked: list[tuple] = []
         self.session_count = 1
 
-    def find(self, state, request, local_tokens, limit, now):
+    def find(self, state, request, local_tokens, limit, now, patience_ms):
+        assert patience_ms > 0, "it has nothing else than what is stored"
         self.looked_from.append(local_tokens)
         return True, min(self.found, limit), "" if self.found >= limit else "not stored"
 
@@ -54,7 +55,6 @@ def decoding(daemon, monkeypatch):
         Recorder(),
         rewrites=False,
         hash_bytes=32,
-        patience_seconds=1,
         obstacle=lambda: "",
         ready=lambda: True,
         namespace=lambda lora: (True, types.SimpleNamespace(handle=7)),

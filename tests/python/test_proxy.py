@@ -313,6 +313,15 @@ async def test_short_prompts_and_clients_who_want_it_are_served_as_they_are(setu
         assert setup.decode.seen[-1]["kv_transfer_params"] == {"kvern": {}}
 
 
+@asynchronous
+async def test_what_is_served_in_full_makes_no_compact_cache(setup):
+    wish = {"compact": "snapkv(budget=50%)", "ttl_seconds": 60, "task": "localisation", "store": False}
+    async with setup.running():
+        for body in ({"prompt": "«short»"}, {"prompt": prompt_for("long"), "echo": True}):
+            await setup.post("/v1/completions", {**body, "kv_transfer_params": {"kvern": wish}})
+            assert setup.decode.seen[-1]["kv_transfer_params"] == {"kvern": {"store": False}}
+
+
 OBSTACLES = [
     {"echo": True},
     {"presence_penalty": 0.5},

@@ -32,7 +32,8 @@ struct CompactionsTest : ::testing::Test {
     std::filesystem::remove_all(folder);
   }
 
-  void start() {
+  void start() { start(executor); }
+  void start(Executor& makers) {
     table.reset();
     table = std::make_unique<Compactions>(Compactions::Parts{.store = service.store,
                                                              .tiers = service.tiers,
@@ -41,7 +42,7 @@ struct CompactionsTest : ::testing::Test {
                                                              .metrics = service.metrics,
                                                              .clock = service.clock,
                                                              .unix_seconds = [this] { return now; },
-                                                             .executor = executor,
+                                                             .executor = makers,
                                                              .helpers = &helpers,
                                                              .measurers = measurers},
                                           limits, folder);
@@ -405,12 +406,91 @@ TEST_F(CompactionsTest, TenantsSeeTheirOwn) {
 TEST_F(CompactionsTest, NoMoreThanTheLimitsAllow) {
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(begin(request(handle())));
   EXPECT_EQ(begin(request(handle())).code(), Code::kBusy);
-  executor.run_all();  // all fail: there are no prompts
-  ASSERT_TRUE(begin(request(handle())));
+  executor.run_all();
+  EXPECT_EQ(begin(request(handle("streaming(budget=9)", 1001))).code(), Code::kRefused);
+}
+
+TEST_F(CompactionsTest, CachesThatFailedMakeWayAndOthersDoNot) {
+  limits.max_handles = 3;
+  start();
+  const auto failed = handle();
+  ASSERT_TRUE(begin(request(failed)));
+  executor.run_all();  // there is no prompt
+  ASSERT_EQ(find(failed).state(), wire::COMPACTION_FAILED);
+  for (int i = 0; i < 3; ++i) {
+    const auto good = handle();
+    store_prompt(good);
+    ASSERT_TRUE(begin(request(good)));
+    executor.run_all();
+    EXPECT_EQ(find(good).state(), wire::COMPACTION_READY);
+  }
+  EXPECT_EQ(find(failed).reason(), "unknown");
   const auto full = begin(request(handle()));
   EXPECT_EQ(full.code(), Code::kRefused);
   EXPECT_THAT(full.message(), HasSubstr("compact.max_handles"));
-  EXPECT_EQ(begin(request(handle("streaming(budget=9)", 1001))).code(), Code::kRefused);
+  EXPECT_EQ(table->figures().ready, 3U);
+}
+
+/// Takes nothing while it is full.
+struct FullExecutor final : Executor {
+  bool submit(std::function<void()> task) override { return !full && below.submit(std::move(task)); }
+  bool full = true;
+  ManualExecutor below;
+};
+
+TEST_F(CompactionsTest, WhatFindsNoPlaceInTheQueueIsMadeLater) {
+  FullExecutor crowded;
+  start(crowded);
+  const auto of = handle(), other = handle(), third = handle();
+  for (const auto* each : {&of, &other, &third}) {
+    store_prompt(*each);
+    const Status begun = begin(request(*each));
+    ASSERT_TRUE(begun) << begun.to_string();
+  }
+  EXPECT_TRUE(table->erase(asker, other.text)) << "its chunks go with it";
+  table->tick();
+  EXPECT_EQ(find(of).state(), wire::COMPACTION_PENDING);
+  crowded.full = false;
+  table->tick();
+  crowded.below.run_all();
+  EXPECT_EQ(find(of).state(), wire::COMPACTION_READY);
+  EXPECT_EQ(find(third).state(), wire::COMPACTION_READY);
+  EXPECT_EQ(chunks(), 4U);
+  crowded.full = true;
+  const auto last = handle();
+  store_prompt(last);
+  ASSERT_TRUE(begin(request(last)));
+  service.clock.advance(std::chrono::nanoseconds(limits.collect_ns));
+  table->tick();
+  EXPECT_EQ(find(last).state(), wire::COMPACTION_FAILED);
+  EXPECT_EQ(chunks(), 4U);
+  start();  // the executor goes
+}
+
+TEST_F(CompactionsTest, ARankThatComesAfterTheDeletionBringsNothingBack) {
+  const std::string spec = "snapkv(budget=12,window=4)";
+  const auto of = handle(spec);
+  store_prompt(of);
+  auto asked = request(of, spec);
+  asked.mutable_shard()->set_heads(1);
+  asked.set_query_heads(2);
+  ASSERT_TRUE(begin(asked));
+  ASSERT_TRUE(table->erase(asker, of.text));
+  store_prompt(of);
+  asked.mutable_shard()->set_head_begin(1);
+  EXPECT_EQ(begin(asked).code(), Code::kRefused);
+  EXPECT_EQ(find(of).reason(), "unknown");
+  EXPECT_EQ(chunks(), 0U);
+}
+
+TEST_F(CompactionsTest, APromptOfTooManyBlocksIsRefusedBeforeTheyAreNamed) {
+  auto tiny = std::make_shared<Namespace>(*space);
+  tiny->shape.block_tokens = tiny->shape.chunk_tokens = 1;
+  const auto of = CompactHandle::parse("kvc1.16777216.1." + std::to_string(now + 100) + "." + std::string(64, 'a'));
+  auto asked = request(*of);
+  asked.set_spec("nonsense");
+  EXPECT_FALSE(table->begin(asker, tiny, asked));
+  EXPECT_EQ(table->figures().failed, 0U) << "nothing is kept of it";
 }
 
 TEST_F(CompactionsTest, NoMoreMemoryThanAllowed) {

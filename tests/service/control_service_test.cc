@@ -202,6 +202,14 @@ TEST_F(ControlServiceTest, ATokenIsOfNoUseElsewhereOrTwice) {
   EXPECT_EQ(to_status(ask(local, request).status()).code(), Code::kInvalid);
 }
 
+TEST_F(ControlServiceTest, ATokenIsOfNoUseWithAnotherKey) {
+  auto request = with_token(open(remote, wire::ROLE_WORKER));
+  request.mutable_heartbeat();
+  const ControlPeer other{.local = false, .public_key = "tenant's key"};
+  EXPECT_EQ(to_status(ask(other, request).status()).code(), Code::kRefused);
+  EXPECT_TRUE(to_status(ask(remote, request).status()));
+}
+
 TEST_F(ControlServiceTest, GoodbyeEndsTheSession) {
   const std::string token = open(local, wire::ROLE_SCHEDULER);
   auto request = with_token(token);

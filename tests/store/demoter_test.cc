@@ -178,12 +178,23 @@ TEST(Transcoder, SlotsOfLayersOutliveEveryStep) {
   auto info = chunk_info(1);
   info.layer_slots.assign(info.group_layers, 2 * info.block_tokens);
   const auto from = encoded("int8r", info, 1);
-  for (const char* to : {"int4", "centroid(ratio=0.5) | int4"}) {
+  for (const char* to : {"int4", "int2"}) {
     const auto codec = make_codec(to).value();
     std::vector<std::byte> out(container_max_bytes(*codec, info));
     const auto made = Transcoder().run(ContainerReader::parse(from).value(), *codec, 2, out);
     ASSERT_TRUE(made) << made.error().message();
     EXPECT_EQ(ContainerReader::parse(std::span(out).first(made->bytes))->info().layer_slots, info.layer_slots) << to;
+  }
+}
+
+TEST(Transcoder, PagesOfSeveralLayersAreNotClustered) {
+  auto info = chunk_info(1);
+  info.layer_slots.assign(info.group_layers, 2 * info.block_tokens);
+  const auto from = encoded("int8r", info, 1);
+  for (const char* to : {"centroid(ratio=0.5) | int4", "centroid(ratio=0.5) | int4 | zstd"}) {
+    const auto codec = make_codec(to).value();
+    std::vector<std::byte> out(container_max_bytes(*codec, info));
+    EXPECT_EQ(Transcoder().run(ContainerReader::parse(from).value(), *codec, 2, out).error().code(), Code::kRefused);
   }
 }
 
