@@ -488,5 +488,28 @@ TEST(Connector, a_remote_client_stores_finds_and_loads_over_ucx) {
   EXPECT_EQ(matcher.claims(), 0U);
 }
 
+TEST(Connector, who_is_patient_waits_for_a_slow_daemon_and_others_do_not) {
+  const UcxDaemon daemon(64U << 20);
+  Rank rank(daemon.address, packed(PagePacking::kCpuVec), 1, {}, remote_config);
+  const auto hashes = prompt(1, 8);
+  rank.store(hashes, ids(1, 8));
+  // No daemon answers in no time.
+  PrefixMatcher matcher(
+      rank.shared_client(),
+      {.block_tokens = 32, .chunk_blocks = kChunkBlocks, .groups = {{0, 0}}, .remote_deadline_ms = 0});
+  const auto answer_of = [&](const std::string& request, std::chrono::milliseconds patience) {
+    PrefixMatcher::Answer answer;
+    EXPECT_TRUE(eventually([&] {
+      answer = matcher.match(request, rank.handle(), joined(hashes), kHashBytes, 0, 256, 300, {}, patience);
+      return answer.known;
+    }));
+    return answer;
+  };
+  const auto hasty = answer_of("hasty", {});
+  EXPECT_EQ(hasty.tokens, 0U);
+  EXPECT_NE(hasty.reason.find("no answer within"), std::string::npos) << hasty.reason;
+  EXPECT_EQ(answer_of("patient", std::chrono::milliseconds(kPatienceMs)).tokens, 256U);
+}
+
 }  // namespace
 }  // namespace kvern

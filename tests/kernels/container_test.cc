@@ -270,6 +270,14 @@ TEST(EncodeContainer, RefusesArgumentsThatContradictEachOther) {
   EXPECT_EQ(code(info, all, room), Code::kInvalid);
 }
 
+TEST(ShardShape, RefusesNumbersWhoseProductWraps) {
+  // 2 * layers * heads is 254,112 in 64 bits.
+  const ShardShape shape{DType::kBFloat16, 0, 3'037'012'556, 0, 3'036'988'444, 1, 1, 1};
+  EXPECT_EQ(shape.validate().code(), Code::kInvalid);
+  EXPECT_EQ((ShardShape{DType::kBFloat16, 0, 1, 0, 1U << 19, 1, 1, 1}).validate().code(), Code::kInvalid);
+  EXPECT_TRUE((ShardShape{DType::kBFloat16, 0, 1, 0, 1, 1, 1, 1}).validate());
+}
+
 TEST(ContainerReader, RefusesANewerVersionInASentence) {
   const ShardShape shape = sample_shape(DType::kBFloat16, 16, 64, 64);
   AlignedBytes bytes(encode_sample(*codec_of("raw"), sample_info(shape, 16), sample_canonical(shape, 10)));
