@@ -42,7 +42,7 @@ int run_status(const DaemonAddress& address, bool json, std::ostream& out);
 int run_explain(const DaemonAddress& address, const std::string& block_hash_hex, std::ostream& out);
 int run_inspect(const DaemonAddress& address, const std::string& namespace_hex, std::uint64_t limit, std::ostream& out);
 int run_inspect_file(const std::string& path, std::ostream& out);
-/// What to drop; empty: everything.
+/// What to drop: all, or what is named.
 struct FlushOptions {
   std::string namespace_hex, tenant, prefix_hex;
   bool all = false;  ///< excludes the others
