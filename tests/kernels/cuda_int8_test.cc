@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "kernels/cpu/int8.h"
 #include "tests/kernels/device_memory.h"
 #include "tests/kernels/samples.h"
@@ -99,6 +101,27 @@ TEST_F(CudaInt8, DecodesEveryCodeAsTheCpuAndFlagsScalesThatEncodingDoesNotMake) 
       if (!damaged) {
         EXPECT_EQ(rows.get(), decoded);
       }
+    }
+  }
+}
+
+TEST_F(CudaInt8, FlagsACodeThatIsNeverWrittenWhereItIsNotFinite) {
+  for (const Form& form : kEveryPath) {
+    for (const auto scale : {int8::max_scale_bits(form.dtype), int8::any_code_scale_bits(form.dtype)}) {
+      Bytes section(form.section_bytes());
+      auto* scales = reinterpret_cast<std::uint16_t*>(section.data());
+      auto* codes = reinterpret_cast<std::int8_t*>(section.data() + form.codes_offset());
+      std::fill_n(scales, form.scales(), scale);
+      codes[5] = -128;
+      const DeviceArray<std::byte> sections(section);
+      const DeviceArray<std::byte> rows(std::size_t{form.tokens} * form.dim * 2);
+      const DeviceFlag flag;
+      ASSERT_TRUE(
+          int8::cuda_decode_rows(form, sections.data(), 0, 1, 0, form.tokens, rows.data(), 0, flag.pointer(), nullptr));
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+      Bytes decoded(std::size_t{form.tokens} * form.dim * 2);
+      EXPECT_EQ(int8::decode_rows(form, scales, codes, 0, form.tokens, decoded.data()), flag.value() == 0);
+      EXPECT_EQ(flag.value(), scale == int8::max_scale_bits(form.dtype) ? 1U : 0U);
     }
   }
 }
