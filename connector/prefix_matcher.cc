@@ -45,6 +45,7 @@ struct Question {
   std::uint32_t max_tokens = 0;
   std::uint32_t prompt_tokens = 0;
   std::chrono::milliseconds patience{0};
+  bool patient() const { return patience.count() > 0; }
   bool operator==(const Question&) const = default;
 };
 
@@ -295,7 +296,7 @@ PrefixMatcher::Answer PrefixMatcher::State::match_remote(std::shared_ptr<const S
     if (SteadyClock::now() < match->deadline) return {false, 0, "asked the daemon"};
     return {true, 0, too_late(*match)};
   }
-  const bool patient = question.patience.count() > 0;
+  const bool patient = question.patient();
   if (start_locked(std::move(session), request, std::move(question), traceparent) || patient) {
     return {false, 0, "asked the daemon"};
   }
@@ -309,7 +310,7 @@ bool PrefixMatcher::State::is_brought_up(std::shared_ptr<const Session> session,
   if (const auto* match = find_locked(*session, request, question)) {
     return match->answered || SteadyClock::now() >= match->deadline;
   }
-  const bool patient = question.patience.count() > 0;
+  const bool patient = question.patient();
   return !start_locked(std::move(session), request, std::move(question), traceparent) && !patient;
 }
 
@@ -393,7 +394,7 @@ void PrefixMatcher::State::run() {
     }
     // Who is patient wants an answer of the daemon, not that there was none.
     const bool failed = answer && !answer->known;
-    if (failed && match->question.patience.count() > 0 && now < match->deadline && match->session->alive()) {
+    if (failed && match->question.patient() && now < match->deadline && match->session->alive()) {
       match->ask_at = now + kPrefetchPoll;
       questions.push_back(match);
       continue;
@@ -401,7 +402,7 @@ void PrefixMatcher::State::run() {
     match->answer = answer.value_or(Answer{});
     match->answer.known = true;
     match->answered = true;
-    if (SteadyClock::now() >= match->deadline) {
+    if (now >= match->deadline) {
       // The scheduler has been told 0 already, or will be: an answer must not change.
       match->answer = {true, 0, too_late(*match)};
     }

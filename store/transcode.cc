@@ -138,8 +138,11 @@ Result<Transcoded> Transcoder::run(const ContainerReader& from, const Codec& to,
   ContainerInfo info = from.info();
   if (Status accepts = to.accepts(info.shape); !accepts) return failure(std::move(accepts));
   const auto chain = parse_chunk_chain(info.codec_spec);
-  if (const auto made = parse_chunk_chain(to.spec()); !info.layer_slots.empty() && made && made->merges_rows()) {
-    return failure(Code::kRefused, "pages of several layers lie side by side in this compact cache");
+  if (!info.layer_slots.empty()) {
+    const auto target = parse_chunk_chain(to.spec());
+    if (target && target->merges_rows()) {
+      return failure(Code::kRefused, "pages of several layers lie side by side in this compact cache");
+    }
   }
   Result<std::size_t> bytes = failure(Code::kInternal, "not made yet");
   if (chain && chain->steps.size() == 1 && chain->form->base_spec() == to.spec()) {

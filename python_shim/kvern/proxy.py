@@ -196,7 +196,7 @@ class Proxy:
 
     def _making(self, chat: bool, body: dict) -> dict:
         """kv_transfer_params["kvern"] that ask for the compact cache: the client's own wishes, otherwise the settings."""
-        own = (body.get("kv_transfer_params") or {}).get("kvern", {})
+        own = requests.ours_of(body)
         making = {"compact": self.settings.compact, "ttl_seconds": self.settings.ttl_seconds}
         making |= {name: own[name] for name in ("compact", "ttl_seconds", "task") if name in own}
         if "task" not in making and str(making["compact"]).lstrip().startswith("windowkv"):

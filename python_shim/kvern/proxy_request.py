@@ -137,21 +137,28 @@ def obstacle(chat: bool, body: dict) -> str:
     return ""
 
 
-def wants_full(body: dict) -> bool:
-    """The client's own kv_transfer_params say {"kvern": {"compact": false}}."""
+def ours_of(body: dict) -> dict:
+    """What the client's kv_transfer_params say of this store."""
     transfer = body.get("kv_transfer_params")
     ours = transfer.get("kvern") if isinstance(transfer, dict) else None
-    return isinstance(ours, dict) and "compact" in ours and not ours["compact"]
+    return ours if isinstance(ours, dict) else {}
+
+
+def wants_full(body: dict) -> bool:
+    """The client's own kv_transfer_params say {"kvern": {"compact": false}}."""
+    return not ours_of(body).get("compact", True)
+
+
+def _without_wishes(ours: dict) -> dict:
+    return {key: value for key, value in ours.items() if key not in _WISHES}
 
 
 def without_wish(body: dict) -> dict:
     """The request without a wish for a compact cache: a server would make one that nobody deletes."""
-    transfer = body.get("kv_transfer_params")
-    ours = transfer.get("kvern") if isinstance(transfer, dict) else None
-    if not isinstance(ours, dict):
+    ours = ours_of(body)
+    if not ours:
         return body
-    kept = {key: value for key, value in ours.items() if key not in _WISHES}
-    return {**body, "kv_transfer_params": {**transfer, "kvern": kept}}
+    return {**body, "kv_transfer_params": {**body["kv_transfer_params"], "kvern": _without_wishes(ours)}}
 
 
 def stops(body: dict) -> list[str] | None:
@@ -231,8 +238,7 @@ class Halves:
 
     def _own_transfer(self) -> dict:
         """What the client's kv_transfer_params say of this store, without a compact cache."""
-        ours = (self.body.get("kv_transfer_params") or {}).get("kvern", {})
-        return {key: value for key, value in ours.items() if key not in _WISHES}
+        return _without_wishes(ours_of(self.body))
 
     def _salted(self, request: dict) -> dict:
         return {**request, "cache_salt": self.body["cache_salt"]} if self.body.get("cache_salt") else request

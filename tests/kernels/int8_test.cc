@@ -125,7 +125,7 @@ TEST(Int8Form, IsTheOneOfTheDescriptionOnEveryTarget) {
 TEST(Int8Form, ACodeThatIsNeverWrittenMakesNothingInfinite) {
   for (const DType dtype : kFloats) {
     for (const bool per_channel : {true, false}) {
-      const Form form{dtype, per_channel, 70, 64, per_channel ? 64U : 64U};
+      const Form form{dtype, per_channel, 70, 64, 64};
       for (const auto scale : {int8::max_scale_bits(dtype), int8::any_code_scale_bits(dtype)}) {
         Bytes section(form.section_bytes());
         for (std::size_t i = 0; i < form.scales(); ++i) std::memcpy(section.data() + 2 * i, &scale, sizeof scale);

@@ -174,9 +174,15 @@ TEST(Transcoder, WhatIntFourIsWithoutItsResidualIsIntFour) {
   EXPECT_LT(made->error, 0.3);
 }
 
-TEST(Transcoder, SlotsOfLayersOutliveEveryStep) {
+/// Of a compact cache whose layers have budgets of their own.
+ContainerInfo ragged_info() {
   auto info = chunk_info(1);
   info.layer_slots.assign(info.group_layers, 2 * info.block_tokens);
+  return info;
+}
+
+TEST(Transcoder, SlotsOfLayersOutliveEveryStep) {
+  const auto info = ragged_info();
   const auto from = encoded("int8r", info, 1);
   for (const char* to : {"int4", "int2"}) {
     const auto codec = make_codec(to).value();
@@ -188,8 +194,7 @@ TEST(Transcoder, SlotsOfLayersOutliveEveryStep) {
 }
 
 TEST(Transcoder, PagesOfSeveralLayersAreNotClustered) {
-  auto info = chunk_info(1);
-  info.layer_slots.assign(info.group_layers, 2 * info.block_tokens);
+  const auto info = ragged_info();
   const auto from = encoded("int8r", info, 1);
   for (const char* to : {"centroid(ratio=0.5) | int4", "centroid(ratio=0.5) | int4 | zstd"}) {
     const auto codec = make_codec(to).value();
